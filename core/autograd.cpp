@@ -1,0 +1,461 @@
+#include "core/autograd.h"
+
+#include <algorithm>
+#include <atomic>
+#include <queue>
+#include <unordered_map>
+#include <utility>
+
+#include "core/autograd_node.h"
+
+namespace weft::autograd {
+namespace {
+
+thread_local bool recording = true;
+thread_local SavedTensorHooks* saved_tensor_hooks = nullptr;
+std::atomic<uint64_t> next_sequence = 0;
+
+/// Leaves come first among nodes that are ready, so that their hooks run as early as they can.
+constexpr uint64_t kLeafSequence = UINT64_MAX;
+
+bool wants_gradient(const Tensor& tensor) {
+  return tensor.defined() && tensor.autograd_meta() != nullptr && tensor.autograd_meta()->requires_grad;
+}
+
+}  // namespace
+
+Node::~Node() {
+  // A long tape would otherwise be freed by recursion as deep as the tape is long.
+  thread_local std::vector<std::shared_ptr<Node>>* pending = nullptr;
+  if (pending != nullptr) {
+    for (Edge& edge : edges) {
+      if (edge.node) pending->push_back(std::move(edge.node));
+    }
+    return;
+  }
+  std::vector<std::shared_ptr<Node>> nodes;
+  pending = &nodes;
+  saved.clear();
+  for (Edge& edge : edges) {
+    if (edge.node) nodes.push_back(std::move(edge.node));
+  }
+  while (!nodes.empty()) {
+    std::shared_ptr<Node> node = std::move(nodes.back());
+    nodes.pop_back();
+    if (node.use_count() == 1) node->saved.clear();
+    node.reset();
+  }
+  pending = nullptr;
+}
+
+Edge edge_to(const Tensor& tensor) {
+  if (!wants_gradient(tensor)) return {};
+  const std::shared_ptr<Meta>& meta = tensor.autograd_meta();
+  if (meta->node) return {meta->node, meta->output};
+  std::shared_ptr<Node> node = meta->accumulator.lock();
+  if (!node) {
+    node = std::make_shared<Node>();
+    node->op = "leaf";
+    node->sequence = kLeafSequence;
+    node->outputs = {{tensor.shape(), tensor.dtype(), tensor.device()}};
+    node->leaf = tensor;
+    meta->accumulator = node;
+  }
+  return {node, 0};
+}
+
+// ---- saved tensors ----
+
+SavedTensor::SavedTensor(const Tensor& tensor, const std::vector<Tensor>& outputs) {
+  if (!tensor.defined()) return;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (tensor.is_same(outputs[i])) output_ = static_cast<int>(i);
+  }
+  if (output_ < 0) meta_ = tensor.autograd_meta();
+  version_ = tensor.storage()->version();
+  if (const auto* pack = SavedTensorHooks::current()) {
+    unpacker_ = (*pack)(tensor.detach());
+  } else {
+    tensor_ = tensor.detach();
+  }
+}
+
+Tensor SavedTensor::unpack(const std::shared_ptr<Node>& node) const {
+  Tensor tensor = tensor_;
+  if (unpacker_) {
+    tensor = unpacker_();
+  } else if (tensor.defined() && tensor.storage()->version() != version_) {
+    fail(ErrorKind::kState, node->op, "the backward pass needs a tensor (", tensor.describe(), ") that [", tensor.storage()->last_change(),
+         "] changed in place after [", node->op, "] saved it (version ", tensor.storage()->version(), ", saved at ", version_,
+         "). Hint: change a clone(), or make the change after backward()");
+  }
+  if (!tensor.defined() || !recording) return tensor;
+  std::shared_ptr<Meta> meta = meta_;
+  if (output_ >= 0) {
+    meta = std::make_shared<Meta>();
+    meta->requires_grad = true;
+    meta->node = node;
+    meta->output = output_;
+  }
+  tensor = tensor.detach();
+  tensor.set_autograd_meta(meta);
+  return tensor;
+}
+
+SavedTensorHooks::SavedTensorHooks(Pack pack) : pack_(std::move(pack)), previous_(saved_tensor_hooks) { saved_tensor_hooks = this; }
+SavedTensorHooks::~SavedTensorHooks() { saved_tensor_hooks = previous_; }
+const SavedTensorHooks::Pack* SavedTensorHooks::current() { return saved_tensor_hooks ? &saved_tensor_hooks->pack_ : nullptr; }
+
+// ---- recording ----
+
+bool grad_mode() { return recording; }
+GradMode::GradMode(bool on) : previous_(recording) { recording = on; }
+GradMode::~GradMode() { recording = previous_; }
+
+bool needed(std::initializer_list<const Tensor*> inputs) {
+  return recording && std::any_of(inputs.begin(), inputs.end(), [](const Tensor* tensor) { return wants_gradient(*tensor); });
+}
+
+void record(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs, const std::vector<Tensor>& saved,
+            BackwardRule rule, Rule kind) {
+  if (!recording || std::none_of(inputs.begin(), inputs.end(), wants_gradient)) return;
+  auto node = std::make_shared<Node>();
+  node->op = op;
+  node->sequence = next_sequence.fetch_add(1, std::memory_order_relaxed);
+  node->rule = std::move(rule);
+  node->kind = kind;
+  node->edges.reserve(inputs.size());
+  for (const Tensor& input : inputs) node->edges.push_back(edge_to(input));
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const Tensor& output = outputs[i];
+    node->outputs.push_back({output.shape(), output.dtype(), output.device()});
+    if (!is_float(output.dtype())) continue;
+    if (output.autograd_meta() != nullptr && output.autograd_meta()->node != nullptr) {
+      fail(ErrorKind::kState, op, "output ", i, " is already part of a graph; a recorded function must answer with new tensors");
+    }
+    auto meta = std::make_shared<Meta>();
+    meta->requires_grad = true;
+    meta->node = node;
+    meta->output = static_cast<int>(i);
+    output.set_autograd_meta(std::move(meta));
+  }
+  node->saved.reserve(saved.size());
+  for (const Tensor& tensor : saved) node->saved.emplace_back(tensor, outputs);
+}
+
+// ---- backward ----
+
+Tensor BackwardContext::saved(int i) { return node_->saved.at(static_cast<size_t>(i)).unpack(node_); }
+
+bool BackwardContext::needs(int i) const { return node_->edges.at(static_cast<size_t>(i)).node != nullptr; }
+
+void BackwardContext::set(int i, Tensor gradient) { results_.at(static_cast<size_t>(i)) = std::move(gradient); }
+
+const char* BackwardContext::op() const { return node_->op; }
+
+std::optional<BackwardContext::Sink> BackwardContext::sink(int i) {
+  const Edge& edge = node_->edges.at(static_cast<size_t>(i));
+  if (!leaf_gradients_ || recording || edge.node == nullptr || !edge.node->leaf.defined()) return std::nullopt;
+  Meta& meta = *edge.node->leaf.autograd_meta();
+  if (!meta.hooks.empty()) return std::nullopt;
+  if (meta.grad.defined()) {
+    if (!meta.grad.is_contiguous()) return std::nullopt;
+    meta.grad.storage()->bump(node_->op);
+    return Sink{meta.grad, true};
+  }
+  const MemoryScope scope(MemoryCategory::gradients);
+  meta.grad = Tensor::empty_like(edge.node->leaf);
+  return Sink{meta.grad, false};
+}
+
+void accumulate(Tensor& sum, Tensor gradient, const Shape& shape, DType dtype, Device device, const char* op) {
+  if (gradient.dtype() != dtype || gradient.device() != device) {
+    fail(ErrorKind::kDType, op, "the gradient of an input is ", gradient.describe(), " on ", gradient.device(), "; the input is ", dtype, " ",
+         shape, " on ", device);
+  }
+  if (!(gradient.shape() == shape)) {
+    if (!broadcastable_to(shape, gradient.shape())) {
+      fail(ErrorKind::kShape, op, "the gradient of an input has shape ", gradient.shape(), "; the input is ", shape, " and does not broadcast to that");
+    }
+    Tensor reduced = Tensor::empty(shape, dtype, device);
+    if (recording && gradient.requires_grad()) {
+      const Shape full = gradient.shape();
+      record("sum_broadcast", {gradient}, {reduced}, {}, [full](BackwardContext& context) { context.set(0, context.grad().expand(full)); },
+             Rule::kDifferentiable);
+    }
+    if (!DryRun::active()) {
+      StridedView to = reduced.view();
+      to.strides = broadcast_strides(shape, to.strides, gradient.shape(), op);
+      to.shape = gradient.shape();
+      backend(device).sum_broadcast(to, gradient.view());
+    }
+    gradient = std::move(reduced);
+  }
+  if (!sum.defined()) {
+    sum = std::move(gradient);
+    return;
+  }
+  // A new tensor rather than an in-place sum: the first gradient may be shared with another branch of the graph.
+  Tensor total = Tensor::empty(shape, dtype, device);
+  if (recording && (sum.requires_grad() || gradient.requires_grad())) {
+    record("accumulate", {sum, gradient}, {total}, {},
+           [](BackwardContext& context) { context.set(0, context.grad()), context.set(1, context.grad()); }, Rule::kDifferentiable);
+  }
+  if (!DryRun::active()) {
+    backend(device).copy(total.view(), sum.view());
+    backend(device).add(total.view(), gradient.view());
+  }
+  sum = std::move(total);
+}
+
+/// One backward pass.
+class Engine {
+ public:
+  Engine(bool retain_graph, bool create_graph, bool leaf_gradients)
+      : retain_graph_(retain_graph), create_graph_(create_graph), leaf_gradients_(leaf_gradients) {}
+
+  void capture(const Edge& edge, Tensor* result) { captures_[edge.node.get()].push_back({edge.index, result}); }
+
+  void run(const std::vector<Tensor>& outputs, const std::vector<Tensor>& gradients) {
+    const GradMode mode(create_graph_);
+    for (size_t i = 0; i < outputs.size(); ++i) add_root(outputs[i], i < gradients.size() ? gradients[i] : Tensor());
+    count_dependencies();
+    for (auto& [node, state] : states_) {
+      if (state.dependencies == 0) ready_.push(state.node);
+    }
+    while (!ready_.empty()) {
+      const std::shared_ptr<Node> node = ready_.top();
+      ready_.pop();
+      process(node);
+    }
+  }
+
+ private:
+  struct State {
+    std::shared_ptr<Node> node;
+    int dependencies = 0;
+    std::vector<Tensor> gradients;
+    bool written = false;  // a sink was: the leaf has part of its gradient already
+  };
+  struct Later {
+    bool operator()(const std::shared_ptr<Node>& a, const std::shared_ptr<Node>& b) const { return a->sequence < b->sequence; }
+  };
+
+  State& state(const std::shared_ptr<Node>& node) {
+    State& s = states_[node.get()];
+    if (s.node == nullptr) {
+      s.node = node;
+      s.gradients.resize(node->outputs.size());
+    }
+    return s;
+  }
+
+  void add_root(const Tensor& output, Tensor gradient) {
+    if (!output.defined() || !output.requires_grad()) {
+      fail(ErrorKind::kState, "backward", "the tensor does not depend on anything that requires a gradient",
+           output.defined() ? " (" + output.describe() + ")" : "", ". Hint: was it computed under NoGrad, or detached?");
+    }
+    if (!gradient.defined()) {
+      if (output.numel() != 1) {
+        fail(ErrorKind::kShape, "backward", "starts from one element, got ", output.describe(), ". Hint: sum() or mean() it, or pass a gradient");
+      }
+      gradient = Tensor::ones(output.shape(), output.dtype(), output.device());
+    } else if (!(gradient.shape() == output.shape())) {
+      fail(ErrorKind::kShape, "backward", "the gradient is ", gradient.describe(), ", the tensor ", output.describe(), "; they must have one shape");
+    }
+    const Edge edge = edge_to(output);
+    State& s = state(edge.node);
+    accumulate(s.gradients[static_cast<size_t>(edge.index)], gradient, output.shape(), output.dtype(), output.device(), "backward");
+    roots_.push_back(edge.node);
+  }
+
+  void count_dependencies() {
+    std::vector<std::shared_ptr<Node>> stack = roots_;
+    std::unordered_map<Node*, bool> seen;
+    while (!stack.empty()) {
+      const std::shared_ptr<Node> node = std::move(stack.back());
+      stack.pop_back();
+      if (seen[node.get()]) continue;
+      seen[node.get()] = true;
+      if (node->released) {
+        fail(ErrorKind::kState, node->op, "this part of the graph was used by an earlier backward pass, which released what [", node->op,
+             "] had saved. Hint: pass retain_graph to every backward pass but the last, or compute the loss again");
+      }
+      for (const Edge& edge : node->edges) {
+        if (edge.node == nullptr) continue;
+        ++state(edge.node).dependencies;
+        stack.push_back(edge.node);
+      }
+    }
+  }
+
+  void process(const std::shared_ptr<Node>& node) {
+    State current = std::move(states_.at(node.get()));
+    std::vector<Tensor>& gradients = current.gradients;
+    for (const auto& [output, hook] : node->hooks) apply_hook(hook, gradients[static_cast<size_t>(output)], *node);
+    if (node->leaf.defined()) {
+      for (const auto& hook : node->leaf.autograd_meta()->hooks) apply_hook(hook, gradients[0], *node);
+    }
+    if (const auto found = captures_.find(node.get()); found != captures_.end()) {
+      for (const auto& [output, result] : found->second) *result = gradients[static_cast<size_t>(output)];
+    }
+    if (node->leaf.defined()) return finish_leaf(*node, gradients[0], current.written);
+    const bool any = std::any_of(gradients.begin(), gradients.end(), [](const Tensor& gradient) { return gradient.defined(); });
+    BackwardContext context;
+    context.results_.resize(node->edges.size());
+    if (any) {
+      if (create_graph_ && node->kind == Rule::kOnce) {
+        fail(ErrorKind::kState, node->op, "has no second derivative: its backward rule is a kernel of its own. Hint: use its composed form");
+      }
+      context.node_ = node;
+      context.grads_ = std::move(gradients);
+      context.leaf_gradients_ = leaf_gradients_;
+      node->rule(context);
+    }
+    for (size_t i = 0; i < node->edges.size(); ++i) {
+      const Edge& edge = node->edges[i];
+      if (edge.node == nullptr) continue;
+      State& next = state(edge.node);
+      if (Tensor& result = context.results_[i]; result.defined()) {
+        const Node::Output& target = edge.node->outputs[static_cast<size_t>(edge.index)];
+        accumulate(next.gradients[static_cast<size_t>(edge.index)], std::move(result), target.shape, target.dtype, target.device, node->op);
+      } else if (any && edge.node->leaf.defined()) {
+        next.written = true;
+      }
+      if (--next.dependencies == 0) ready_.push(edge.node);
+    }
+    if (!retain_graph_) {
+      node->saved.clear();
+      node->rule = nullptr;
+      node->released = true;
+    }
+  }
+
+  static void apply_hook(const std::function<Tensor(const Tensor&)>& hook, Tensor& gradient, const Node& node) {
+    if (!gradient.defined()) return;
+    Tensor replaced = hook(gradient);
+    if (!replaced.defined()) return;
+    if (!(replaced.shape() == gradient.shape()) || replaced.dtype() != gradient.dtype()) {
+      fail(ErrorKind::kShape, node.op, "a gradient hook answered with ", replaced.describe(), " for a gradient that is ", gradient.describe());
+    }
+    gradient = std::move(replaced);
+  }
+
+  void finish_leaf(const Node& node, Tensor& gradient, bool written) {
+    if (!leaf_gradients_ || (!gradient.defined() && !written)) return;
+    const Tensor& leaf = node.leaf;
+    Meta& meta = *leaf.autograd_meta();
+    if (gradient.defined()) {
+      if (!meta.grad.defined()) {
+        // The leaf keeps its gradient beyond this pass: it must own it, and row by row.
+        const bool own = gradient.is_sole_owner() && gradient.is_contiguous();
+        const MemoryScope scope(MemoryCategory::gradients);
+        meta.grad = own || create_graph_ ? std::move(gradient) : gradient.clone();
+      } else if (create_graph_) {
+        accumulate(meta.grad, gradient, leaf.shape(), leaf.dtype(), leaf.device(), "leaf");
+      } else {
+        if (!DryRun::active()) backend(leaf.device()).add(meta.grad.view(), gradient.view());
+        meta.grad.storage()->bump("backward");
+      }
+    }
+    for (const auto& hook : meta.grad_ready_hooks) hook(leaf);
+  }
+
+  const bool retain_graph_, create_graph_, leaf_gradients_;
+  std::unordered_map<Node*, State> states_;
+  std::unordered_map<Node*, std::vector<std::pair<int, Tensor*>>> captures_;
+  std::vector<std::shared_ptr<Node>> roots_;
+  std::priority_queue<std::shared_ptr<Node>, std::vector<std::shared_ptr<Node>>, Later> ready_;
+};
+
+void backward(const std::vector<Tensor>& outputs, const std::vector<Tensor>& gradients, bool retain_graph) {
+  Engine(retain_graph, false, true).run(outputs, gradients);
+}
+
+std::vector<Tensor> gradients(const std::vector<Tensor>& outputs, const std::vector<Tensor>& inputs, const std::vector<Tensor>& output_gradients,
+                              bool retain_graph, bool create_graph) {
+  std::vector<Tensor> results(inputs.size());
+  Engine engine(retain_graph || create_graph, create_graph, false);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const Edge edge = edge_to(inputs[i]);
+    if (edge.node == nullptr) fail(ErrorKind::kState, "gradients", "input ", i, " (", inputs[i].describe(), ") does not require a gradient");
+    engine.capture(edge, &results[i]);
+  }
+  engine.run(outputs, output_gradients);
+  return results;
+}
+
+// ---- recomputation ----
+
+namespace {
+
+/// What a checkpointed call keeps instead of the tensors that its rules saved.
+struct Frame {
+  std::function<std::vector<Tensor>(const std::vector<Tensor>&)> function;
+  std::vector<Tensor> inputs;
+  std::vector<uint64_t> versions;
+  size_t saved = 0;            // tensors saved by the first run
+  std::vector<Tensor> values;  // the same, from a second run
+
+  void recompute() {
+    std::vector<Tensor> again;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      if (inputs[i].storage()->version() != versions[i]) {
+        fail(ErrorKind::kState, "checkpoint", "input ", i, " (", inputs[i].describe(), ") was changed in place by [",
+             inputs[i].storage()->last_change(), "] before the backward pass could compute with it again");
+      }
+      again.push_back(inputs[i].detach());
+      if (inputs[i].requires_grad()) again.back().requires_grad_();
+    }
+    values.clear();
+    const GradMode mode(true);
+    const SavedTensorHooks hooks([this](const Tensor& tensor) {
+      values.push_back(tensor);
+      return [] { return Tensor(); };
+    });
+    function(again);
+    if (values.size() != saved) {
+      fail(ErrorKind::kState, "checkpoint", "the function saved ", saved, " tensors the first time and ", values.size(),
+           " the second: it is not a pure function of its inputs");
+    }
+  }
+
+  Tensor value(size_t i) {
+    // Handed out once, so that memory goes back as the backward pass proceeds; a retained graph computes again.
+    if (values.empty() || !values[i].defined()) recompute();
+    return std::exchange(values[i], Tensor());
+  }
+};
+
+}  // namespace
+
+std::vector<Tensor> checkpoint(std::function<std::vector<Tensor>(const std::vector<Tensor>&)> function, const std::vector<Tensor>& inputs) {
+  auto frame = std::make_shared<Frame>();
+  frame->function = std::move(function);
+  frame->inputs = inputs;
+  for (const Tensor& input : inputs) frame->versions.push_back(input.storage()->version());
+  const SavedTensorHooks hooks([frame](const Tensor&) {
+    return [frame, i = frame->saved++] { return frame->value(i); };
+  });
+  return frame->function(inputs);
+}
+
+std::string describe_graph(const Tensor& tensor, int limit) {
+  std::string out;
+  std::vector<std::pair<std::shared_ptr<Node>, int>> stack = {{edge_to(tensor).node, 0}};
+  std::unordered_map<Node*, bool> seen;
+  while (!stack.empty() && limit > 0) {
+    const auto [node, depth] = stack.back();
+    stack.pop_back();
+    if (node == nullptr) continue;
+    std::string outputs;
+    for (const Node::Output& output : node->outputs) outputs += concat(' ', output.dtype, ' ', output.shape);
+    out += std::string(static_cast<size_t>(depth), ' ') + node->op + outputs + (seen[node.get()] ? " (above)\n" : "\n");
+    --limit;
+    if (std::exchange(seen[node.get()], true)) continue;
+    for (auto edge = node->edges.rbegin(); edge != node->edges.rend(); ++edge) stack.push_back({edge->node, depth + 1});
+  }
+  return out;
+}
+
+}  // namespace weft::autograd

@@ -1,0 +1,44 @@
+#pragma once
+#include "core/autograd.h"
+
+// The tape itself: for autograd.cpp and tensor.cpp only.
+
+namespace weft::autograd {
+
+/// One recorded call, or the end of the tape at a leaf (rule empty, leaf set).
+class Node {
+ public:
+  ~Node();
+
+  const char* op = "";
+  uint64_t sequence = 0;    ///< order of recording
+  std::vector<Edge> edges;  ///< one per input; null where no gradient is wanted
+  struct Output {
+    Shape shape;
+    DType dtype;
+    Device device;
+  };
+  std::vector<Output> outputs;
+  std::vector<SavedTensor> saved;
+  BackwardRule rule;
+  Rule kind = Rule::kOnce;
+  bool released = false;
+  Tensor leaf;  ///< leaves only
+  std::vector<std::pair<int, std::function<Tensor(const Tensor&)>>> hooks;  ///< by output
+};
+
+/// A tensor's place in the graph.
+struct Meta {
+  bool requires_grad = false;
+  std::shared_ptr<Node> node;  ///< what made it; null for a leaf
+  int output = 0;              ///< its number among the node's outputs
+  Tensor grad;
+  std::weak_ptr<Node> accumulator;  ///< leaves: the end of the tape
+  std::vector<std::function<Tensor(const Tensor&)>> hooks;             ///< leaves
+  std::vector<std::function<void(const Tensor&)>> grad_ready_hooks;    ///< leaves
+};
+
+/// Where gradients of `tensor` go; a null node if none is wanted.
+Edge edge_to(const Tensor& tensor);
+
+}  // namespace weft::autograd

@@ -1,0 +1,263 @@
+#include "core/memory.h"
+
+#include <sys/mman.h>
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <map>
+#include <mutex>
+#include <set>
+#include <unordered_map>
+
+#include "core/backend.h"
+#include "core/error.h"
+
+namespace weft {
+namespace {
+
+constexpr size_t kAlignment = 64;
+/// Small requests share segments of 4 MiB; larger ones share segments of 32 MiB or have one of their own size. Keeping
+/// the two apart stops long-lived small blocks from splitting what large ones need.
+constexpr size_t kSmallRequest = size_t{256} << 10;
+constexpr size_t kSmallSegment = size_t{4} << 20;
+constexpr size_t kLargeSegment = size_t{32} << 20;
+constexpr size_t kPage = size_t{2} << 20;
+
+thread_local MemoryCategory current_category = MemoryCategory::activations;
+std::atomic<int> dry_runs = 0;
+
+size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+}  // namespace
+
+const char* name(MemoryCategory category) {
+  static constexpr const char* kNames[] = {"parameters", "gradients", "optimizer", "activations", "workspace", "communication", "data"};
+  return kNames[static_cast<size_t>(category)];
+}
+
+MemoryScope::MemoryScope(MemoryCategory category) : previous_(current_category) { current_category = category; }
+MemoryScope::~MemoryScope() { current_category = previous_; }
+MemoryCategory MemoryScope::current() { return current_category; }
+
+DryRun::DryRun() { ++dry_runs; }
+DryRun::~DryRun() { --dry_runs; }
+bool DryRun::active() { return dry_runs.load(std::memory_order_relaxed) > 0; }
+
+struct Allocator::State {
+  struct Block {
+    char* data;
+    size_t bytes;
+    bool small;
+    bool used = false;
+    MemoryCategory category = MemoryCategory::activations;
+    Block* before = nullptr;  // neighbours in the same segment
+    Block* after = nullptr;
+  };
+  struct Smaller {
+    bool operator()(const Block* a, const Block* b) const {
+      return a->bytes != b->bytes ? a->bytes < b->bytes : a->data < b->data;
+    }
+  };
+
+  Device device;
+  bool dry;
+  mutable std::mutex mutex;
+  std::set<Block*, Smaller> unused[2];  // by size, then address: best fit, deterministic; [small]
+  std::unordered_map<void*, Block*> used;
+  MemoryStatistics statistics;
+
+  void* take_from_system(size_t bytes) {
+    if (!dry) return backend(device).system_allocate(bytes);
+    // Addresses without memory: unique, and a stray access faults instead of reading nonsense.
+    void* data = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return data == MAP_FAILED ? nullptr : data;
+  }
+  void give_to_system(void* data, size_t bytes) {
+    dry ? static_cast<void>(munmap(data, bytes)) : backend(device).system_free(data, bytes);
+  }
+
+  Block* new_segment(size_t bytes, bool small) {
+    const size_t size = small ? kSmallSegment : std::max(round_up(bytes, kPage), kLargeSegment);
+    void* data = take_from_system(size);
+    if (data == nullptr) return nullptr;
+    statistics.reserved += static_cast<int64_t>(size);
+    ++statistics.system_allocations;
+    return new Block{static_cast<char*>(data), size, small};
+  }
+
+  void release_cached() {
+    for (auto& list : unused) {
+      for (auto it = list.begin(); it != list.end();) {
+        Block* block = *it;
+        if (block->before || block->after) {
+          ++it;
+          continue;
+        }
+        it = list.erase(it);
+        statistics.reserved -= static_cast<int64_t>(block->bytes);
+        give_to_system(block->data, block->bytes);
+        delete block;
+      }
+    }
+  }
+
+  void count(MemoryCategory category, int64_t bytes) {
+    auto& use = statistics.categories[static_cast<size_t>(category)];
+    use.current += bytes;
+    use.peak = std::max(use.peak, use.current);
+    statistics.total.current += bytes;
+    if (statistics.total.current > statistics.total.peak) {
+      statistics.total.peak = statistics.total.current;
+      for (auto& each : statistics.categories) each.at_peak = each.current;
+      statistics.total.at_peak = statistics.total.peak;
+    }
+  }
+};
+
+Allocator::Allocator(Device device, bool dry) : state_(new State) {
+  state_->device = device;
+  state_->dry = dry;
+}
+
+Allocator::~Allocator() {
+  state_->release_cached();
+  delete state_;
+}
+
+void* Allocator::allocate(size_t bytes, MemoryCategory category) {
+  if (bytes == 0) return nullptr;
+  const size_t size = round_up(bytes, kAlignment);
+  const bool small = size <= kSmallRequest;
+  State& s = *state_;
+  const std::lock_guard lock(s.mutex);
+  State::Block key{nullptr, size, small};
+  auto& list = s.unused[small];
+  const auto found = list.lower_bound(&key);
+  State::Block* block = nullptr;
+  if (found != list.end()) {
+    block = *found;
+    list.erase(found);
+  } else {
+    block = s.new_segment(size, small);
+    if (block == nullptr) {
+      s.release_cached();
+      block = s.new_segment(size, small);
+    }
+    if (block == nullptr) {
+      fail(ErrorKind::kMemory, "allocate", grouped(static_cast<int64_t>(bytes)), " bytes (", human_bytes(static_cast<int64_t>(bytes)), ") of ",
+           name(category), " memory on ", s.device, " could not be had. In use:\n", memory_table(s.statistics),
+           "Hint: a smaller micro-batch, a shorter context or recomputation needs less");
+    }
+  }
+  if (block->bytes > size) {
+    auto* rest = new State::Block{block->data + size, block->bytes - size, small};
+    rest->before = block;
+    rest->after = block->after;
+    if (rest->after) rest->after->before = rest;
+    block->after = rest;
+    block->bytes = size;
+    list.insert(rest);
+  }
+  block->used = true;
+  block->category = category;
+  s.used.emplace(block->data, block);
+  s.count(category, static_cast<int64_t>(size));
+  return block->data;
+}
+
+void Allocator::free(void* data) {
+  if (data == nullptr) return;
+  State& s = *state_;
+  const std::lock_guard lock(s.mutex);
+  const auto found = s.used.find(data);
+  State::Block* block = found->second;
+  s.used.erase(found);
+  s.count(block->category, -static_cast<int64_t>(block->bytes));
+  block->used = false;
+  auto& list = s.unused[block->small];
+  const auto join = [&](State::Block* left, State::Block* right) {
+    left->bytes += right->bytes;
+    left->after = right->after;
+    if (left->after) left->after->before = left;
+    delete right;
+  };
+  if (State::Block* after = block->after; after && !after->used) {
+    list.erase(after);
+    join(block, after);
+  }
+  if (State::Block* before = block->before; before && !before->used) {
+    list.erase(before);
+    join(before, block);
+    block = before;
+  }
+  list.insert(block);
+}
+
+MemoryStatistics Allocator::statistics() const {
+  const std::lock_guard lock(state_->mutex);
+  return state_->statistics;
+}
+
+void Allocator::reset_peak() {
+  const std::lock_guard lock(state_->mutex);
+  auto& statistics = state_->statistics;
+  for (auto& use : statistics.categories) use.peak = use.at_peak = use.current;
+  statistics.total.peak = statistics.total.at_peak = statistics.total.current;
+}
+
+void Allocator::release_cached() {
+  const std::lock_guard lock(state_->mutex);
+  state_->release_cached();
+}
+
+Allocator& allocator(Device device) {
+  // Never destroyed: tensors in static variables may outlive any order of destruction.
+  static std::mutex& mutex = *new std::mutex;
+  static auto& allocators = *new std::map<std::pair<Device, bool>, Allocator*>;
+  thread_local std::pair<Device, bool> last;
+  thread_local Allocator* cached = nullptr;
+  const std::pair key(device, DryRun::active());
+  if (cached != nullptr && key == last) return *cached;
+  const std::lock_guard lock(mutex);
+  Allocator*& entry = allocators[key];
+  if (entry == nullptr) entry = new Allocator(device, key.second);
+  last = key;
+  cached = entry;
+  return *entry;
+}
+
+std::string human_bytes(int64_t bytes) {
+  static constexpr const char* kUnits[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  double value = static_cast<double>(bytes);
+  int unit = 0;
+  while (std::abs(value) >= 1024 && unit < 4) value /= 1024, ++unit;
+  char text[32];
+  std::snprintf(text, sizeof text, unit == 0 ? "%.0f %s" : "%.1f %s", value, kUnits[unit]);
+  return text;
+}
+
+std::string memory_table(const MemoryStatistics& statistics) {
+  std::string out = "  category          now         peak      at total peak\n";
+  const auto row = [&](const char* label, const MemoryStatistics::Use& use) {
+    char line[96];
+    std::snprintf(line, sizeof line, "  %-13s %11s  %11s  %11s\n", label, human_bytes(use.current).c_str(), human_bytes(use.peak).c_str(),
+                  human_bytes(use.at_peak).c_str());
+    out += line;
+  };
+  for (int i = 0; i < kMemoryCategories; ++i) {
+    const auto& use = statistics.categories[static_cast<size_t>(i)];
+    if (use.peak > 0) row(name(static_cast<MemoryCategory>(i)), use);
+  }
+  row("total", statistics.total);
+  return out + "  taken from the system: " + human_bytes(statistics.reserved) + "\n";
+}
+
+int64_t peak_resident_bytes() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<int64_t>(usage.ru_maxrss) * 1024;
+}
+
+}  // namespace weft

@@ -1,0 +1,85 @@
+#pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "core/device.h"
+
+namespace weft {
+
+/// What memory is for; every allocation is counted under one of these names.
+enum class MemoryCategory : uint8_t { parameters, gradients, optimizer, activations, workspace, communication, data };
+inline constexpr int kMemoryCategories = 7;
+const char* name(MemoryCategory category);
+
+/// While it lives, allocations of this thread are counted under `category`. The default is activations.
+class MemoryScope {
+ public:
+  explicit MemoryScope(MemoryCategory category);
+  ~MemoryScope();
+  MemoryScope(const MemoryScope&) = delete;
+  MemoryScope& operator=(const MemoryScope&) = delete;
+  static MemoryCategory current();
+
+ private:
+  MemoryCategory previous_;
+};
+
+/// While it lives, new tensors of any thread get addresses but no memory, and no kernel runs: a real step can be
+/// replayed to see what it would take. Touching the data of such a tensor is a segmentation fault by construction; reads
+/// through the library (item(), to_vector()) are errors. Must not be mixed with tensors made outside.
+class DryRun {
+ public:
+  DryRun();
+  ~DryRun();
+  DryRun(const DryRun&) = delete;
+  DryRun& operator=(const DryRun&) = delete;
+  static bool active();
+};
+
+struct MemoryStatistics {
+  struct Use {
+    int64_t current = 0;  ///< bytes held now
+    int64_t peak = 0;     ///< most bytes held at once in this category
+    int64_t at_peak = 0;  ///< bytes of this category at the moment when the total was highest
+  };
+  std::array<Use, kMemoryCategories> categories;
+  Use total;
+  int64_t reserved = 0;            ///< bytes taken from the system, cached ones included
+  int64_t system_allocations = 0;  ///< times the system was asked, since the start
+};
+
+/// A caching allocator: memory that is given back is kept, split and joined, so that a training step that repeats asks
+/// the system for nothing after the second time. Best fit; blocks are 64-byte aligned. Thread-safe.
+class Allocator {
+ public:
+  /// @throws Error kMemory with the category table if the system has no more.
+  void* allocate(size_t bytes, MemoryCategory category);
+  void free(void* data);
+  MemoryStatistics statistics() const;
+  void reset_peak();
+  /// Gives cached memory that is not in use back to the system.
+  void release_cached();
+
+  struct State;
+  explicit Allocator(Device device, bool dry);
+  ~Allocator();
+
+ private:
+  State* state_;
+};
+
+/// The allocator of a device; while a DryRun is active, its dry twin.
+Allocator& allocator(Device device);
+
+/// The table of categories with current and peak use, as text.
+std::string memory_table(const MemoryStatistics& statistics);
+
+/// "1.9 GiB".
+std::string human_bytes(int64_t bytes);
+
+/// Peak resident memory of this process in bytes, as the operating system counts it.
+int64_t peak_resident_bytes();
+
+}  // namespace weft

@@ -1,0 +1,233 @@
+#include "core/tensor.h"
+
+#include <ostream>
+
+#include "core/autograd.h"
+#include "core/autograd_node.h"
+
+namespace weft {
+
+using autograd::Meta;
+
+// ---- storage ----
+
+Storage::Storage(Device device, int64_t bytes)
+    : device_(device),
+      bytes_(bytes),
+      allocator_(&allocator(device)),
+      data_(allocator_->allocate(static_cast<size_t>(bytes), MemoryScope::current())) {}
+
+Storage::~Storage() { allocator_->free(data_); }
+
+// ---- making ----
+
+namespace detail {
+
+void check_count(size_t got, const Shape& shape) {
+  if (static_cast<int64_t>(got) != numel(shape, "Tensor::from")) {
+    fail(ErrorKind::kShape, "Tensor::from", got, " values do not fill shape ", shape, ", which has ", numel(shape), " elements");
+  }
+}
+
+void check_dtype(DType wanted, DType got) {
+  if (wanted != got) fail(ErrorKind::kDType, "Tensor::data", "the tensor is ", got, ", asked for as ", wanted, ". Hint: cast with .to()");
+}
+
+}  // namespace detail
+
+Tensor::Impl& Tensor::get() const {
+  if (impl_ == nullptr) fail(ErrorKind::kState, "tensor", "this tensor is undefined (default-constructed or moved from)");
+  return *impl_;
+}
+
+Tensor Tensor::empty(const Shape& shape, DType dtype, Device device) {
+  const int64_t count = weft::numel(shape, "Tensor::empty");
+  int64_t bytes = 0;
+  if (__builtin_mul_overflow(count, size_of(dtype), &bytes)) {
+    fail(ErrorKind::kShape, "Tensor::empty", dtype, " ", shape, " has more bytes than 64 bits can count");
+  }
+  Tensor out;
+  out.impl_ = std::make_shared<Impl>();
+  out.impl_->storage = std::make_shared<Storage>(device, bytes);
+  out.impl_->shape = shape;
+  out.impl_->strides = contiguous_strides(shape);
+  out.impl_->numel = count;
+  out.impl_->dtype = dtype;
+  return out;
+}
+
+Tensor Tensor::full(const Shape& shape, double value, DType dtype, Device device) {
+  Tensor out = empty(shape, dtype, device);
+  if (!DryRun::active()) backend(device).fill(out.view(), value);
+  return out;
+}
+
+Tensor Tensor::arange(int64_t n, DType dtype, Device device) {
+  if (n < 0) fail(ErrorKind::kValue, "arange", "n must not be negative, got ", n);
+  std::vector<int64_t> values(static_cast<size_t>(n));
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<int64_t>(i);
+  return from(values, {n}, device).to(dtype);
+}
+
+Tensor Tensor::make_view(const Tensor& base, const Shape& shape, const Strides& strides, int64_t offset) {
+  Tensor out;
+  out.impl_ = std::make_shared<Impl>();
+  out.impl_->storage = base.storage();
+  out.impl_->shape = shape;
+  out.impl_->strides = strides;
+  out.impl_->offset = offset;
+  out.impl_->numel = weft::numel(shape);
+  out.impl_->dtype = base.dtype();
+  return out;
+}
+
+// ---- what it is ----
+
+int64_t Tensor::size(int64_t dim) const { return shape()[normalize_dim(dim, rank(), "Tensor::size")]; }
+
+void* Tensor::raw() const {
+  const Impl& impl = get();
+  return static_cast<char*>(impl.storage->data()) + impl.offset * size_of(impl.dtype);
+}
+
+std::string Tensor::describe() const { return defined() ? concat(dtype(), ' ', shape()) : "undefined"; }
+
+// ---- reading ----
+
+template <class T>
+std::vector<T> Tensor::to_vector() const {
+  if (DryRun::active()) fail(ErrorKind::kState, "Tensor::to_vector", "there are no values to read in a dry run");
+  const autograd::NoGrad no_grad;
+  const Tensor source = to(DTypeOf<T>::value).contiguous();
+  std::vector<T> values(static_cast<size_t>(numel()));
+  if (!values.empty()) backend(device()).to_host(values.data(), source.raw(), values.size() * sizeof(T));
+  return values;
+}
+template std::vector<float> Tensor::to_vector() const;
+template std::vector<double> Tensor::to_vector() const;
+template std::vector<int32_t> Tensor::to_vector() const;
+template std::vector<int64_t> Tensor::to_vector() const;
+template std::vector<uint8_t> Tensor::to_vector() const;
+
+double Tensor::item() const {
+  if (numel() != 1) fail(ErrorKind::kShape, "Tensor::item", "needs exactly one element, got ", describe());
+  return to_vector<double>()[0];
+}
+
+std::ostream& operator<<(std::ostream& out, const Tensor& tensor) {
+  out << tensor.describe();
+  if (!tensor.defined() || DryRun::active()) return out;
+  constexpr int64_t kShown = 8;
+  const autograd::NoGrad no_grad;
+  const Tensor flat = tensor.reshape({-1});
+  const std::vector<double> values = flat.slice(0, 0, std::min(kShown, flat.numel())).to_vector<double>();
+  out << " {";
+  for (size_t i = 0; i < values.size(); ++i) out << (i ? ", " : "") << values[i];
+  return out << (flat.numel() > kShown ? ", ...}" : "}");
+}
+
+// ---- in place ----
+
+void Tensor::begin_change(const char* op) const {
+  if (autograd::grad_mode() && requires_grad()) {
+    fail(ErrorKind::kState, op, "would change in place a tensor (", describe(), ") that takes part in a graph. Hint: change it under NoGrad, ",
+         "change detach(), or use the form that answers with a new tensor");
+  }
+  get().storage->bump(op);
+}
+
+Tensor& Tensor::fill_(double value) {
+  begin_change("fill_");
+  if (!DryRun::active()) backend(device()).fill(view(), value);
+  return *this;
+}
+
+Tensor& Tensor::copy_(const Tensor& source) {
+  if (!(source.shape() == shape())) {
+    fail(ErrorKind::kShape, "copy_", "the source is ", source.describe(), ", the target ", describe(), "; shapes must be equal in place. ",
+         "Hint: expand() the source");
+  }
+  begin_change("copy_");
+  if (DryRun::active() || numel() == 0) return *this;
+  if (source.device() == device()) {
+    backend(device()).copy(view(), source.view());
+    return *this;
+  }
+  const Tensor there = source.detach().to(dtype()).contiguous();
+  const auto bytes = static_cast<size_t>(numel() * size_of(dtype()));
+  Tensor host = there;
+  if (there.device().kind != DeviceKind::cpu) {
+    host = empty(shape(), dtype());
+    backend(there.device()).to_host(host.raw(), there.raw(), bytes);
+  }
+  if (device().kind == DeviceKind::cpu) {
+    backend(device()).copy(view(), host.view());
+  } else {
+    Tensor staged = is_contiguous() ? *this : empty(shape(), dtype(), device());
+    backend(device()).to_device(staged.raw(), host.raw(), bytes);
+    if (!staged.is_same(*this)) backend(device()).copy(view(), staged.view());
+  }
+  return *this;
+}
+
+// ---- autograd ----
+
+bool Tensor::requires_grad() const { return get().meta != nullptr && get().meta->requires_grad; }
+
+bool Tensor::is_leaf() const { return get().meta == nullptr || get().meta->node == nullptr; }
+
+Tensor& Tensor::requires_grad_(bool value) {
+  if (!is_leaf()) {
+    fail(ErrorKind::kState, "requires_grad_", "only a leaf can be told whether it requires a gradient; this tensor was computed by [",
+         get().meta->node->op, "]. Hint: detach() it first");
+  }
+  if (value && !is_float(dtype())) fail(ErrorKind::kDType, "requires_grad_", "only float tensors have gradients, got ", describe());
+  if (get().meta == nullptr) get().meta = std::make_shared<Meta>();
+  get().meta->requires_grad = value;
+  return *this;
+}
+
+Tensor Tensor::grad() const { return get().meta == nullptr ? Tensor() : get().meta->grad; }
+
+void Tensor::set_grad(Tensor grad) const {
+  if (grad.defined() && (!(grad.shape() == shape()) || grad.dtype() != dtype() || grad.device() != device())) {
+    fail(ErrorKind::kShape, "set_grad", "the gradient is ", grad.describe(), " on ", grad.device(), ", the tensor ", describe(), " on ", device());
+  }
+  if (get().meta == nullptr) get().meta = std::make_shared<Meta>();
+  get().meta->grad = std::move(grad);
+}
+
+void Tensor::clear_grad() const {
+  if (get().meta != nullptr) get().meta->grad = Tensor();
+}
+
+void Tensor::retain_grad() const {
+  if (!requires_grad()) fail(ErrorKind::kState, "retain_grad", "this tensor (", describe(), ") does not require a gradient");
+  if (is_leaf()) return;
+  register_hook([meta = std::weak_ptr<Meta>(get().meta)](const Tensor& gradient) {
+    if (const auto alive = meta.lock()) alive->grad = gradient;
+    return Tensor();
+  });
+}
+
+Tensor Tensor::detach() const { return make_view(*this, shape(), strides(), offset()); }
+
+void Tensor::backward(const Tensor& gradient, bool retain_graph) const {
+  autograd::backward({*this}, {gradient}, retain_graph);
+}
+
+void Tensor::register_hook(std::function<Tensor(const Tensor&)> hook) const {
+  if (!requires_grad()) fail(ErrorKind::kState, "register_hook", "this tensor (", describe(), ") does not require a gradient");
+  Meta& meta = *get().meta;
+  if (meta.node == nullptr) meta.hooks.push_back(std::move(hook));
+  else meta.node->hooks.emplace_back(meta.output, std::move(hook));
+}
+
+void Tensor::register_grad_ready_hook(std::function<void(const Tensor&)> hook) const {
+  if (!requires_grad() || !is_leaf()) {
+    fail(ErrorKind::kState, "register_grad_ready_hook", "only a leaf that requires a gradient adds one up; got ", describe());
+  }
+  get().meta->grad_ready_hooks.push_back(std::move(hook));
+}
+
+}  // namespace weft

@@ -1,0 +1,203 @@
+#pragma once
+#include <functional>
+#include <iosfwd>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/backend.h"
+#include "core/memory.h"
+
+namespace weft {
+
+class Tensor;
+namespace autograd {
+class Node;
+struct Meta;
+}  // namespace autograd
+
+/// Bytes on a device, shared by a tensor and its views, with a counter of in-place changes.
+class Storage {
+ public:
+  Storage(Device device, int64_t bytes);
+  ~Storage();
+  Storage(const Storage&) = delete;
+  Storage& operator=(const Storage&) = delete;
+
+  void* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+  Device device() const { return device_; }
+  uint64_t version() const { return version_; }
+  const char* last_change() const { return last_change_; }
+  /// Notes an in-place change by `op` (a string literal).
+  void bump(const char* op) { ++version_, last_change_ = op; }
+
+ private:
+  Device device_;
+  int64_t bytes_;
+  Allocator* allocator_;
+  void* data_;
+  uint64_t version_ = 0;
+  const char* last_change_ = "nothing";
+};
+
+/// A handle on a strided array: storage, shape, strides, offset, dtype, and its place in the autograd graph. Copying a
+/// Tensor copies the handle; views share storage. Up to 6 dimensions; sizes and strides count elements.
+class Tensor {
+ public:
+  Tensor() = default;  ///< undefined: defined() is false
+  bool defined() const { return impl_ != nullptr; }
+
+  // ---- making ----
+  /// Contiguous, contents unspecified. Counted under MemoryScope's category.
+  static Tensor empty(const Shape& shape, DType dtype = DType::f32, Device device = Device::cpu());
+  static Tensor full(const Shape& shape, double value, DType dtype = DType::f32, Device device = Device::cpu());
+  static Tensor zeros(const Shape& shape, DType dtype = DType::f32, Device device = Device::cpu()) { return full(shape, 0, dtype, device); }
+  static Tensor ones(const Shape& shape, DType dtype = DType::f32, Device device = Device::cpu()) { return full(shape, 1, dtype, device); }
+  static Tensor empty_like(const Tensor& other) { return empty(other.shape(), other.dtype(), other.device()); }
+  static Tensor zeros_like(const Tensor& other) { return zeros(other.shape(), other.dtype(), other.device()); }
+  /// [0, 1, ..., n-1].
+  static Tensor arange(int64_t n, DType dtype = DType::i64, Device device = Device::cpu());
+  /// Copies host values of the tensor's own type. @throws Error kShape if their number is not that of the shape.
+  template <class T>
+  static Tensor from(std::span<const T> values, const Shape& shape, Device device = Device::cpu());
+  template <class T>
+  static Tensor from(const std::vector<T>& values, const Shape& shape, Device device = Device::cpu()) {
+    return from(std::span<const T>(values), shape, device);
+  }
+
+  // ---- what it is ----
+  const Shape& shape() const { return get().shape; }
+  const Strides& strides() const { return get().strides; }
+  int rank() const { return shape().rank(); }
+  /// Size of a dimension; negative counts from the end.
+  int64_t size(int64_t dim) const;
+  int64_t numel() const { return get().numel; }
+  int64_t offset() const { return get().offset; }
+  DType dtype() const { return get().dtype; }
+  Device device() const { return get().storage->device(); }
+  bool is_contiguous() const { return weft::is_contiguous(shape(), strides()); }
+  const std::shared_ptr<Storage>& storage() const { return get().storage; }
+  /// Address of the first element.
+  void* raw() const;
+  /// The same, typed. @throws Error kDType if T is not the dtype.
+  template <class T>
+  T* data() const;
+  StridedView view() const { return {raw(), shape(), strides(), dtype()}; }
+  /// "f32 [8, 1024]", for messages.
+  std::string describe() const;
+
+  // ---- reading ----
+  /// The one element as a number. @throws Error kShape if there is not exactly one.
+  double item() const;
+  /// All elements in row-major order, cast to T.
+  template <class T>
+  std::vector<T> to_vector() const;
+
+  // ---- views: share storage, differentiable ----
+  /// Row-major order kept; one size may be -1. A view where strides allow it, else a copy.
+  Tensor reshape(const Shape& shape) const;
+  Tensor transpose(int64_t dim0, int64_t dim1) const;
+  /// Dimension i of the result is dimension order[i] of this.
+  Tensor permute(const Dims& order) const;
+  /// Elements start, start+step, ... before stop along dim; negative indices count from the end; step >= 1.
+  Tensor slice(int64_t dim, int64_t start, int64_t stop, int64_t step = 1) const;
+  Tensor narrow(int64_t dim, int64_t start, int64_t length) const;
+  /// Element `index` along dim; the dimension goes away.
+  Tensor select(int64_t dim, int64_t index) const;
+  /// Repeats dimensions of size 1 without copying; new dimensions lead.
+  Tensor expand(const Shape& shape) const;
+  Tensor squeeze(int64_t dim) const;
+  Tensor unsqueeze(int64_t dim) const;
+  /// Pieces of `size` along dim; the last may be smaller.
+  std::vector<Tensor> split(int64_t size, int64_t dim = 0) const;
+
+  // ---- copies: differentiable ----
+  /// This if contiguous, else a row-major copy.
+  Tensor contiguous() const;
+  Tensor clone() const;
+  Tensor to(DType dtype) const;
+  Tensor to(Device device) const;
+
+  // ---- in place ----
+  // Refused on a tensor that takes part in a graph (requires_grad and grad mode on). Each counts as a change, so that
+  // a backward pass that needs the old values fails and names this change.
+  Tensor& fill_(double value);
+  Tensor& zero_() { return fill_(0); }
+  /// Casts; shapes must be equal: no implicit broadcasting in place.
+  Tensor& copy_(const Tensor& source);
+  /// Checks the rule above and counts a change by `op` (a string literal): for functions that write into a tensor.
+  void begin_change(const char* op) const;
+
+  // ---- autograd ----
+  bool requires_grad() const;
+  /// Makes this a leaf whose gradient is wanted. @throws Error kDType unless float; kState if it is no leaf.
+  Tensor& requires_grad_(bool value = true);
+  bool is_leaf() const;
+  /// The gradient that backward passes have added up; undefined if there is none.
+  Tensor grad() const;
+  void set_grad(Tensor grad) const;
+  void clear_grad() const;
+  /// Keeps the gradient of a tensor that is no leaf, so that grad() has it after backward.
+  void retain_grad() const;
+  /// The same values outside the graph; shares storage.
+  Tensor detach() const;
+  /// Gradients of this (one element, or with `gradient` of the same shape) with respect to every leaf, added to grad().
+  void backward(const Tensor& gradient = {}, bool retain_graph = false) const;
+  /// Calls hook(gradient) when the gradient of this tensor is complete; a defined result replaces it.
+  void register_hook(std::function<Tensor(const Tensor&)> hook) const;
+  /// Leaves only: calls hook(leaf) when a backward pass has added its whole contribution to grad().
+  void register_grad_ready_hook(std::function<void(const Tensor&)> hook) const;
+
+  /// Whether both are handles on the very same tensor.
+  bool is_same(const Tensor& other) const { return impl_ == other.impl_; }
+  /// Whether no other handle and no view shares the memory.
+  bool is_sole_owner() const { return impl_.use_count() == 1 && impl_->storage.use_count() == 1; }
+
+  struct Impl {
+    std::shared_ptr<Storage> storage;
+    Shape shape;
+    Strides strides;
+    int64_t offset = 0;
+    int64_t numel = 0;
+    DType dtype = DType::f32;
+    std::shared_ptr<autograd::Meta> meta;  // null: outside any graph
+  };
+  /// A view of `storage`; bounds are the caller's promise. No autograd: for functions that record their own rule.
+  static Tensor make_view(const Tensor& base, const Shape& shape, const Strides& strides, int64_t offset);
+  const std::shared_ptr<autograd::Meta>& autograd_meta() const { return get().meta; }
+  void set_autograd_meta(std::shared_ptr<autograd::Meta> meta) const { get().meta = std::move(meta); }
+
+ private:
+  Impl& get() const;
+  std::shared_ptr<Impl> impl_;
+};
+
+/// Tensors joined along dim; other sizes and dtypes must be equal. Differentiable.
+Tensor cat(const std::vector<Tensor>& tensors, int64_t dim = 0);
+
+/// "f32 [2, 3] {1, 2, ...}": shape and the first values.
+std::ostream& operator<<(std::ostream& out, const Tensor& tensor);
+
+namespace detail {
+void check_count(size_t got, const Shape& shape);
+void check_dtype(DType wanted, DType got);
+}  // namespace detail
+
+template <class T>
+T* Tensor::data() const {
+  detail::check_dtype(DTypeOf<std::remove_const_t<T>>::value, dtype());
+  return static_cast<T*>(raw());
+}
+
+template <class T>
+Tensor Tensor::from(std::span<const T> values, const Shape& shape, Device device) {
+  detail::check_count(values.size(), shape);
+  Tensor out = empty(shape, DTypeOf<T>::value, device);
+  if (!values.empty() && !DryRun::active()) backend(device).to_device(out.raw(), values.data(), values.size_bytes());
+  return out;
+}
+
+}  // namespace weft
