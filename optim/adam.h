@@ -1,0 +1,56 @@
+#pragma once
+#include <memory>
+
+#include "optim/optimizer.h"
+
+namespace weft::optim {
+
+struct AdamOptions {
+  double beta1 = 0.9;         ///< [0, 1): decay of the mean of gradients
+  double beta2 = 0.999;       ///< [0, 1): decay of the mean of squared gradients
+  double eps = 1e-8;          ///< > 0, added to the root
+  double weight_decay = 0.0;  ///< >= 0, for parameters whose role is weight; norms, biases and embeddings are spared
+  double clip_norm = 0.0;     ///< global gradient norm allowed; 0 means no clipping
+  bool trust_ratio = false;   ///< LAMB
+};
+
+/// AdamW (Loshchilov & Hutter 2019) and LAMB (You et al. 2020, algorithm 2) as one rule, per element of a tensor w:
+///
+///   g  = clip_factor * gradient
+///   m  = beta1 m + (1 - beta1) g             v = beta2 v + (1 - beta2) g^2
+///   u  = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w
+///   w -= lr * r * u,   r = ||w|| / ||u|| per tensor with the trust ratio (1 if either norm is 0), else 1
+///
+/// The ratio is for tensors of role weight and embedding; biases and norms keep r = 1, as You et al. exclude them.
+/// State per parameter: exp_avg, exp_avg_sq (f32; f64 for f64) and, for bf16 and f16 parameters, master (f32), which
+/// is what is updated: the parameter is the master rounded. Computed in the state's type on the pool's threads; no bit
+/// depends on their number.
+class Adam final : public Optimizer {
+ public:
+  /// @throws Error kValue for options outside their range.
+  Adam(Parameters parameters, const AdamOptions& options, std::shared_ptr<NormReducer> norms = std::make_shared<LocalNorms>());
+  StepReport step(double lr) override;
+
+ protected:
+  NamedTensors state_tensors() const override;
+
+ private:
+  struct Slot {
+    Tensor exp_avg, exp_avg_sq, master;
+  };
+  AdamOptions options_;
+  std::shared_ptr<NormReducer> norms_;
+  std::vector<Slot> slots_;
+};
+
+/// Adam without and with the trust ratio, under their usual names.
+inline std::unique_ptr<Adam> adamw(Parameters parameters, AdamOptions options) {
+  options.trust_ratio = false;
+  return std::make_unique<Adam>(std::move(parameters), options);
+}
+inline std::unique_ptr<Adam> lamb(Parameters parameters, AdamOptions options) {
+  options.trust_ratio = true;
+  return std::make_unique<Adam>(std::move(parameters), options);
+}
+
+}  // namespace weft::optim

@@ -1,0 +1,37 @@
+#pragma once
+#include <span>
+
+#include "optim/parameter.h"
+
+namespace weft::optim {
+
+/// Turns sums of squares of what this process holds into sums over whole tensors. The parallel layer supplies one that
+/// adds the parts of split tensors and leaves replicated ones alone; a tied tensor is listed, and counted, once.
+class NormReducer {
+ public:
+  virtual ~NormReducer() = default;
+  /// squares[i] belongs to parameters[i].
+  virtual void reduce(std::span<double> squares, const Parameters& parameters) = 0;
+};
+
+/// Everything is held here: nothing to do.
+class LocalNorms final : public NormReducer {
+ public:
+  void reduce(std::span<double>, const Parameters&) override {}
+};
+
+/// ||g||_2 over the gradients of all parameters; those without a gradient count as 0. Squares are added in f64, in an
+/// order that does not depend on the number of threads.
+/// @throws Error kValue, naming the first tensor with a gradient that is NaN or infinite and where in it.
+double grad_norm(const Parameters& parameters, NormReducer& reducer);
+double grad_norm(const Parameters& parameters);
+
+/// min(1, max_norm / norm): the factor that clips a gradient of this norm.
+double clip_factor(double norm, double max_norm);
+
+/// Scales all gradients in place so that their global norm is at most max_norm (Pascanu et al. 2013); returns the norm
+/// before. Optimizers do the same without the extra pass: see AdamOptions::clip_norm.
+double clip_grad_norm(const Parameters& parameters, double max_norm, NormReducer& reducer);
+double clip_grad_norm(const Parameters& parameters, double max_norm);
+
+}  // namespace weft::optim

@@ -1,0 +1,39 @@
+#pragma once
+#include "optim/norm.h"
+
+namespace weft::optim {
+
+/// What a step did.
+struct StepReport {
+  double grad_norm = 0;    ///< before clipping
+  double clip_factor = 1;  ///< by which gradients were multiplied
+};
+
+/// Changes parameters by their gradients. Its whole state is a set of named tensors, so that it is stored, resumed and
+/// sharded like parameters.
+class Optimizer {
+ public:
+  virtual ~Optimizer() = default;
+  /// One update with this learning rate. Gradients stay; parameters without one are left as they are.
+  /// @throws Error kValue, before anything is changed, if a gradient is NaN or infinite: it names the first such tensor.
+  virtual StepReport step(double lr) = 0;
+  /// Forgets the gradients; their memory goes back to the allocator.
+  void zero_grad();
+  /// Steps taken so far.
+  int64_t steps() const { return steps_; }
+  const Parameters& parameters() const { return parameters_; }
+
+  /// "<parameter>.<name of the state>" tensors that share memory with the state, and "steps" (i64 [1]).
+  NamedTensors state() const;
+  /// Copies values into the state. @throws Error kData if a tensor is missing, unknown or of another shape or dtype.
+  void load_state(const NamedTensors& tensors);
+
+ protected:
+  explicit Optimizer(Parameters parameters);
+  virtual NamedTensors state_tensors() const = 0;
+
+  Parameters parameters_;
+  int64_t steps_ = 0;
+};
+
+}  // namespace weft::optim
