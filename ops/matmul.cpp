@@ -1,0 +1,175 @@
+#include "ops/matmul.h"
+
+#include "core/autograd.h"
+#include "ops/column_sum.h"
+#include "ops/gemm.h"
+#include "ops/launch.h"
+
+namespace weft {
+namespace {
+
+using autograd::BackwardContext;
+using autograd::Rule;
+
+void check_float(const char* op, const Tensor& x) {
+  dispatch_float(x.dtype(), op, []<class T>() {});
+}
+
+/// The element type under which gemm() knows T: bfloat16 goes by its bits.
+template <class T>
+using GemmType = std::conditional_t<std::is_same_v<T, BFloat16>, uint16_t, T>;
+
+/// Calls f<T>() for the types that gemm() multiplies: f32, f64, bf16.
+template <class F>
+void dispatch_gemm(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f64: return f.template operator()<double>();
+    case DType::bf16: return f.template operator()<uint16_t>();
+    default: return f.template operator()<float>();
+  }
+}
+
+/// Product of all sizes but the last: the rows of a tensor read as a matrix.
+int64_t row_count(const Shape& shape) {
+  int64_t rows = 1;
+  for (int d = 0; d + 1 < shape.rank(); ++d) rows *= shape[d];
+  return rows;
+}
+
+/// The last two dimensions of `x` as gemm() takes them; a copy first if neither has unit stride.
+Tensor with_unit_stride(const Tensor& x) {
+  const int64_t rows = x.size(-2), columns = x.size(-1), row = x.strides()[x.rank() - 2], column = x.strides().back();
+  const bool fits = (column == 1 || columns <= 1) || (row == 1 || rows <= 1);
+  return fits && row >= 0 && column >= 0 ? x : x.contiguous();
+}
+
+template <class T>
+MatrixRef<T> matrix(const Tensor& x) {
+  int64_t row = x.strides()[x.rank() - 2], column = x.strides().back();
+  // A single row or column may have any stride in its dimension of size 1: name the unit stride.
+  if (column != 1 && row != 1) (x.size(-1) <= 1 ? column : row) = 1;
+  return {static_cast<const T*>(x.raw()), row, column};
+}
+
+/// c[b] = a[b] * b[b] + beta * c[b] over matrices [batch, ., .]; c contiguous; f32, f64 or bf16.
+void product(const Tensor& a_, const Tensor& b_, const Tensor& c, bool accumulate = false, const Tensor& bias = {}) {
+  const autograd::NoGrad no_grad;
+  const Tensor a = with_unit_stride(a_), b = with_unit_stride(b_);
+  launch(c.device(), "matmul", [&](Cpu) {
+    dispatch_gemm(c.dtype(), [&]<class T>() {
+      Gemm<T> g;
+      g.m = c.size(-2), g.n = c.size(-1), g.k = a.size(-1);
+      g.a = matrix<T>(a), g.b = matrix<T>(b);
+      g.c = static_cast<T*>(c.raw()), g.ldc = c.size(-1);
+      g.beta = accumulate ? 1 : 0;
+      if (bias.defined()) g.bias = bias.data<typename Gemm<T>::Sum>();
+      if (c.rank() == 2) return gemm(g);
+      gemm_batched(g, {.count = c.size(0), .a = a.strides()[0], .b = b.strides()[0], .c = g.m * g.n});
+    });
+  });
+}
+
+}  // namespace
+
+Tensor matmul(const Tensor& a, const Tensor& b) {
+  check_same("matmul", {&a, &b});
+  check_float("matmul", a);
+  if (a.rank() < 2 || b.rank() < 2 || a.size(-1) != b.size(-2)) {
+    fail(ErrorKind::kShape, "matmul", "needs [..., M, K] and [..., K, N], got ", a.describe(), " and ", b.describe());
+  }
+  if (a.dtype() == DType::f16) return matmul(a.to(DType::f32), b.to(DType::f32)).to(DType::f16);
+  if (b.rank() == 2 && a.rank() > 2) {  // one large product instead of many small ones
+    Shape shape = a.shape();
+    shape[a.rank() - 1] = b.size(1);
+    return matmul(a.reshape({row_count(a.shape()), a.size(-1)}), b).reshape(shape);
+  }
+  Shape batch_a = a.shape(), batch_b = b.shape();
+  for (Shape* shape : {&batch_a, &batch_b}) shape->erase(shape->rank() - 1), shape->erase(shape->rank() - 1);
+  const Shape batch = broadcast_shapes(batch_a, batch_b, "matmul");
+  const int64_t count = numel(batch);
+  Shape shape = batch;
+  shape.push_back(a.size(-2));
+  shape.push_back(b.size(-1));
+  Tensor out = Tensor::empty(shape, a.dtype(), a.device());
+  const auto flat = [&](const Tensor& x) {
+    const autograd::NoGrad no_grad;
+    if (batch.empty()) return x;
+    Shape full = batch;
+    full.push_back(x.size(-2));
+    full.push_back(x.size(-1));
+    return x.expand(full).reshape({count, x.size(-2), x.size(-1)});
+  };
+  product(flat(a), flat(b), batch.empty() ? out : out.detach().reshape({count, a.size(-2), b.size(-1)}));
+  autograd::record(
+      "matmul", {a, b}, {out}, {a, b},
+      [](BackwardContext& context) {
+        if (context.needs(0)) context.set(0, matmul(context.grad(), context.saved(1).transpose(-1, -2)));
+        if (context.needs(1)) context.set(1, matmul(context.saved(0).transpose(-1, -2), context.grad()));
+      },
+      Rule::kDifferentiable);
+  return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  check_same("linear", {&x, &weight, &bias});
+  check_float("linear", x);
+  if (weight.rank() != 2 || x.rank() < 1 || x.size(-1) != weight.size(1)) {
+    fail(ErrorKind::kShape, "linear", "the last dimension of x must be the weight's second: x is ", x.describe(), ", weight is ", weight.describe());
+  }
+  if (bias.defined() && !(bias.shape() == Shape{weight.size(0)})) {
+    fail(ErrorKind::kShape, "linear", "weight is ", weight.describe(), ", bias is ", bias.describe(), "; expected bias [", weight.size(0), "]");
+  }
+  if (x.dtype() == DType::f16) {
+    return linear(x.to(DType::f32), weight.to(DType::f32), bias.defined() ? bias.to(DType::f32) : bias).to(DType::f16);
+  }
+  const int64_t in = weight.size(1), out_features = weight.size(0);
+  Shape shape = x.shape();
+  shape[x.rank() - 1] = out_features;
+  const int64_t rows = row_count(shape);
+  Tensor out = Tensor::empty(shape, x.dtype(), x.device());
+  {
+    const autograd::NoGrad no_grad;
+    const Tensor sum_bias = !bias.defined() ? bias : x.dtype() == DType::bf16 ? bias.to(DType::f32) : bias.contiguous();
+    product(x.reshape({rows, in}), weight.transpose(0, 1), out.reshape({rows, out_features}), false, sum_bias);
+  }
+  autograd::record("linear", {x, weight, bias}, {out}, {x, weight}, [rows, in, out_features](BackwardContext& context) {
+    const Tensor x = context.saved(0), weight = context.saved(1);
+    const Tensor gradient = context.grad().contiguous().reshape({rows, out_features});
+    if (context.needs(0)) {
+      Tensor dx = Tensor::empty(x.shape(), x.dtype(), x.device());
+      product(gradient, weight, dx.reshape({rows, in}));
+      context.set(0, dx);
+    }
+    if (context.needs(1)) {
+      const auto sink = context.sink(1);
+      Tensor dw = sink ? sink->tensor : Tensor::empty({out_features, in}, x.dtype(), x.device());
+      product(gradient.transpose(0, 1), x.reshape({rows, in}), dw, sink && sink->accumulate);
+      if (!sink) context.set(1, dw);
+    }
+    if (!context.needs(2)) return;
+    if (x.dtype() == DType::bf16) {
+      // Many rows add up to one number: sum in f32 and round once.
+      context.set(2, [&] {
+        Tensor sum = Tensor::empty({out_features}, DType::f32, x.device());
+        const Tensor wide = gradient.to(DType::f32);
+        launch(x.device(), "linear", [&](Cpu) {
+          column_sum(wide.data<float>(), rows, out_features, out_features, sum.data<float>(), false);
+        });
+        return sum.to(DType::bf16);
+      }());
+      return;
+    }
+    const auto sink = context.sink(2);
+    Tensor db = sink ? sink->tensor : Tensor::empty({out_features}, x.dtype(), x.device());
+    launch(x.device(), "linear", [&](Cpu) {
+      const auto sum = [&]<class T>() {
+        column_sum(gradient.data<T>(), rows, out_features, out_features, db.data<T>(), sink && sink->accumulate);
+      };
+      x.dtype() == DType::f64 ? sum.template operator()<double>() : sum.template operator()<float>();
+    });
+    if (!sink) context.set(2, db);
+  });
+  return out;
+}
+
+}  // namespace weft

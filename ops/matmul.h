@@ -1,0 +1,29 @@
+#pragma once
+#include "core/tensor.h"
+
+namespace weft {
+
+/// Matrix product over the last two dimensions, batched over the others.
+///
+///   y[..., i, j] = sum_k a[..., i, k] * b[..., k, j]
+///
+/// @param a  [..., M, K], f32, f64, f16 or bf16; any strides (a transposed view is not copied)
+/// @param b  [..., K, N], dtype of a; leading dimensions broadcast against those of a
+/// @return   [..., M, N]. Sums are kept in f32 (f64 for f64) and rounded once.
+/// @throws Error  kShape if a dimension is missing or K differs; kDType if dtypes differ or are not float.
+/// Differentiable any number of times. Saved for backward: a, b.
+Tensor matmul(const Tensor& a, const Tensor& b);
+
+/// Affine map over the last dimension: the weight is stored as [out, in], as in PyTorch and GPT-2's papers.
+///
+///   y[..., o] = sum_i x[..., i] * weight[o, i] + bias[o]
+///
+/// @param x       [..., in], f32, f64, f16 or bf16
+/// @param weight  [out, in], dtype of x
+/// @param bias    [out], dtype of x, or undefined for none
+/// @return        [..., out]; the bias is added before the one rounding.
+/// @throws Error  kShape naming the sizes that do not fit; kDType if dtypes differ.
+/// Saved for backward: x, weight. Gradients of weight and bias are written where the leaf keeps them.
+Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias = {});
+
+}  // namespace weft
