@@ -1,0 +1,210 @@
+#include "models/gpt.h"
+
+#include <cmath>
+
+#include "core/autograd.h"
+#include "ops/attention.h"
+#include "ops/dropout.h"
+#include "ops/elementwise.h"
+#include "ops/loss.h"
+#include "ops/matmul.h"
+
+namespace weft::models {
+namespace {
+
+constexpr double kDeviation = 0.02;
+
+double residual_deviation(const GptConfig& config) { return kDeviation / std::sqrt(2.0 * static_cast<double>(config.layers)); }
+
+class Attention : public Module {
+ public:
+  Attention(const GptConfig& config, const Init& init)
+      : heads_(config.heads),
+        qkv_(config.width, 3 * config.width, kDeviation, init.at("qkv")),
+        proj_(config.width, config.width, residual_deviation(config), init.at("proj")) {
+    add("qkv", qkv_);
+    add("proj", proj_);
+  }
+
+  Tensor operator()(const Tensor& x) const { return proj_(causal_attention(qkv_(x), heads_)); }
+
+  /// The same for positions that follow the `seen` first ones of `keys` and `values` [B, T, C], which are filled.
+  Tensor extend(const Tensor& x, int64_t seen, const Tensor& keys, const Tensor& values) const {
+    const std::vector<Tensor> qkv = qkv_(x).split(x.size(-1), -1);
+    keys.narrow(1, seen, x.size(1)).copy_(qkv[1]);
+    values.narrow(1, seen, x.size(1)).copy_(qkv[2]);
+    AttentionOptions options;
+    options.heads = heads_;
+    options.query_offset = seen;
+    const int64_t length = seen + x.size(1);
+    return proj_(attention(qkv[0], keys.narrow(1, 0, length), values.narrow(1, 0, length), options));
+  }
+
+ private:
+  int64_t heads_;
+  Linear qkv_, proj_;
+};
+
+class Mlp : public Module {
+ public:
+  Mlp(const GptConfig& config, const Init& init)
+      : fc_(config.width, 4 * config.width, kDeviation, init.at("fc")),
+        proj_(4 * config.width, config.width, residual_deviation(config), init.at("proj")) {
+    add("fc", fc_);
+    add("proj", proj_);
+  }
+  Tensor operator()(const Tensor& x) const { return proj_(gelu(fc_(x))); }
+
+ private:
+  Linear fc_, proj_;
+};
+
+}  // namespace
+
+void GptConfig::check() const {
+  const auto require = [](bool holds, const char* name, auto value, const char* rule) {
+    if (!holds) fail(ErrorKind::kValue, "gpt", name, " must be ", rule, ", got ", value);
+  };
+  constexpr int64_t kMost = int64_t{1} << 24;
+  require(layers >= 1 && layers <= 10000, "layers", layers, "from 1 to 10,000");
+  require(heads >= 1 && heads <= kMost, "heads", heads, "at least 1");
+  require(width >= 1 && width <= kMost, "width", width, "from 1 to 2^24");
+  require(context >= 1 && context <= kMost, "context", context, "from 1 to 2^24");
+  require(vocab >= 1 && vocab <= (int64_t{1} << 31), "vocab", vocab, "from 1 to 2^31");
+  require(dropout >= 0 && dropout < 1, "dropout", dropout, "in [0, 1)");
+  require(norm_eps > 0 && std::isfinite(norm_eps), "norm_eps", norm_eps, "positive");
+  if (width % heads != 0) fail(ErrorKind::kValue, "gpt", "heads must divide width, got ", heads, " heads and width ", width);
+}
+
+int64_t GptConfig::parameter_count() const {
+  const int64_t block = 12 * width * width + 13 * width;  // products 3+1+4+4 C^2, their biases 9 C, two norms 4 C
+  return vocab * width + context * width + layers * block + 2 * width;
+}
+
+double GptConfig::flops_per_token() const {
+  const double l = static_cast<double>(layers), c = static_cast<double>(width);
+  return 6 * (12 * l * c * c + static_cast<double>(vocab) * c) + 7 * l * c * static_cast<double>(context);
+}
+
+/// One transformer block. Its input is the residual stream and the branch that is yet to be added to it, so that every
+/// addition is fused with the norm behind it.
+class Gpt::Block : public Module {
+ public:
+  Block(const GptConfig& config, uint64_t seed, const Init& init)
+      : dropout_(config.dropout),
+        attention_stream_(seed, "dropout/" + init.path + ".attn"),
+        mlp_stream_(seed, "dropout/" + init.path + ".mlp"),
+        ln_1_(config.width, config.norm_eps, init.at("ln_1")),
+        attn_(config, init.at("attn")),
+        ln_2_(config.width, config.norm_eps, init.at("ln_2")),
+        mlp_(config, init.at("mlp")) {
+    add("ln_1", ln_1_);
+    add("attn", attn_);
+    add("ln_2", ln_2_);
+    add("mlp", mlp_);
+  }
+
+  /// {residual stream, MLP branch}.
+  std::pair<Tensor, Tensor> operator()(const Tensor& x, const Tensor& branch, uint64_t step) const {
+    const auto [before, normed] = ln_1_.add_and_norm(x, branch);
+    const Tensor attended = drop(attn_(normed), attention_stream_, step);
+    const auto [after, normed_again] = ln_2_.add_and_norm(before, attended);
+    return {after, drop(mlp_(normed_again), mlp_stream_, step)};
+  }
+
+  std::pair<Tensor, Tensor> extend(const Tensor& x, const Tensor& branch, int64_t seen, const Tensor& keys, const Tensor& values) const {
+    const auto [before, normed] = ln_1_.add_and_norm(x, branch);
+    const auto [after, normed_again] = ln_2_.add_and_norm(before, attn_.extend(normed, seen, keys, values));
+    return {after, mlp_(normed_again)};
+  }
+
+ private:
+  Tensor drop(const Tensor& x, const RandomStream& stream, uint64_t step) const {
+    return is_training() && dropout_ > 0 ? dropout(x, dropout_, stream.at_step(step)) : x;
+  }
+
+  double dropout_;
+  RandomStream attention_stream_, mlp_stream_;
+  LayerNorm ln_1_;
+  Attention attn_;
+  LayerNorm ln_2_;
+  Mlp mlp_;
+};
+
+Gpt::Gpt(const GptConfig& config, Device device, uint64_t seed, DType dtype)
+    : config_((config.check(), config)),
+      seed_(seed),
+      wte_(config.vocab, config.width, kDeviation, Init{seed, dtype, device, "wte"}),
+      wpe_(config.context, config.width, kDeviation, Init{seed, dtype, device, "wpe"}),
+      ln_f_(config.width, config.norm_eps, Init{seed, dtype, device, "ln_f"}) {
+  add("wte", wte_);
+  add("wpe", wpe_);
+  for (int64_t i = 0; i < config.layers; ++i) {
+    const std::string name = "h." + std::to_string(i);
+    blocks_.push_back(std::make_unique<Block>(config, seed, Init{seed, dtype, device, name}));
+    add(name, *blocks_.back());
+  }
+  add("ln_f", ln_f_);
+}
+
+Gpt::~Gpt() = default;
+
+Tensor Gpt::embed(const Tensor& ids, int64_t first_position) const {
+  if (ids.rank() != 2 || ids.size(1) < 1 || first_position + ids.size(1) > config_.context) {
+    fail(ErrorKind::kShape, "gpt", "ids must be [B, T] with 1 <= T <= context; got ", ids.describe(), " from position ", first_position,
+         ", and context is ", config_.context);
+  }
+  const int64_t count = ids.size(1);
+  const Tensor& table = wpe_.weight();
+  return wte_(ids) + (count == config_.context ? table : table.narrow(0, first_position, count));
+}
+
+Tensor Gpt::hidden(const Tensor& ids, const GptStep& step) const {
+  Tensor x = embed(ids, 0), branch;
+  if (is_training() && config_.dropout > 0) x = dropout(x, config_.dropout, RandomStream(seed_, "dropout/embedding").at_step(step.step));
+  for (const auto& block : blocks_) {
+    if (!config_.recompute || !autograd::grad_mode()) {
+      std::tie(x, branch) = (*block)(x, branch, step.step);
+      continue;
+    }
+    const auto run = [&block = *block, number = step.step](const std::vector<Tensor>& inputs) {
+      const auto [sum, next] = block(inputs[0], inputs.size() > 1 ? inputs[1] : Tensor(), number);
+      return std::vector<Tensor>{sum, next};
+    };
+    const std::vector<Tensor> outputs =
+        autograd::checkpoint(run, branch.defined() ? std::vector<Tensor>{x, branch} : std::vector<Tensor>{x});
+    x = outputs[0], branch = outputs[1];
+  }
+  return ln_f_.add_and_norm(x, branch).second;
+}
+
+Tensor Gpt::logits(const Tensor& ids) const { return linear(hidden(ids, {}), wte_.weight()); }
+
+Tensor Gpt::loss(const Tensor& ids, const Tensor& targets, const GptStep& step) const {
+  if (!(targets.shape() == ids.shape())) {
+    fail(ErrorKind::kShape, "gpt", "targets must have the shape of ids, got ", targets.describe(), " and ", ids.describe());
+  }
+  const Tensor x = hidden(ids, step);
+  LinearCrossEntropyOptions options;
+  options.ignore_index = -1;
+  options.valid_tokens = step.valid_tokens;
+  return linear_cross_entropy(x.reshape({ids.numel(), config_.width}), wte_.weight(), targets.reshape({ids.numel()}), options);
+}
+
+Tensor Gpt::next_logits(const Tensor& ids, KvCache& cache) const {
+  const autograd::NoGrad no_grad;
+  Tensor x = embed(ids, cache.positions_), branch;
+  while (cache.keys_.size() < blocks_.size()) {
+    const Shape shape = {ids.size(0), config_.context, config_.width};
+    cache.keys_.push_back(Tensor::empty(shape, x.dtype(), x.device()));
+    cache.values_.push_back(Tensor::empty(shape, x.dtype(), x.device()));
+  }
+  for (size_t i = 0; i < blocks_.size(); ++i) {
+    std::tie(x, branch) = blocks_[i]->extend(x, branch, cache.positions_, cache.keys_[i], cache.values_[i]);
+  }
+  cache.positions_ += ids.size(1);
+  const Tensor last = ln_f_.add_and_norm(x, branch).second.select(1, ids.size(1) - 1);
+  return linear(last, wte_.weight());
+}
+
+}  // namespace weft::models

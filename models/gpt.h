@@ -1,0 +1,80 @@
+#pragma once
+#include <memory>
+
+#include "models/layers.h"
+
+namespace weft::models {
+
+/// GPT-2's shape (Radford et al. 2019).
+struct GptConfig {
+  int64_t layers = 4;
+  int64_t heads = 4;     ///< must divide width
+  int64_t width = 128;   ///< C
+  int64_t context = 64;  ///< T, the most positions a sequence may have
+  int64_t vocab = 0;     ///< V; must be given
+  double dropout = 0;    ///< in [0, 1): after the embeddings and at the end of each branch
+  double norm_eps = 1e-5;
+  bool recompute = false;  ///< keep only each block's input for the backward pass and compute the block again
+
+  /// @throws Error kValue naming the field that makes no sense.
+  void check() const;
+  /// Trained numbers, without making the model.
+  int64_t parameter_count() const;
+  /// Floating-point operations of a training step per token by the formulas of docs/speed-of-light.md: products
+  /// 6 (12 L C^2 + V C) and causal attention 7 L C T executed.
+  double flops_per_token() const;
+};
+
+/// Keys and values of the positions that a generation has seen.
+class KvCache {
+ public:
+  KvCache() = default;
+  int64_t positions() const { return positions_; }
+
+ private:
+  friend class Gpt;
+  std::vector<Tensor> keys_, values_;  // per layer [B, context, C], filled up to positions_
+  int64_t positions_ = 0;
+};
+
+/// What a training step adds to a forward pass.
+struct GptStep {
+  uint64_t step = 0;               ///< which dropout masks to draw
+  double valid_tokens = 0;         ///< divide the loss by this instead of the number of valid targets, if > 0
+};
+
+/// Decoder-only transformer with GPT-2's architecture: learned positions, pre-layer-norm blocks, tanh GELU, the head
+/// tied to the token embedding; and its initialisation: normal with deviation 0.02, 0.02 / sqrt(2 L) for the
+/// projections that end a residual branch, biases 0.
+class Gpt : public Module {
+ public:
+  Gpt(const GptConfig& config, Device device, uint64_t seed = 0, DType dtype = DType::f32);
+  ~Gpt() override;
+
+  /// Logits [B, T, V] of ids [B, T] (i32 or i64), T <= context.
+  Tensor logits(const Tensor& ids) const;
+
+  /// Mean cross-entropy in nats over the targets that are not -1. The logits are never held whole (ops/loss.h).
+  /// @param ids, targets  [B, T], i32 or i64
+  Tensor loss(const Tensor& ids, const Tensor& targets, const GptStep& step = {}) const;
+
+  /// Logits [B, V] of the last of the new positions `ids` [B, n], which follow those in `cache`; adds them to it. No
+  /// gradients. @throws Error kShape when the context is full.
+  Tensor next_logits(const Tensor& ids, KvCache& cache) const;
+
+  const GptConfig& config() const { return config_; }
+
+ private:
+  class Block;
+  Tensor embed(const Tensor& ids, int64_t first_position) const;
+  /// The normalised output of the last block, [B, T, C].
+  Tensor hidden(const Tensor& ids, const GptStep& step) const;
+
+  GptConfig config_;
+  uint64_t seed_;
+  Embedding wte_, wpe_;
+  std::vector<std::unique_ptr<Block>> blocks_;
+  LayerNorm ln_f_;
+};
+
+}  // namespace weft::models

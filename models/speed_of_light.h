@@ -1,0 +1,37 @@
+#pragma once
+#include <string>
+
+#include "models/gpt.h"
+
+namespace weft::models {
+
+/// What this machine can do at best, measured: the denominators of every "% of speed of light".
+struct MachineSpeed {
+  double gemm_flops = 0;  ///< f32 matrix product, FLOP/s: best of products of 1,024 x 1,024 x 1,024
+  double copy_bytes = 0;  ///< bytes read plus bytes written per second by a copy far beyond the caches
+  int threads = 0;
+  std::string processor;
+};
+
+/// Measures, in about 0.3 s.
+MachineSpeed measure_machine();
+
+/// The measurement of this processor with this number of threads from `$WEFT_CACHE_DIR/machine-speed.json` (default
+/// ~/.cache/weft); measured and stored there if there is none. A file that cannot be read or written is measured around.
+MachineSpeed machine_speed();
+
+/// Least time of a training step, in seconds: its products at the GEMM peak, all other passes over memory at the copy
+/// bandwidth. Formulas in docs/speed-of-light.md.
+struct StepBound {
+  double products = 0;   ///< 6 (12 L C^2 + V C) FLOP per token
+  double attention = 0;  ///< 7 L C T FLOP per token
+  double passes = 0;     ///< 18 C elements per layer and 2 V per token
+  double optimizer = 0;  ///< 32 bytes per parameter: AdamW and the gradient norm
+  double total() const { return products + attention + passes + optimizer; }
+};
+StepBound step_bound(const GptConfig& config, int64_t tokens, const MachineSpeed& machine, DType dtype = DType::f32);
+
+/// Name of the processor as the system gives it.
+std::string processor_name();
+
+}  // namespace weft::models

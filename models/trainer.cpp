@@ -1,0 +1,104 @@
+#include "models/trainer.h"
+
+#include <chrono>
+#include <cmath>
+
+#include "core/autograd.h"
+
+namespace weft::models {
+namespace {
+
+/// Adds up the time between its calls.
+class Stopwatch {
+ public:
+  void lap(double& into) {
+    const auto now = std::chrono::steady_clock::now();
+    into += std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+}  // namespace
+
+std::pair<Tensor, Tensor> to_tensors(const text::Batch& batch, Device device) {
+  const MemoryScope scope(MemoryCategory::data);
+  const Shape shape = {batch.rows, batch.context};
+  return {Tensor::from(batch.inputs, shape, device), Tensor::from(batch.targets, shape, device)};
+}
+
+Trainer::Trainer(Gpt& gpt, optim::Optimizer& optimizer, text::Loader& loader, const optim::CosineSchedule& schedule, int64_t accumulate, int64_t step)
+    : gpt_(gpt), optimizer_(optimizer), loader_(loader), schedule_(schedule), accumulate_(accumulate), step_(step) {
+  if (accumulate < 1) fail(ErrorKind::kValue, "trainer", "a step needs at least one micro-batch, got ", accumulate);
+}
+
+StepMetrics Trainer::step() {
+  StepMetrics metrics;
+  metrics.step = step_;
+  metrics.lr = schedule_.at(step_);
+  const Device device = gpt_.parameters().front().tensor.device();
+  Stopwatch watch;
+  std::vector<text::Batch> batches;
+  for (int64_t i = 0; i < accumulate_; ++i) {
+    batches.push_back(loader_.next());
+    metrics.tokens += batches.back().rows * batches.back().context;
+    metrics.valid += batches.back().valid;
+  }
+  watch.lap(metrics.times.data);
+  for (const text::Batch& batch : batches) {
+    const auto [inputs, targets] = to_tensors(batch, device);
+    GptStep settings;
+    settings.step = static_cast<uint64_t>(step_ * accumulate_) + static_cast<uint64_t>(&batch - batches.data());
+    settings.valid_tokens = static_cast<double>(metrics.valid);
+    const Tensor loss = gpt_.loss(inputs, targets, settings);
+    if (!DryRun::active()) metrics.loss += loss.item();
+    watch.lap(metrics.times.forward);
+    if (!std::isfinite(metrics.loss)) explain_loss(metrics.loss);
+    loss.backward();
+    watch.lap(metrics.times.backward);
+  }
+  const optim::StepReport report = optimizer_.step(metrics.lr);
+  optimizer_.zero_grad();
+  watch.lap(metrics.times.optimizer);
+  metrics.grad_norm = report.grad_norm;
+  metrics.clip_factor = report.clip_factor;
+  ++step_;
+  return metrics;
+}
+
+void Trainer::explain_loss(double loss) const {
+  for (const Parameter& parameter : gpt_.parameters()) {
+    const std::vector<double> values = parameter.tensor.to_vector<double>();
+    for (size_t i = 0; i < values.size(); ++i) {
+      if (!std::isfinite(values[i])) {
+        fail(ErrorKind::kValue, "trainer", "the loss of step ", step_, " is ", loss, ": weight ", quoted(parameter.name), " is ", values[i],
+             " at element ", grouped(static_cast<int64_t>(i)), "; no weight was changed by this step");
+      }
+    }
+  }
+  fail(ErrorKind::kValue, "trainer", "the loss of step ", step_, " is ", loss, " although every weight is finite: an activation overflowed. ",
+       "No weight was changed. Hint: a lower learning rate or more warm-up");
+}
+
+EvaluationResult evaluate(Gpt& gpt, const text::Evaluation& data, const std::function<bool(double)>& progress) {
+  const autograd::NoGrad no_grad;
+  const bool training = gpt.is_training();
+  gpt.eval();
+  const Device device = gpt.parameters().front().tensor.device();
+  double nats = 0;
+  EvaluationResult result;
+  for (int64_t i = 0; i < data.batches(); ++i) {
+    const text::Batch batch = data.batch(i);
+    const auto [inputs, targets] = to_tensors(batch, device);
+    nats += gpt.loss(inputs, targets).item() * static_cast<double>(batch.valid);
+    result.tokens += batch.valid;
+    if (progress && !progress(static_cast<double>(i + 1) / static_cast<double>(data.batches()))) break;
+  }
+  gpt.train(training);
+  result.nats_per_token = nats / static_cast<double>(result.tokens);
+  return result;
+}
+
+}  // namespace weft::models

@@ -1,0 +1,67 @@
+#pragma once
+#include <functional>
+
+#include "models/gpt.h"
+#include "models/text/loader.h"
+#include "optim/optimizer.h"
+#include "optim/schedule.h"
+
+namespace weft::models {
+
+/// Seconds of a step by what they were spent on.
+struct StepTimes {
+  double data = 0, forward = 0, backward = 0, optimizer = 0;
+  double total() const { return data + forward + backward + optimizer; }
+};
+
+/// What one training step did.
+struct StepMetrics {
+  int64_t step = 0;  ///< from 0
+  double loss = 0;   ///< nats per valid token, before the update
+  double grad_norm = 0;
+  double clip_factor = 1;
+  double lr = 0;
+  int64_t tokens = 0;  ///< inputs read
+  int64_t valid = 0;   ///< targets that counted
+  StepTimes times;
+};
+
+/// Runs training steps: `accumulate` micro-batches of the loader are one step, and the loss of each is divided by the
+/// valid targets of all of them, so that a step is the same whatever the number of micro-batches it is cut into.
+class Trainer {
+ public:
+  /// The objects must outlive the trainer. `step` is the number of steps already taken.
+  Trainer(Gpt& gpt, optim::Optimizer& optimizer, text::Loader& loader, const optim::CosineSchedule& schedule, int64_t accumulate, int64_t step = 0);
+
+  /// One step. @throws Error kValue, before any weight changes, if the loss or a gradient is NaN or infinite; it names
+  /// the first tensor that has one.
+  StepMetrics step();
+
+  /// Steps taken.
+  int64_t steps() const { return step_; }
+
+ private:
+  [[noreturn]] void explain_loss(double loss) const;
+
+  Gpt& gpt_;
+  optim::Optimizer& optimizer_;
+  text::Loader& loader_;
+  optim::CosineSchedule schedule_;
+  int64_t accumulate_;
+  int64_t step_;
+};
+
+/// A batch as tensors {inputs, targets}, i32 [B, T].
+std::pair<Tensor, Tensor> to_tensors(const text::Batch& batch, Device device);
+
+/// How well a model predicts held-out tokens.
+struct EvaluationResult {
+  double nats_per_token = 0;
+  int64_t tokens = 0;  ///< targets
+};
+
+/// Mean cross-entropy over every target of `data`; dropout is off meanwhile. @param progress  called with the fraction
+/// done; false stops, and the result is over what was seen.
+EvaluationResult evaluate(Gpt& gpt, const text::Evaluation& data, const std::function<bool(double)>& progress = {});
+
+}  // namespace weft::models
