@@ -1,0 +1,11 @@
+#pragma once
+#include <span>
+#include <string>
+
+/// The commands below `weft bench`.
+namespace weft::apps {
+
+int bench_machine(std::span<const std::string> args);
+int bench_step(std::span<const std::string> args);
+
+}  // namespace weft::apps

@@ -1,0 +1,137 @@
+// weft bench step: whole training steps of reference shapes, by themselves or one at a time on command, so that another
+// program can be measured in turns with this one.
+#include <algorithm>
+#include <cstdio>
+#include <iostream>
+#include <nlohmann/json.hpp>
+
+#include "apps/bench.h"
+#include "apps/options.h"
+#include "core/log.h"
+#include "core/thread_pool.h"
+#include "models/speed_of_light.h"
+#include "models/trainer.h"
+#include "optim/adam.h"
+
+namespace weft::apps {
+namespace {
+
+/// The shapes of docs/benchmarks: a small, a middle and GPT-2's model.
+struct StepShape {
+  const char* name;
+  models::GptConfig config;
+  int64_t batch;
+};
+
+const std::vector<StepShape>& shapes() {
+  static const std::vector<StepShape> all = {
+      {"a", {.layers = 4, .heads = 4, .width = 128, .context = 64, .vocab = 65}, 12},
+      {"b", {.layers = 6, .heads = 6, .width = 384, .context = 256, .vocab = 65}, 16},
+      {"c", {.layers = 12, .heads = 12, .width = 768, .context = 64, .vocab = 50257}, 4},
+  };
+  return all;
+}
+
+/// Forward, backward, clipping and AdamW over random tokens.
+class StepBench {
+ public:
+  explicit StepBench(const StepShape& shape)
+      : shape_(shape),
+        gpt_(shape.config, Device::cpu(), 1),
+        optimizer_(gpt_.parameters(), {.beta2 = 0.95, .weight_decay = 0.1, .clip_norm = 1.0}),
+        loader_(random_tokens(shape), {.batch = shape.batch, .context = shape.config.context, .prefetch = 0}),
+        trainer_(gpt_, optimizer_, loader_, {.peak = 3e-4, .floor = 3e-5, .warmup = 10, .total = 1000000}, 1) {}
+
+  models::StepMetrics step() { return trainer_.step(); }
+  int64_t tokens() const { return shape_.batch * shape_.config.context; }
+  models::StepBound bound() const { return models::step_bound(shape_.config, tokens(), models::machine_speed()); }
+
+ private:
+  static std::shared_ptr<text::TokenVector> random_tokens(const StepShape& shape) {
+    const RandomStream stream(1, "bench tokens");
+    std::vector<int32_t> tokens(static_cast<size_t>(64 * shape.batch * shape.config.context + 1));
+    for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(stream.below(i, static_cast<uint64_t>(shape.config.vocab)));
+    return std::make_shared<text::TokenVector>(std::move(tokens), shape.config.vocab);
+  }
+
+  StepShape shape_;
+  models::Gpt gpt_;
+  optim::Adam optimizer_;
+  text::Loader loader_;
+  models::Trainer trainer_;
+};
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+/// One JSON line for each command line: "step N", "rss", "sol", "quit".
+void serve(StepBench& bench) {
+  for (std::string line; std::getline(std::cin, line);) {
+    nlohmann::json reply;
+    if (line == "quit") return;
+    if (line == "rss") {
+      reply["rss"] = peak_resident_bytes();
+    } else if (line == "sol") {
+      reply["sol"] = bench.bound().total();
+    } else if (int count = 0; std::sscanf(line.c_str(), "step %d", &count) == 1 && count >= 1) {
+      std::vector<double> seconds;
+      double loss = 0;
+      for (int i = 0; i < count; ++i) {
+        const models::StepMetrics m = bench.step();
+        seconds.push_back(m.times.total());
+        loss = m.loss;
+      }
+      reply["seconds"] = seconds;
+      reply["loss"] = loss;
+    } else {
+      reply["error"] = "unknown command " + weft::quoted(line) + "; expected step N, rss, sol or quit";
+    }
+    std::cout << reply.dump() << std::endl;
+  }
+}
+
+}  // namespace
+
+int bench_step(std::span<const std::string> args) {
+  std::string shape = "a";
+  int64_t threads = 0, steps = 20;
+  bool serving = false;
+  Options options("bench step", "Times whole training steps (forward, backward, clipping, AdamW) on random tokens, in f32.");
+  options.add("shape", &shape, {.choices = {"a", "b", "c"}},
+              "a: 4 layers x 128, T=64, B=12, V=65; b: 6 x 384, T=256, B=16, V=65; c: GPT-2 124M, T=64, B=4");
+  options.add("threads", &threads, {.min = 0, .max = 1024}, "threads; 0: as many as the process may use");
+  options.add("steps", &steps, {.min = 1, .max = 1000000}, "steps that are timed, after 3 that are not");
+  options.action("serve", &serving, "answer commands on standard input (step N, rss, sol, quit) with JSON lines instead");
+  if (!options.parse(args)) return 0;
+  if (threads > 0) set_num_threads(static_cast<int>(threads));
+  const auto found = std::find_if(shapes().begin(), shapes().end(), [&](const StepShape& each) { return each.name == shape; });
+  StepBench bench(*found);
+  if (serving) return serve(bench), 0;
+
+  for (int i = 0; i < 3; ++i) bench.step();
+  const int64_t allocations = allocator(Device::cpu()).statistics().system_allocations;
+  std::vector<double> total, forward, backward, optimizer;
+  for (int64_t i = 0; i < steps; ++i) {
+    const models::StepTimes t = bench.step().times;
+    total.push_back(t.total());
+    forward.push_back(t.forward);
+    backward.push_back(t.backward);
+    optimizer.push_back(t.optimizer);
+  }
+  const double seconds = median(total);
+  const models::StepBound bound = bench.bound();
+  std::printf("shape %s, %d threads, median of %lld steps: %.2f ms (forward %.2f, backward %.2f, optimizer %.2f), best %.2f ms\n", shape.c_str(), num_threads(),
+              static_cast<long long>(steps), seconds * 1e3, median(forward) * 1e3, median(backward) * 1e3, median(optimizer) * 1e3,
+              *std::min_element(total.begin(), total.end()) * 1e3);
+  std::printf("%s tokens/s; speed of light %.2f ms (products %.2f, attention %.2f, passes %.2f, optimizer %.2f): %.1f%%\n",
+              grouped(static_cast<int64_t>(static_cast<double>(bench.tokens()) / seconds)).c_str(), bound.total() * 1e3, bound.products * 1e3,
+              bound.attention * 1e3, bound.passes * 1e3, bound.optimizer * 1e3, 100 * bound.total() / seconds);
+  std::printf("peak resident memory %s; system allocations in the timed steps: %lld\n", human_bytes(peak_resident_bytes()).c_str(),
+              static_cast<long long>(allocator(Device::cpu()).statistics().system_allocations - allocations));
+  std::printf("memory:\n%s", memory_table(allocator(Device::cpu()).statistics()).c_str());
+  return 0;
+}
+
+}  // namespace weft::apps

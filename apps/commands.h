@@ -1,0 +1,18 @@
+#pragma once
+#include <span>
+#include <string>
+
+/// The commands of the `weft` program, one per apps/<name>.cpp. Each takes the arguments after its name and returns the
+/// exit code; failures are thrown.
+namespace weft::apps {
+
+int run_train(std::span<const std::string> args);
+int run_generate(std::span<const std::string> args);
+int run_eval(std::span<const std::string> args);
+int run_tokenize(std::span<const std::string> args);
+int run_data(std::span<const std::string> args);
+int run_checkpoint(std::span<const std::string> args);
+int run_bench(std::span<const std::string> args);
+int run_doctor(std::span<const std::string> args);
+
+}  // namespace weft::apps

@@ -1,0 +1,80 @@
+#include "apps/train_options.h"
+
+namespace weft::apps {
+
+void TrainOptions::declare(Options& o) {
+  o.section("data", "The data");
+  o.add("data", &data, {.placeholder = "DIR"},
+        "what `weft data prepare` wrote: train.tokens, heldout.tokens, tokenizer.json");
+  o.add("batch", &batch, {.min = 1, .max = 1 << 20, .unit = "sequences"}, "rows of a micro-batch");
+  o.add("accumulate", &accumulate, {.min = 1, .max = 1 << 20, .unit = "micro-batches"},
+        "micro-batches of one step; their gradients add up to that of one large batch");
+  o.add("prefetch", &prefetch, {.min = 0, .max = 1024, .unit = "batches"},
+        "batches prepared ahead on a thread of their own");
+
+  o.section("model", "The model: GPT-2's architecture");
+  o.add("layers", &layers, {.min = 1, .max = 10000}, "transformer blocks");
+  o.add("heads", &heads, {.min = 1, .max = 1 << 20}, "attention heads; must divide the width");
+  o.add("width", &width, {.min = 1, .max = 1 << 24}, "channels of the residual stream");
+  o.add("context", &context, {.min = 1, .max = 1 << 24, .unit = "tokens"}, "positions of a sequence");
+  o.add("dropout", &dropout, {.min = 0, .below = 1}, "probability with which an activation is dropped in training");
+  o.add("recompute", &recompute,
+        "compute each block a second time in the backward pass instead of keeping its activations; same numbers");
+
+  o.section("optimizer", "The optimizer");
+  o.add("optimizer", &optimizer, {{"adamw", OptimizerKind::adamw}, {"lamb", OptimizerKind::lamb}},
+        "the rule by which weights change");
+  o.add("lr", &lr, {.min = 0, .max = 1e3}, "highest learning rate, reached after the warm-up");
+  o.add("min_lr", &min_lr, {.min = 0, .max = 1e3}, "learning rate at the end of the cosine");
+  o.add("warmup", &warmup, {.min = 0, .unit = "steps"}, "steps of linear warm-up");
+  o.add("weight_decay", &weight_decay, {.min = 0, .max = 1e3},
+        "decoupled decay of weight matrices; norms, biases and embeddings are spared");
+  o.add("beta1", &beta1, {.min = 0, .below = 1}, "decay of the mean of gradients");
+  o.add("beta2", &beta2, {.min = 0, .below = 1}, "decay of the mean of squared gradients");
+  o.add("eps", &eps, {.above = 0}, "added to the root of the mean square");
+  o.add("clip", &clip, {.min = 0}, "largest global gradient norm; 0 does not clip");
+
+  o.section("run", "The run");
+  o.add("out", &out, {.placeholder = "DIR"}, "where checkpoints, metrics.jsonl and the resolved config.toml go");
+  o.add("steps", &steps, {.min = 1, .max = int64_t{1} << 40}, "optimizer steps of the whole run");
+  o.add("seed", &seed, {.min = 0}, "of the initial weights, the data order and dropout");
+  o.add("save_every", &save_every, {.min = 0, .unit = "steps"}, "steps between checkpoints; 0 saves at the end only");
+  o.add("keep", &keep, {.min = 1, .max = 1 << 20, .unit = "checkpoints"}, "newest checkpoints that stay");
+  o.add("eval_every", &eval_every, {.min = 0, .unit = "steps"},
+        "steps between evaluations on heldout.tokens; 0 evaluates at the end only");
+  o.add("eval_batch", &eval_batch, {.min = 1, .max = 1 << 20, .unit = "sequences"}, "rows of a batch in evaluations");
+  o.add("sample_every", &sample_every, {.min = 0, .unit = "steps"}, "steps between printed samples; 0 prints none");
+  o.add("sample_tokens", &sample_tokens, {.min = 1, .max = 1 << 20, .unit = "tokens"}, "length of a printed sample");
+  o.add("sample_prompt", &sample_prompt, {}, "text that a printed sample continues");
+  o.add("log_seconds", &log_seconds, {.min = 0, .max = 86400, .unit = "seconds"},
+        "time between progress lines where there is no terminal");
+
+  o.action("dry_run", &dry_run, "print configuration, parameters, memory by category and FLOPs, and exit");
+}
+
+void TrainOptions::check(const Options& options) const {
+  if (data.empty()) options.reject("data", "must be given: the directory that `weft data prepare` wrote");
+  if (width % heads != 0) options.reject("heads", "must divide width = ", width, ", got ", heads);
+  if (min_lr > lr) options.reject("min_lr", "must be at most lr = ", lr, ", got ", min_lr);
+  if (warmup >= steps && warmup > 0) options.reject("warmup", "must be below steps = ", steps, ", got ", warmup);
+}
+
+models::GptConfig TrainOptions::model(int64_t vocab) const {
+  models::GptConfig config;
+  config.layers = layers, config.heads = heads, config.width = width, config.context = context, config.vocab = vocab;
+  config.dropout = dropout, config.recompute = recompute;
+  return config;
+}
+
+optim::AdamOptions TrainOptions::adam() const {
+  optim::AdamOptions adam;
+  adam.beta1 = beta1, adam.beta2 = beta2, adam.eps = eps, adam.weight_decay = weight_decay, adam.clip_norm = clip;
+  adam.trust_ratio = optimizer == OptimizerKind::lamb;
+  return adam;
+}
+
+optim::CosineSchedule TrainOptions::schedule() const {
+  return {.peak = lr, .floor = min_lr, .warmup = warmup, .total = steps};
+}
+
+}  // namespace weft::apps

@@ -1,0 +1,54 @@
+#pragma once
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "apps/options.h"
+#include "models/gpt.h"
+#include "optim/adam.h"
+#include "optim/schedule.h"
+
+namespace weft::apps {
+
+enum class OptimizerKind : uint8_t { adamw, lamb };
+
+/// Everything that `weft train` can be told.
+struct TrainOptions {
+  // data
+  std::filesystem::path data;
+  int64_t batch = 16;
+  int64_t accumulate = 1;
+  int64_t prefetch = 2;
+  // model
+  int64_t layers = 4, heads = 4, width = 128, context = 64;
+  double dropout = 0;
+  bool recompute = false;
+  // optimizer
+  OptimizerKind optimizer = OptimizerKind::adamw;
+  double lr = 1e-3, min_lr = 1e-4, weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, clip = 1.0;
+  int64_t warmup = 100;
+  // run
+  std::filesystem::path out = "out";
+  int64_t steps = 1000;
+  int64_t seed = 1;
+  int64_t save_every = 500, keep = 3;
+  int64_t eval_every = 0, eval_batch = 32;
+  int64_t sample_every = 0, sample_tokens = 64;
+  std::string sample_prompt = "\n";
+  double log_seconds = 10;
+  // this call only
+  bool dry_run = false;
+  std::string resume;
+
+  /// Declares all of it.
+  void declare(Options& options);
+  /// Rules between options. @throws Error kUsage.
+  void check(const Options& options) const;
+
+  models::GptConfig model(int64_t vocab) const;
+  optim::AdamOptions adam() const;
+  optim::CosineSchedule schedule() const;
+};
+
+}  // namespace weft::apps
