@@ -79,7 +79,8 @@ std::string directory_of(const std::string& path) {
 /// A path with a NUL inside would silently name another file.
 void check_path(const std::string& path, const char* where) {
   if (path.empty()) fail(ErrorKind::kIo, where, "the file name is empty");
-  if (path.find('\0') != std::string::npos) fail(ErrorKind::kIo, where, "the file name ", quoted(path), " holds a NUL");
+  if (path.find('\0') != std::string::npos)
+    fail(ErrorKind::kIo, where, "the file name ", weft::quoted(path), " holds a NUL");
 }
 
 }  // namespace
