@@ -446,6 +446,42 @@ TEST(Options, TakesPositionalsInOrder) {
   }
 }
 
+TEST(Options, TakesAnActionWithAValueFromTheCommandLineOnly) {
+  std::string resume;
+  bool dry_run = false;
+  const auto declare = [&](Options& options) {
+    options.add("dry_run", &dry_run, "a saved one, to compare with");
+    options.action("resume", &resume, "DIR", "goes on with a run");
+  };
+  for (const Args& args : {Args{"--resume", "out"}, Args{"--resume=out"}}) {
+    resume.clear();
+    Options options("train", "");
+    declare(options);
+    EXPECT_TRUE(options.parse(args, {}, std::cout));
+    EXPECT_EQ(resume, "out");
+    EXPECT_TRUE(options.given("resume"));
+    EXPECT_HAS(options.help(), "--resume DIR");
+    EXPECT_EQ(options.toml(false).find("resume"), std::string::npos) << options.toml(false);
+  }
+  Scratch scratch;
+  const std::vector<std::pair<Args, Environment>> refused = {
+      {{"--resume"}, {}},
+      {{"--resume", "--dry-run"}, {}},
+      {{"--config", scratch.file("resume = \"out\"\n")}, {}},
+      {{}, {{"WEFT_TRAIN_RESUME", "out"}}},
+  };
+  for (const auto& [args, environment] : refused) {
+    Options options("train", "");
+    declare(options);
+    try {
+      (void)options.parse(args, environment, std::cout);
+      ADD_FAILURE() << "resume was taken from where it may not come from";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.kind(), ErrorKind::kUsage) << error.what();
+    }
+  }
+}
+
 TEST(Options, RequiresWhatHasNoDefault) {
   std::filesystem::path data;
   Options options("train", "");

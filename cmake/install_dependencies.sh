@@ -1,0 +1,35 @@
+# Sourced by tests/run.sh and apps/quickstart.sh: installs the Debian packages that are missing, asks nothing, says what
+# it does. Where there is no apt, prints what to install.
+
+weft_packages=(g++ cmake ninja-build pkg-config libhwy-dev libtomlplusplus-dev nlohmann-json3-dev
+               libpcre2-dev libxxhash-dev)
+
+# install_dependencies [with-tests] [with-text]
+install_dependencies() {
+  local packages=("${weft_packages[@]}") missing=() package extra
+  for extra in "$@"; do
+    case $extra in
+      with-tests) packages+=(libgtest-dev libgmock-dev python3) ;;
+      with-text) packages+=(bible-kjv) ;;
+    esac
+  done
+  if ! command -v apt-get > /dev/null || ! command -v dpkg-query > /dev/null; then
+    echo "This machine has no apt. Install the equivalents of these Debian packages, then go on: ${packages[*]}" >&2
+    return 0
+  fi
+  for package in "${packages[@]}"; do
+    dpkg-query -W -f='${Status}' "$package" 2> /dev/null | grep -q 'install ok installed' || missing+=("$package")
+  done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  local sudo=()
+  if [ "$(id -u)" -ne 0 ]; then
+    if ! command -v sudo > /dev/null; then
+      echo "Missing packages: ${missing[*]}. Run as root, or install sudo, or: apt-get install ${missing[*]}" >&2
+      return 1
+    fi
+    sudo=(sudo)
+  fi
+  echo "== installing ${missing[*]}"
+  "${sudo[@]}" apt-get update -qq
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" > /dev/null
+}

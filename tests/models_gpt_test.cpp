@@ -1,0 +1,234 @@
+#include "models/gpt.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "core/autograd.h"
+#include "core/thread_pool.h"
+#include "models/trainer.h"
+#include "optim/adam.h"
+
+namespace weft::models {
+namespace {
+
+GptConfig tiny() { return {.layers = 2, .heads = 2, .width = 16, .context = 8, .vocab = 23}; }
+
+Tensor random_ids(const Shape& shape, int64_t vocab, const char* stream) {
+  std::vector<int32_t> ids(static_cast<size_t>(numel(shape)));
+  const RandomStream random(5, stream);
+  for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(random.below(i, static_cast<uint64_t>(vocab)));
+  return Tensor::from(ids, shape);
+}
+
+std::shared_ptr<text::TokenVector> random_tokens(int64_t count, int64_t vocab) {
+  return std::make_shared<text::TokenVector>(random_ids({count}, vocab, "tokens").to_vector<int32_t>(), vocab);
+}
+
+std::vector<std::vector<double>> gradients_of(const Gpt& gpt) {
+  std::vector<std::vector<double>> all;
+  for (const Parameter& parameter : gpt.parameters()) all.push_back(parameter.tensor.grad().to_vector<double>());
+  return all;
+}
+
+TEST(Gpt, ParameterCountFollowsTheFormula) {
+  EXPECT_EQ(Gpt(tiny(), Device::cpu()).parameter_count(), tiny().parameter_count());
+  // GPT-2's smallest model is known to have 124,439,808.
+  EXPECT_EQ((GptConfig{.layers = 12, .heads = 12, .width = 768, .context = 1024, .vocab = 50257}.parameter_count()), 124439808);
+}
+
+TEST(Gpt, InitialWeightsDependOnSeedAndNameAlone) {
+  const Gpt a(tiny(), Device::cpu(), 3), b(tiny(), Device::cpu(), 3), c(tiny(), Device::cpu(), 4);
+  GptConfig deeper = tiny();
+  deeper.layers = 3;
+  const Gpt d(deeper, Device::cpu(), 3);
+  const auto first = [](const Gpt& gpt) { return gpt.parameters()[0].tensor.to_vector<double>(); };
+  EXPECT_EQ(first(a), first(b));
+  EXPECT_NE(first(a), first(c));
+  EXPECT_EQ(first(a), first(d)) << "another layer must not move the random numbers of this one";
+}
+
+TEST(Gpt, TheFirstLossIsThatOfAUniformGuess) {
+  const Gpt gpt(tiny(), Device::cpu(), 1);
+  const Tensor ids = random_ids({4, 8}, 23, "in"), targets = random_ids({4, 8}, 23, "out");
+  EXPECT_NEAR(gpt.loss(ids, targets).item(), std::log(23.0), 0.05);  // weights of 0.02 give logits of about 0.05
+}
+
+TEST(Gpt, LossIsTheCrossEntropyOfItsLogits) {
+  const Gpt gpt(tiny(), Device::cpu(), 1, DType::f64);
+  const Tensor ids = random_ids({2, 8}, 23, "in"), targets = random_ids({2, 8}, 23, "out");
+  const std::vector<double> logits = gpt.logits(ids).to_vector<double>();
+  const std::vector<int64_t> want = targets.to_vector<int64_t>();
+  double nats = 0;
+  for (size_t row = 0; row < want.size(); ++row) {
+    double sum = 0;
+    for (size_t v = 0; v < 23; ++v) sum += std::exp(logits[row * 23 + v]);
+    nats += std::log(sum) - logits[row * 23 + static_cast<size_t>(want[row])];
+  }
+  EXPECT_NEAR(gpt.loss(ids, targets).item(), nats / static_cast<double>(want.size()), 1e-12);
+}
+
+TEST(Gpt, ALaterTokenDoesNotChangeAnEarlierLogit) {
+  const Gpt gpt(tiny(), Device::cpu(), 1);
+  const Tensor ids = random_ids({1, 8}, 23, "in");
+  std::vector<int32_t> changed = ids.to_vector<int32_t>();
+  changed[5] = (changed[5] + 1) % 23;
+  const std::vector<double> a = gpt.logits(ids).to_vector<double>(), b = gpt.logits(Tensor::from(changed, {1, 8})).to_vector<double>();
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (i / 23 < 5) EXPECT_EQ(a[i], b[i]) << "position " << i / 23;
+  }
+  EXPECT_NE(a.back(), b.back());
+}
+
+TEST(Gpt, CachedGenerationGivesTheLogitsOfTheWholeSequence) {
+  const Gpt gpt(tiny(), Device::cpu(), 1);
+  const Tensor ids = random_ids({2, 8}, 23, "in");
+  const std::vector<double> whole = gpt.logits(ids).select(1, 7).to_vector<double>();
+  KvCache cache;
+  gpt.next_logits(ids.narrow(1, 0, 3).contiguous(), cache);
+  for (int64_t t = 3; t < 7; ++t) gpt.next_logits(ids.narrow(1, t, 1).contiguous(), cache);
+  const std::vector<double> last = gpt.next_logits(ids.narrow(1, 7, 1).contiguous(), cache).to_vector<double>();
+  for (size_t i = 0; i < last.size(); ++i) EXPECT_NEAR(last[i], whole[i], 1e-5) << i;  // other tile shapes, f32 sums
+  EXPECT_EQ(cache.positions(), 8);
+  EXPECT_THROW(gpt.next_logits(ids.narrow(1, 7, 1).contiguous(), cache), Error) << "the context is full";
+}
+
+TEST(Gpt, RecomputationGivesTheSameGradientsBitForBitWithLessMemory) {
+  GptConfig config{.layers = 6, .heads = 2, .width = 32, .context = 32, .vocab = 23};
+  config.dropout = 0.1;
+  GptConfig saving = config;
+  saving.recompute = true;
+  const Tensor ids = random_ids({8, 32}, 23, "in"), targets = random_ids({8, 32}, 23, "out");
+  const auto run = [&](const GptConfig& which, int64_t& peak) {
+    const Gpt gpt(which, Device::cpu(), 1);
+    allocator(Device::cpu()).reset_peak();
+    gpt.loss(ids, targets, {.step = 7}).backward();
+    peak = allocator(Device::cpu()).statistics().categories[static_cast<size_t>(MemoryCategory::activations)].peak;
+    return gradients_of(gpt);
+  };
+  int64_t plain_peak = 0, saving_peak = 0;
+  EXPECT_EQ(run(config, plain_peak), run(saving, saving_peak));
+  EXPECT_LT(saving_peak, plain_peak / 2);
+}
+
+TEST(Gpt, TrainingIsBitEqualOnOneTwoAndThreeThreads) {
+  const int before = num_threads();
+  std::vector<std::vector<double>> results[3];
+  for (int threads = 1; threads <= 3; ++threads) {
+    set_num_threads(threads);
+    Gpt gpt({.layers = 2, .heads = 4, .width = 64, .context = 48, .vocab = 101, .dropout = 0.1}, Device::cpu(), 1);
+    optim::Adam adam(gpt.parameters(), {.clip_norm = 1.0});
+    text::Loader loader(random_tokens(5000, 101), {.batch = 5, .context = 48, .seed = 2});
+    Trainer trainer(gpt, adam, loader, {.peak = 1e-3, .warmup = 2, .total = 100}, 2);
+    std::vector<double> losses;
+    for (int i = 0; i < 5; ++i) losses.push_back(trainer.step().loss);
+    auto& result = results[threads - 1];
+    result.push_back(losses);
+    for (const auto& [name, tensor] : gpt.named_tensors()) result.push_back(tensor.to_vector<double>());
+    for (const auto& [name, tensor] : adam.state()) result.push_back(tensor.to_vector<double>());
+  }
+  set_num_threads(before);
+  EXPECT_EQ(results[0], results[1]);
+  EXPECT_EQ(results[0], results[2]);
+}
+
+TEST(Gpt, AccumulationOverRaggedMicroBatchesEqualsTheFullBatch) {
+  const Gpt full(tiny(), Device::cpu(), 1, DType::f64), parts(tiny(), Device::cpu(), 1, DType::f64);
+  const Tensor ids = random_ids({6, 8}, 23, "in");
+  std::vector<int32_t> targets = random_ids({6, 8}, 23, "out").to_vector<int32_t>();
+  int valid = 0;
+  for (size_t i = 0; i < targets.size(); ++i) {
+    if (i % 7 < i / 8) targets[i] = -1;  // the later rows have fewer targets that count
+    valid += targets[i] >= 0;
+  }
+  const Tensor all = Tensor::from(targets, {6, 8});
+  const Tensor loss = full.loss(ids, all);
+  loss.backward();
+  double sum = 0;
+  for (const auto& [first, count] : {std::pair{0, 1}, {1, 3}, {4, 2}}) {
+    const Tensor part = parts.loss(ids.narrow(0, first, count).contiguous(), all.narrow(0, first, count).contiguous(), {.valid_tokens = double(valid)});
+    part.backward();
+    sum += part.item();
+  }
+  EXPECT_NEAR(sum, loss.item(), 1e-12);
+  const auto a = gradients_of(full), b = gradients_of(parts);
+  for (size_t p = 0; p < a.size(); ++p) {
+    for (size_t i = 0; i < a[p].size(); ++i) ASSERT_NEAR(a[p][i], b[p][i], 1e-12) << full.parameters()[p].name << " " << i;
+  }
+}
+
+TEST(Gpt, ADryRunCountsTheMemoryOfARealStep) {
+  const auto peak = [] {
+    Gpt gpt(tiny(), Device::cpu(), 1);
+    optim::Adam adam(gpt.parameters(), {.clip_norm = 1.0});
+    text::Loader loader(random_tokens(1000, 23), {.batch = 4, .context = 8, .prefetch = 0});
+    Trainer trainer(gpt, adam, loader, {.peak = 1e-3, .total = 100}, 2);
+    const int64_t start = allocator(Device::cpu()).statistics().total.current;
+    allocator(Device::cpu()).reset_peak();
+    trainer.step();
+    trainer.step();
+    return allocator(Device::cpu()).statistics().total.peak - start;
+  };
+  const int64_t real = peak();
+  const DryRun dry;
+  EXPECT_EQ(peak(), real);
+}
+
+TEST(Gpt, NothingIsTakenFromTheSystemAfterTheSecondStep) {
+  Gpt gpt({.layers = 3, .heads = 4, .width = 64, .context = 64, .vocab = 300}, Device::cpu(), 1);
+  optim::Adam adam(gpt.parameters(), {.clip_norm = 1.0});
+  text::Loader loader(random_tokens(20000, 300), {.batch = 16, .context = 64});
+  Trainer trainer(gpt, adam, loader, {.peak = 1e-3, .total = 100}, 2);
+  trainer.step();
+  trainer.step();
+  const int64_t before = allocator(Device::cpu()).statistics().system_allocations;
+  for (int i = 0; i < 10; ++i) trainer.step();
+  EXPECT_EQ(allocator(Device::cpu()).statistics().system_allocations, before);
+}
+
+TEST(Gpt, ALossThatIsNotFiniteStopsBeforeAnyWeightChanges) {
+  Gpt gpt(tiny(), Device::cpu(), 1);
+  optim::Adam adam(gpt.parameters(), {});
+  {
+    const autograd::NoGrad no_grad;
+    Tensor(gpt.parameters()[4].tensor).fill_(std::nan(""));
+  }
+  const auto before = gpt.parameters()[0].tensor.to_vector<double>();
+  text::Loader loader(random_tokens(1000, 23), {.batch = 4, .context = 8});
+  Trainer trainer(gpt, adam, loader, {.peak = 1e-3, .total = 100}, 1);
+  try {
+    trainer.step();
+    FAIL() << "a NaN went unnoticed";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find(gpt.parameters()[4].name), std::string::npos) << error.what();
+  }
+  EXPECT_EQ(gpt.parameters()[0].tensor.to_vector<double>(), before);
+  EXPECT_EQ(adam.steps(), 0);
+}
+
+TEST(Gpt, RefusesConfigurationsAndInputsThatMakeNoSense) {
+  const auto message = [](auto&& call) -> std::string {
+    try {
+      call();
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "nothing was thrown";
+  };
+  GptConfig config = tiny();
+  config.heads = 3;
+  EXPECT_NE(message([&] { Gpt gpt(config, Device::cpu()); }).find("heads must divide width"), std::string::npos);
+  config = tiny();
+  config.vocab = 0;
+  EXPECT_NE(message([&] { Gpt gpt(config, Device::cpu()); }).find("vocab"), std::string::npos);
+  const Gpt gpt(tiny(), Device::cpu());
+  EXPECT_NE(message([&] { gpt.logits(random_ids({1, 9}, 23, "long")); }).find("context"), std::string::npos);
+  EXPECT_NE(message([&] { gpt.logits(Tensor::from(std::vector<int32_t>{23}, {1, 1})); }).find("23"), std::string::npos);
+  NamedTensors tensors = gpt.named_tensors();
+  tensors.pop_back();
+  Gpt other(tiny(), Device::cpu());
+  EXPECT_NE(message([&] { other.load(tensors); }).find("ln_f.bias"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace weft::models
