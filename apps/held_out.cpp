@@ -1,5 +1,6 @@
 #include "apps/held_out.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 
@@ -23,23 +24,33 @@ int64_t target_bytes(const std::vector<int32_t>& tokens, const text::Tokenizer& 
 
 }  // namespace
 
-double HeldOutLoss::bits_per_byte() const { return nats_per_token * static_cast<double>(tokens) / (std::numbers::ln2 * static_cast<double>(bytes)); }
-
-HeldOutLoss held_out_loss(models::Gpt& gpt, const std::shared_ptr<const text::TokenSource>& tokens, const text::Tokenizer& tokenizer, int64_t batch) {
-  const text::Evaluation evaluation(tokens, batch, gpt.config().context);
-  const models::EvaluationResult result = models::evaluate(gpt, evaluation);
-  return {result.nats_per_token, result.tokens, target_bytes(all_tokens(*tokens), tokenizer)};
+double HeldOutLoss::bits_per_byte() const {
+  return nats_per_token * static_cast<double>(tokens) / (std::numbers::ln2 * static_cast<double>(bytes));
 }
 
-HeldOutLoss kneser_ney_loss(const text::TokenSource& train, const text::TokenSource& held_out, const text::Tokenizer& tokenizer, int order) {
+HeldOutLoss held_out_loss(models::Gpt& gpt, const std::shared_ptr<const text::TokenSource>& tokens,
+                          const text::Tokenizer& tokenizer, int64_t batch,
+                          const std::function<bool(double)>& progress) {
+  const text::Evaluation evaluation(tokens, batch, gpt.config().context);
+  const models::EvaluationResult result = models::evaluate(gpt, evaluation, progress);
+  return {result.nats_per_token, result.tokens, target_bytes(all_tokens(*tokens), tokenizer), gpt.parameter_count()};
+}
+
+HeldOutLoss kneser_ney_loss(const text::TokenSource& train, const text::TokenSource& held_out,
+                            const text::Tokenizer& tokenizer, int order) {
   const text::KneserNey model(all_tokens(train), train.vocab_size(), order);
   const std::vector<int32_t> tokens = all_tokens(held_out);
   if (tokens.size() < 2) fail(ErrorKind::kValue, "eval", "held-out data needs at least 2 tokens, got ", tokens.size());
   const std::span<const int32_t> all(tokens);
   double nats = 0;
-  for (size_t i = 1; i < all.size(); ++i) nats -= std::log(model.probability(all.first(i), all[i]));
+  for (size_t i = 1; i < all.size(); ++i) {
+    const size_t context = std::min(i, static_cast<size_t>(order) - 1);
+    nats -= std::log(model.probability(all.subspan(i - context, context), all[i]));
+  }
   const auto targets = static_cast<int64_t>(tokens.size()) - 1;
-  return {nats / static_cast<double>(targets), targets, target_bytes(tokens, tokenizer)};
+  int64_t ngrams = 0;
+  for (int k = 1; k <= order; ++k) ngrams += model.ngrams(k);
+  return {nats / static_cast<double>(targets), targets, target_bytes(tokens, tokenizer), ngrams};
 }
 
 }  // namespace weft::apps

@@ -19,7 +19,7 @@ constexpr Command kCommands[] = {
     {"eval", "measures a model's loss on a data set", run_eval},
     {"tokenize", "trains a tokenizer, encodes and decodes text", run_tokenize},
     {"data", "prepares and inspects token files", run_data},
-    {"checkpoint", "lists, verifies and converts checkpoints", run_checkpoint},
+    {"checkpoint", "lists, verifies and shows checkpoints", run_checkpoint},
     {"bench", "measures the speed of operations and models on this machine", run_bench},
     {"doctor", "tells what this machine and this build can do", run_doctor},
 };

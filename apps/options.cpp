@@ -303,6 +303,11 @@ void Options::action(std::string name, bool* field, std::string help) {
   entries_.back()->saved = false;
 }
 
+void Options::action(std::string name, std::string* field, std::string_view placeholder, std::string help) {
+  add(std::move(name), field, TextRule{.placeholder = placeholder}, std::move(help));
+  entries_.back()->saved = false;
+}
+
 void Options::declare_positional(std::string name, std::string rule, std::string help, OptionField field,
                                  bool required) {
   for (const auto& entry : entries_) {

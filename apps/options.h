@@ -113,6 +113,8 @@ class Options {
 
   /// --name for this call only (--dry-run, --yes): not in files, variables or the resolved file.
   void action(std::string name, bool* field, std::string help);
+  /// The same with a value: --resume DIR.
+  void action(std::string name, std::string* field, std::string_view placeholder, std::string help);
 
   /// Arguments without a name, in this order, command line only; a list takes all that are left and stands last.
   void positional(std::string name, std::string* field, std::string help, bool required = true);

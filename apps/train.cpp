@@ -1,4 +1,5 @@
 // weft train: options -> data, model, optimizer -> steps, with checkpoints, evaluations, samples and a progress line.
+#include <unistd.h>
 #include <algorithm>
 #include <chrono>
 #include <csignal>
@@ -6,9 +7,10 @@
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
-#include <unistd.h>
 
 #include "apps/commands.h"
+#include "apps/data_directory.h"
+#include "apps/files.h"
 #include "apps/held_out.h"
 #include "apps/progress.h"
 #include "apps/stop_signal.h"
@@ -27,36 +29,19 @@ namespace {
 
 namespace fs = std::filesystem;
 
-/// What `weft data prepare` left in a directory.
-struct DataDirectory {
-  std::shared_ptr<text::Shard> train, held_out;
-  std::string tokenizer_json;
-  text::Tokenizer tokenizer;
-
-  static DataDirectory open(const fs::path& directory) {
-    const auto shard = [&](const char* name) { return std::make_shared<text::Shard>(text::Shard::open((directory / name).string())); };
-    const std::string json = read_file((directory / "tokenizer.json").string());
-    DataDirectory data{shard("train.tokens"), shard("heldout.tokens"), json,
-                       text::Tokenizer::from_json(json, (directory / "tokenizer.json").string())};
-    for (const auto& each : {data.train, data.held_out}) {
-      if (each->vocab_size() != data.tokenizer.vocab_size()) {
-        fail(ErrorKind::kData, "train", each->path(), " was made with a vocabulary of ", each->vocab_size(), ", the tokenizer beside it has ",
-             data.tokenizer.vocab_size(), ". Hint: prepare the data again");
-      }
-    }
-    return data;
-  }
-};
-
-/// metrics.jsonl: one object a step. A resumed run goes on behind the last step it keeps.
+/// metrics.jsonl: one object a step, and one for each evaluation. A resumed run goes on behind the last step it keeps.
 class MetricsFile {
  public:
-  MetricsFile(const fs::path& path, int64_t first_step) {
+  /// @param last  no step follows: the evaluation at the end is made again
+  MetricsFile(const fs::path& path, int64_t first_step, bool last) {
     std::string kept;
     if (std::ifstream in(path); first_step > 0 && in) {
       for (std::string line; std::getline(in, line);) {
         const nlohmann::json entry = nlohmann::json::parse(line, nullptr, false);
-        if (entry.is_object() && entry.contains("step") && entry["step"].is_number_integer() && entry["step"].get<int64_t>() < first_step) kept += line + "\n";
+        if (!entry.is_object() || !entry.contains("step") || !entry["step"].is_number_integer()) continue;
+        const auto step = entry["step"].get<int64_t>();
+        const bool made_again = last && step + 1 == first_step && entry.contains("held_out_loss");
+        if (step < first_step && !made_again) kept += line + "\n";
       }
     }
     write_file_atomic(path.string(), as_bytes(kept));
@@ -74,16 +59,11 @@ class MetricsFile {
   std::string path_;
 };
 
-std::string fixed(double value, int digits) {
-  char text[64];
-  std::snprintf(text, sizeof text, "%.*f", digits, value);
-  return text;
-}
-
 std::string run_id() {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   char text[64];
-  std::snprintf(text, sizeof text, "%llx-%x", static_cast<unsigned long long>(std::chrono::duration_cast<std::chrono::microseconds>(now).count()),
+  std::snprintf(text, sizeof text, "%llx-%x",
+                static_cast<unsigned long long>(std::chrono::duration_cast<std::chrono::microseconds>(now).count()),
                 static_cast<unsigned>(getpid()));
   return text;
 }
@@ -91,21 +71,29 @@ std::string run_id() {
 /// A run: everything that lives from the first step to the last.
 class Run {
  public:
-  Run(const TrainOptions& options, std::string config_text, DataDirectory data, std::optional<Checkpoint> from)
+  Run(const TrainOptions& options, std::string config_text, DataDirectory data, std::optional<CheckpointContent> from)
       : o_(options),
         config_text_(std::move(config_text)),
         data_(std::move(data)),
         gpt_(options.model(data_.tokenizer.vocab_size()), Device::cpu(), static_cast<uint64_t>(options.seed)),
         optimizer_(gpt_.parameters(), options.adam()),
-        loader_(data_.train, {.batch = options.batch, .context = options.context, .seed = static_cast<uint64_t>(options.seed), .prefetch = options.prefetch}),
+        loader_(data_.train, {.batch = options.batch,
+                              .context = options.context,
+                              .seed = static_cast<uint64_t>(options.seed),
+                              .prefetch = options.prefetch}),
         run_id_(run_id()) {
     int64_t step = 0;
     if (from) {
-      gpt_.load(from->content.model);
-      optimizer_.load_state(from->content.optimizer);
-      step = from->content.step;
-      run_id_ = from->content.run_id;
-      loader_.seek(position_of(*from));
+      gpt_.load(from->model);
+      optimizer_.load_state(from->optimizer);
+      step = from->step;
+      run_id_ = from->run_id;
+      loader_.seek(from->data_cursor);
+      saved_ = step;
+      if (step > options.steps) {
+        fail(ErrorKind::kUsage, "train", "steps = ", options.steps, ": the run has taken ", step,
+             " steps already; steps counts those of the whole run");
+      }
     }
     trainer_.emplace(gpt_, optimizer_, loader_, options.schedule(), options.accumulate, step);
   }
@@ -113,13 +101,14 @@ class Run {
   /// Trains to the last step or to the first signal. Returns whether the run is complete.
   bool train() {
     const int64_t first = trainer_->steps();
-    MetricsFile metrics_file(o_.out / "metrics.jsonl", first);
+    const StopSignal stop;
+    MetricsFile metrics_file(o_.out / "metrics.jsonl", first, first == o_.steps);
     const models::MachineSpeed machine = models::machine_speed();
     const double bound = models::step_bound(gpt_.config(), o_.batch * o_.context * o_.accumulate, machine).total();
-    log::info("speed of light of a step: ", fixed(bound * 1e3, 1), " ms (GEMM peak ", fixed(machine.gemm_flops * 1e-9, 0), " GFLOP/s, copy ",
-              fixed(machine.copy_bytes * 1e-9, 0), " GB/s, ", machine.threads, " threads of ", machine.processor, ")");
+    log::info("speed of light of a step: ", fixed(bound * 1e3, 1), " ms (GEMM peak ",
+              fixed(machine.gemm_flops * 1e-9, 0), " GFLOP/s, copy ", fixed(machine.copy_bytes * 1e-9, 0), " GB/s, ",
+              machine.threads, " threads of ", machine.processor, ")");
     Progress progress({.title = "train", .total = o_.steps, .start = first, .line_seconds = o_.log_seconds});
-    StopSignal stop;
     std::string fields;
     while (trainer_->steps() < o_.steps && !stop.requested()) {
       const models::StepMetrics m = trainer_->step();
@@ -134,10 +123,15 @@ class Run {
                           {"tokens", m.tokens},
                           {"tokens_per_second", static_cast<double>(m.tokens) / m.times.total()},
                           {"percent_of_speed_of_light", percent},
-                          {"seconds", {{"data", m.times.data}, {"forward", m.times.forward}, {"backward", m.times.backward}, {"optimizer", m.times.optimizer}}}});
+                          {"seconds",
+                           {{"data", m.times.data},
+                            {"forward", m.times.forward},
+                            {"backward", m.times.backward},
+                            {"optimizer", m.times.optimizer}}}});
       if (progress.due(done)) {
         fields = concat("loss ", fixed(m.loss, 4), "  |g| ", fixed(m.grad_norm, 3), "  lr ", shortest(m.lr), "  ",
-                        grouped(static_cast<int64_t>(static_cast<double>(m.tokens) / m.times.total())), " tok/s  ", fixed(percent, 0), "% of SOL");
+                        grouped(static_cast<int64_t>(static_cast<double>(m.tokens) / m.times.total())), " tok/s  ",
+                        fixed(percent, 0), "% of SOL");
         progress.update(done, fields);
       }
       const bool last = done == o_.steps;
@@ -158,15 +152,16 @@ class Run {
 
   void print_summary() const {
     const MemoryStatistics memory = allocator(Device::cpu()).statistics();
-    std::cout << "steps " << trainer_->steps() << ", " << grouped(tokens_) << " tokens in " << fixed(seconds_, 1) << " s of training ("
-              << grouped(seconds_ > 0 ? static_cast<int64_t>(static_cast<double>(tokens_) / seconds_) : 0) << " tokens/s)\n"
-              << "memory:\n" << memory_table(memory) << "written: " << last_checkpoint_ << ", " << (o_.out / "metrics.jsonl").string() << ", "
-              << (o_.out / "config.toml").string() << "\n";
+    std::cout << "steps " << trainer_->steps() << ", " << grouped(tokens_) << " tokens in " << fixed(seconds_, 1)
+              << " s of training ("
+              << grouped(seconds_ > 0 ? static_cast<int64_t>(static_cast<double>(tokens_) / seconds_) : 0)
+              << " tokens/s)\n"
+              << "memory:\n"
+              << memory_table(memory) << "written: " << last_checkpoint_ << ", " << (o_.out / "metrics.jsonl").string()
+              << ", " << (o_.out / "config.toml").string() << "\n";
   }
 
  private:
-  static int64_t position_of(const Checkpoint& checkpoint) { return checkpoint.content.data_cursor; }
-
   void save() {
     CheckpointContent content;
     content.model = gpt_.named_tensors();
@@ -177,16 +172,18 @@ class Run {
     content.seed = static_cast<uint64_t>(o_.seed);
     content.state = models::to_state(gpt_.config());
     content.text_files = {{"config.toml", config_text_}, {"tokenizer.json", data_.tokenizer_json}};
-    last_checkpoint_ = save_checkpoint(o_.out.string(), content, {.keep = static_cast<int>(o_.keep)});
+    last_checkpoint_ = save_checkpoint(o_.out.string(), content, {.keep_n = static_cast<int>(o_.keep)});
     saved_ = trainer_->steps();
     log::info("saved ", last_checkpoint_);
   }
 
   void report_held_out(int64_t done, MetricsFile& metrics_file) {
     const HeldOutLoss loss = held_out_loss(gpt_, data_.held_out, data_.tokenizer, o_.eval_batch);
-    log::info("step ", done, ": held-out loss ", fixed(loss.nats_per_token, 4), " nats per token, ", fixed(loss.bits_per_byte(), 4), " bits per byte (",
-              grouped(loss.tokens), " tokens, ", grouped(loss.bytes), " bytes)");
-    metrics_file.write({{"step", done - 1}, {"held_out_loss", loss.nats_per_token}, {"held_out_bits_per_byte", loss.bits_per_byte()}});
+    log::info("step ", done, ": held-out loss ", fixed(loss.nats_per_token, 4), " nats per token, ",
+              fixed(loss.bits_per_byte(), 4), " bits per byte (", grouped(loss.tokens), " tokens, ",
+              grouped(loss.bytes), " bytes)");
+    metrics_file.write(
+        {{"step", done - 1}, {"held_out_loss", loss.nats_per_token}, {"held_out_bits_per_byte", loss.bits_per_byte()}});
   }
 
   void print_sample(int64_t done) {
@@ -196,7 +193,8 @@ class Run {
     sampling.seed = static_cast<uint64_t>(done);
     gpt_.eval();
     const std::vector<int32_t> prompt = data_.tokenizer.encode(o_.sample_prompt);
-    const std::vector<int32_t> ids = models::generate(gpt_, prompt.empty() ? std::vector<int32_t>{0} : prompt, o_.sample_tokens, sampling);
+    const std::vector<int32_t> ids =
+        models::generate(gpt_, prompt.empty() ? std::vector<int32_t>{0} : prompt, o_.sample_tokens, sampling);
     gpt_.train();
     log::info("sample after step ", done, ":\n", o_.sample_prompt, data_.tokenizer.decode(ids));
   }
@@ -217,13 +215,16 @@ class Run {
 void print_dry_run(const TrainOptions& o, const Options& options) {
   const DataDirectory data = DataDirectory::open(o.data);
   const models::GptConfig config = o.model(data.tokenizer.vocab_size());
-  std::cout << options.toml(true) << "\n# vocabulary " << grouped(config.vocab) << ", " << grouped(data.train->size()) << " training tokens, "
-            << grouped(data.held_out->size()) << " held out\n";
+  std::cout << options.toml(true) << "\n# vocabulary " << grouped(config.vocab) << ", " << grouped(data.train->size())
+            << " training tokens, " << grouped(data.held_out->size()) << " held out\n";
   const int64_t tokens = o.batch * o.context * o.accumulate;
   std::cout << "parameters:      " << grouped(config.parameter_count()) << "\n"
-            << "tokens per step: " << grouped(tokens) << " (" << o.accumulate << " x " << o.batch << " x " << o.context << ")\n"
-            << "FLOPs per token: " << grouped(static_cast<int64_t>(config.flops_per_token())) << " (6 (12 L C^2 + V C) + 7 L C T)\n"
-            << "epochs:          " << fixed(static_cast<double>(tokens * o.steps) / static_cast<double>(data.train->size()), 2) << "\n";
+            << "tokens per step: " << grouped(tokens) << " (" << o.accumulate << " x " << o.batch << " x " << o.context
+            << ")\n"
+            << "FLOPs per token: " << grouped(static_cast<int64_t>(config.flops_per_token()))
+            << " (6 (12 L C^2 + V C) + 7 L C T)\n"
+            << "epochs:          "
+            << fixed(static_cast<double>(tokens * o.steps) / static_cast<double>(data.train->size()), 2) << "\n";
   const DryRun dry;
   models::Gpt gpt(config, Device::cpu());
   optim::Adam optimizer(gpt.parameters(), o.adam());
@@ -231,7 +232,28 @@ void print_dry_run(const TrainOptions& o, const Options& options) {
   models::Trainer trainer(gpt, optimizer, loader, o.schedule(), o.accumulate);
   trainer.step();
   trainer.step();
-  std::cout << "memory of a step, by replaying two without memory:\n" << memory_table(allocator(Device::cpu()).statistics());
+  std::cout << "memory of a step, by replaying two without memory:\n"
+            << memory_table(allocator(Device::cpu()).statistics());
+}
+
+/// The directory that holds `path`.
+fs::path directory_above(const fs::path& path) {
+  const fs::path directory = (path.has_filename() ? path : path.parent_path()).parent_path();
+  return directory.empty() ? fs::path(".") : directory;
+}
+
+/// A new run among the checkpoints of another, or one that goes on before the last, would mix the two: the next
+/// --resume would find the one with more steps.
+void refuse_later_checkpoints(const TrainOptions& o, const std::optional<CheckpointContent>& from,
+                              const Options& options) {
+  for (const ListedCheckpoint& other : list_checkpoints(o.out.string())) {
+    if (from && (other.manifest.step <= from->step || !verify_checkpoint(other.path).empty())) continue;
+    options.reject(
+        "out",
+        from ? "a later checkpoint than the one to go on from is there, " : "checkpoints of a run are there already, ",
+        other.path, ". To go on from the last one: weft train --resume ", o.out.string(),
+        ". Otherwise give another --out");
+  }
 }
 
 }  // namespace
@@ -240,10 +262,11 @@ int run_train(std::span<const std::string> args) {
   TrainOptions o;
   Options first("train", "Trains a GPT on prepared data.");
   o.declare(first);
-  first.action("resume", &o.resume, "DIR", "go on with the run in DIR (or from that checkpoint) bit for bit; its config.toml is the default");
+  first.action("resume", &o.resume, "DIR",
+               "go on with the run in DIR (or from that checkpoint) bit for bit; its config.toml is the default");
   if (!first.parse(args)) return 0;
 
-  std::optional<Checkpoint> from;
+  std::optional<CheckpointContent> from;
   std::optional<Options> second;
   if (!o.resume.empty()) {
     // The options again, this time above the file that was saved with the run.
@@ -255,17 +278,21 @@ int run_train(std::span<const std::string> args) {
     second->action("resume", &o.resume, "DIR", "");
     second->load(fs::path(path) / "config.toml");
     if (!second->parse(args)) return 0;
-    log::info("resuming from ", path, " at step ", from->content.step);
+    // The run may have been moved since: it goes on where it lies, unless this call says otherwise.
+    if (second->origin("out").source == Source::kFile) o.out = directory_above(path);
+    log::info("resuming from ", path, " at step ", from->step);
   }
   const Options& options = second ? *second : first;
   o.check(options);
   if (o.dry_run) return print_dry_run(o, options), 0;
 
-  fs::create_directories(o.out);
+  refuse_later_checkpoints(o, from, options);
   const std::string config_text = options.toml(false);
+  Run run(o, config_text, DataDirectory::open(o.data), std::move(from));
+  // Whatever could be wrong with options and data was found above: a refused call leaves nothing behind.
+  make_directories(o.out);
   write_file_atomic((o.out / "config.toml").string(), as_bytes(config_text));
   log::info("device ", Device::best(), ", ", num_threads(), " threads; writing to ", o.out.string());
-  Run run(o, config_text, DataDirectory::open(o.data), std::move(from));
   const bool complete = run.train();
   run.print_summary();
   if (!complete) std::cout << "to go on: weft train --resume " << o.out.string() << std::endl;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <queue>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "core/autograd_node.h"
@@ -127,12 +128,14 @@ void record(const char* op, const std::vector<Tensor>& inputs, const std::vector
   node->edges.reserve(inputs.size());
   for (const Tensor& input : inputs) node->edges.push_back(edge_to(input));
   for (size_t i = 0; i < outputs.size(); ++i) {
+    if (wants_gradient(outputs[i])) {
+      fail(ErrorKind::kState, op, "output ", i, " is already part of a graph; a recorded function must answer with new tensors");
+    }
+  }
+  for (size_t i = 0; i < outputs.size(); ++i) {
     const Tensor& output = outputs[i];
     node->outputs.push_back({output.shape(), output.dtype(), output.device()});
     if (!is_float(output.dtype())) continue;
-    if (output.autograd_meta() != nullptr && output.autograd_meta()->node != nullptr) {
-      fail(ErrorKind::kState, op, "output ", i, " is already part of a graph; a recorded function must answer with new tensors");
-    }
     auto meta = std::make_shared<Meta>();
     meta->requires_grad = true;
     meta->node = node;
@@ -161,8 +164,10 @@ std::optional<BackwardContext::Sink> BackwardContext::sink(int i) {
   if (meta.grad.defined()) {
     if (!meta.grad.is_contiguous()) return std::nullopt;
     meta.grad.storage()->bump(node_->op);
+    sunk_.at(static_cast<size_t>(i)) = true;
     return Sink{meta.grad, true};
   }
+  sunk_.at(static_cast<size_t>(i)) = true;
   const MemoryScope scope(MemoryCategory::gradients);
   meta.grad = Tensor::empty_like(edge.node->leaf);
   return Sink{meta.grad, false};
@@ -195,7 +200,11 @@ void accumulate(Tensor& sum, Tensor gradient, const Shape& shape, DType dtype, D
     sum = std::move(gradient);
     return;
   }
-  // A new tensor rather than an in-place sum: the first gradient may be shared with another branch of the graph.
+  if (!recording && sum.is_sole_owner() && sum.is_contiguous()) {
+    if (!DryRun::active()) backend(device).add(sum.view(), gradient.view());
+    return;
+  }
+  // A new tensor: the first gradient may be shared with another branch of the graph, or a part of one.
   Tensor total = Tensor::empty(shape, dtype, device);
   if (recording && (sum.requires_grad() || gradient.requires_grad())) {
     record("accumulate", {sum, gradient}, {total}, {},
@@ -214,17 +223,25 @@ class Engine {
   Engine(bool retain_graph, bool create_graph, bool leaf_gradients)
       : retain_graph_(retain_graph), create_graph_(create_graph), leaf_gradients_(leaf_gradients) {}
 
-  void capture(const Edge& edge, Tensor* result) { captures_[edge.node.get()].push_back({edge.index, result}); }
+  void capture(const Edge& edge, Tensor* result) {
+    captured_.push_back(edge.node);  // kept alive: a leaf outside the graph would leave its address to another node
+    captures_[edge.node.get()].push_back({edge.index, result});
+  }
 
   void run(const std::vector<Tensor>& outputs, const std::vector<Tensor>& gradients) {
+    if (outputs.empty()) fail(ErrorKind::kValue, "backward", "needs at least one tensor to start from");
+    if (!gradients.empty() && gradients.size() != outputs.size()) {
+      fail(ErrorKind::kValue, "backward", gradients.size(), " gradients for ", outputs.size(), " tensors; give none or one for each");
+    }
     const GradMode mode(create_graph_);
-    for (size_t i = 0; i < outputs.size(); ++i) add_root(outputs[i], i < gradients.size() ? gradients[i] : Tensor());
+    for (size_t i = 0; i < outputs.size(); ++i) add_root(outputs[i], gradients.empty() ? Tensor() : gradients[i]);
     count_dependencies();
-    for (auto& [node, state] : states_) {
-      if (state.dependencies == 0) ready_.push(state.node);
+    for (const std::shared_ptr<Node>& root : roots_) {
+      State& s = states_.at(root.get());
+      if (s.wanted && s.dependencies == 0 && !std::exchange(s.ready, true)) push(root);
     }
     while (!ready_.empty()) {
-      const std::shared_ptr<Node> node = ready_.top();
+      const std::shared_ptr<Node> node = ready_.top().node;
       ready_.pop();
       process(node);
     }
@@ -236,10 +253,19 @@ class Engine {
     int dependencies = 0;
     std::vector<Tensor> gradients;
     bool written = false;  // a sink was: the leaf has part of its gradient already
+    bool wanted = false;   // it is to be processed: a gradient that is asked for lies here or behind it
+    bool passes = false;   // its rule is to be run: a gradient that is asked for lies behind it
+    bool ready = false;    // it has been queued
   };
-  struct Later {
-    bool operator()(const std::shared_ptr<Node>& a, const std::shared_ptr<Node>& b) const { return a->sequence < b->sequence; }
+  struct Ready {
+    std::shared_ptr<Node> node;
+    uint64_t order;  // of becoming ready: leaves all have one sequence number
+    bool operator<(const Ready& other) const {
+      return node->sequence != other.node->sequence ? node->sequence < other.node->sequence : order > other.order;
+    }
   };
+
+  void push(const std::shared_ptr<Node>& node) { ready_.push({node, next_order_++}); }
 
   State& state(const std::shared_ptr<Node>& node) {
     State& s = states_[node.get()];
@@ -270,21 +296,33 @@ class Engine {
   }
 
   void count_dependencies() {
-    std::vector<std::shared_ptr<Node>> stack = roots_;
-    std::unordered_map<Node*, bool> seen;
+    std::vector<std::shared_ptr<Node>> stack = roots_, nodes;
+    std::unordered_set<Node*> seen;
     while (!stack.empty()) {
       const std::shared_ptr<Node> node = std::move(stack.back());
       stack.pop_back();
-      if (seen[node.get()]) continue;
-      seen[node.get()] = true;
-      if (node->released) {
+      if (!seen.insert(node.get()).second) continue;
+      nodes.push_back(node);
+      for (const Edge& edge : node->edges) {
+        if (edge.node != nullptr) stack.push_back(edge.node);
+      }
+    }
+    // Edges lead to what was recorded earlier, or to a leaf: in this order a node comes after all that it leads to.
+    const auto rank = [](const std::shared_ptr<Node>& node) { return node->leaf.defined() ? 0 : node->sequence + 1; };
+    std::sort(nodes.begin(), nodes.end(), [&](const auto& a, const auto& b) { return rank(a) < rank(b); });
+    for (const std::shared_ptr<Node>& node : nodes) {
+      State& s = state(node);
+      for (const Edge& edge : node->edges) {
+        if (edge.node != nullptr && state(edge.node).wanted) s.passes = true;
+      }
+      s.wanted = s.passes || (leaf_gradients_ ? node->leaf.defined() : captures_.contains(node.get()));
+      if (s.passes && node->released) {
         fail(ErrorKind::kState, node->op, "this part of the graph was used by an earlier backward pass, which released what [", node->op,
              "] had saved. Hint: pass retain_graph to every backward pass but the last, or compute the loss again");
       }
+      if (!s.passes) continue;
       for (const Edge& edge : node->edges) {
-        if (edge.node == nullptr) continue;
-        ++state(edge.node).dependencies;
-        stack.push_back(edge.node);
+        if (edge.node != nullptr) ++state(edge.node).dependencies;
       }
     }
   }
@@ -292,17 +330,22 @@ class Engine {
   void process(const std::shared_ptr<Node>& node) {
     State current = std::move(states_.at(node.get()));
     std::vector<Tensor>& gradients = current.gradients;
-    for (const auto& [output, hook] : node->hooks) apply_hook(hook, gradients[static_cast<size_t>(output)], *node);
+    // Copies of the lists: a hook may register another one.
+    const auto node_hooks = node->hooks;
+    for (const auto& [output, hook] : node_hooks) apply_hook(hook, gradients[static_cast<size_t>(output)], *node);
     if (node->leaf.defined()) {
-      for (const auto& hook : node->leaf.autograd_meta()->hooks) apply_hook(hook, gradients[0], *node);
+      const auto leaf_hooks = node->leaf.autograd_meta()->hooks;
+      for (const auto& hook : leaf_hooks) apply_hook(hook, gradients[0], *node);
     }
     if (const auto found = captures_.find(node.get()); found != captures_.end()) {
       for (const auto& [output, result] : found->second) *result = gradients[static_cast<size_t>(output)];
     }
     if (node->leaf.defined()) return finish_leaf(*node, gradients[0], current.written);
+    if (!current.passes) return;
     const bool any = std::any_of(gradients.begin(), gradients.end(), [](const Tensor& gradient) { return gradient.defined(); });
     BackwardContext context;
     context.results_.resize(node->edges.size());
+    context.sunk_.resize(node->edges.size());
     if (any) {
       if (create_graph_ && node->kind == Rule::kOnce) {
         fail(ErrorKind::kState, node->op, "has no second derivative: its backward rule is a kernel of its own. Hint: use its composed form");
@@ -316,13 +359,12 @@ class Engine {
       const Edge& edge = node->edges[i];
       if (edge.node == nullptr) continue;
       State& next = state(edge.node);
-      if (Tensor& result = context.results_[i]; result.defined()) {
+      next.written = next.written || context.sunk_[i];
+      if (Tensor& result = context.results_[i]; result.defined() && next.wanted) {
         const Node::Output& target = edge.node->outputs[static_cast<size_t>(edge.index)];
         accumulate(next.gradients[static_cast<size_t>(edge.index)], std::move(result), target.shape, target.dtype, target.device, node->op);
-      } else if (any && edge.node->leaf.defined()) {
-        next.written = true;
       }
-      if (--next.dependencies == 0) ready_.push(edge.node);
+      if (--next.dependencies == 0 && next.wanted && !std::exchange(next.ready, true)) push(edge.node);
     }
     if (!retain_graph_) {
       node->saved.clear();
@@ -348,24 +390,29 @@ class Engine {
     if (gradient.defined()) {
       if (!meta.grad.defined()) {
         // The leaf keeps its gradient beyond this pass: it must own it, and row by row.
-        const bool own = gradient.is_sole_owner() && gradient.is_contiguous();
+        const bool own = gradient.is_sole_owner() && gradient.is_contiguous() &&
+                         gradient.storage()->bytes() == gradient.numel() * size_of(gradient.dtype());
         const MemoryScope scope(MemoryCategory::gradients);
-        meta.grad = own || create_graph_ ? std::move(gradient) : gradient.clone();
-      } else if (create_graph_) {
-        accumulate(meta.grad, gradient, leaf.shape(), leaf.dtype(), leaf.device(), "leaf");
-      } else {
+        meta.grad = own ? std::move(gradient) : gradient.clone();
+        if (own) meta.grad.storage()->recount(MemoryCategory::gradients);
+      } else if (meta.grad.is_contiguous()) {
         if (!DryRun::active()) backend(leaf.device()).add(meta.grad.view(), gradient.view());
         meta.grad.storage()->bump("backward");
+      } else {  // set by hand and perhaps expanded
+        const MemoryScope scope(MemoryCategory::gradients);
+        accumulate(meta.grad, gradient, leaf.shape(), leaf.dtype(), leaf.device(), "backward");
       }
     }
-    for (const auto& hook : meta.grad_ready_hooks) hook(leaf);
+    const auto hooks = meta.grad_ready_hooks;
+    for (const auto& hook : hooks) hook(leaf);
   }
 
   const bool retain_graph_, create_graph_, leaf_gradients_;
   std::unordered_map<Node*, State> states_;
   std::unordered_map<Node*, std::vector<std::pair<int, Tensor*>>> captures_;
-  std::vector<std::shared_ptr<Node>> roots_;
-  std::priority_queue<std::shared_ptr<Node>, std::vector<std::shared_ptr<Node>>, Later> ready_;
+  std::vector<std::shared_ptr<Node>> roots_, captured_;
+  std::priority_queue<Ready> ready_;
+  uint64_t next_order_ = 0;
 };
 
 void backward(const std::vector<Tensor>& outputs, const std::vector<Tensor>& gradients, bool retain_graph) {
@@ -389,34 +436,72 @@ std::vector<Tensor> gradients(const std::vector<Tensor>& outputs, const std::vec
 
 namespace {
 
+/// A tensor that may have been handed to the saved-tensor hooks of an enclosing checkpoint, which then recomputes it.
+struct Kept {
+  Tensor tensor;
+  std::function<Tensor()> unpacker;
+  uint64_t version = 0;
+  bool requires_grad = false;
+
+  explicit Kept(const Tensor& input) : version(input.storage()->version()), requires_grad(input.requires_grad()) {
+    const auto* pack = recording ? SavedTensorHooks::current() : nullptr;
+    if (pack != nullptr) unpacker = (*pack)(input.detach());
+    else tensor = input.detach();
+  }
+};
+
 /// What a checkpointed call keeps instead of the tensors that its rules saved.
 struct Frame {
+  /// What the first run saved, but for its values.
+  struct Saved {
+    std::weak_ptr<Storage> storage;
+    uint64_t version;
+    Shape shape;
+    DType dtype;
+  };
   std::function<std::vector<Tensor>(const std::vector<Tensor>&)> function;
-  std::vector<Tensor> inputs;
-  std::vector<uint64_t> versions;
-  size_t saved = 0;            // tensors saved by the first run
+  std::vector<Kept> inputs;
+  std::vector<Saved> saved;
   std::vector<Tensor> values;  // the same, from a second run
 
   void recompute() {
     std::vector<Tensor> again;
     for (size_t i = 0; i < inputs.size(); ++i) {
-      if (inputs[i].storage()->version() != versions[i]) {
-        fail(ErrorKind::kState, "checkpoint", "input ", i, " (", inputs[i].describe(), ") was changed in place by [",
-             inputs[i].storage()->last_change(), "] before the backward pass could compute with it again");
+      const Kept& input = inputs[i];
+      if (!input.unpacker && input.tensor.storage()->version() != input.version) {
+        fail(ErrorKind::kState, "checkpoint", "input ", i, " (", input.tensor.describe(), ") was changed in place by [",
+             input.tensor.storage()->last_change(), "] before the backward pass could compute with it again");
       }
-      again.push_back(inputs[i].detach());
-      if (inputs[i].requires_grad()) again.back().requires_grad_();
+      again.push_back((input.unpacker ? input.unpacker() : input.tensor).detach());
+      if (input.requires_grad) again.back().requires_grad_();
     }
-    values.clear();
-    const GradMode mode(true);
-    const SavedTensorHooks hooks([this](const Tensor& tensor) {
-      values.push_back(tensor);
-      return [] { return Tensor(); };
-    });
-    function(again);
-    if (values.size() != saved) {
-      fail(ErrorKind::kState, "checkpoint", "the function saved ", saved, " tensors the first time and ", values.size(),
+    std::vector<Tensor> second;
+    {
+      const GradMode mode(true);
+      const SavedTensorHooks hooks([&second](const Tensor& tensor) {
+        second.push_back(tensor);
+        return [] { return Tensor(); };
+      });
+      function(again);
+    }
+    if (second.size() != saved.size()) {
+      fail(ErrorKind::kState, "checkpoint", "the function saved ", saved.size(), " tensors the first time and ", second.size(),
            " the second: it is not a pure function of its inputs");
+    }
+    for (size_t i = 0; i < saved.size(); ++i) check(i, second[i]);
+    values = std::move(second);
+  }
+
+  void check(size_t i, const Tensor& tensor) const {
+    const Saved& before = saved[i];
+    if (!(tensor.shape() == before.shape) || tensor.dtype() != before.dtype) {
+      fail(ErrorKind::kState, "checkpoint", "the function saved ", before.dtype, ' ', before.shape, " the first time and ", tensor.describe(),
+           " the second: it is not a pure function of its inputs");
+    }
+    // A tensor that both runs saved was made before them: a parameter.
+    if (before.storage.lock() == tensor.storage() && before.version != tensor.storage()->version()) {
+      fail(ErrorKind::kState, "checkpoint", "a tensor (", tensor.describe(), ") that the function uses was changed in place by [",
+           tensor.storage()->last_change(), "] before the backward pass could compute with it again");
     }
   }
 
@@ -430,12 +515,13 @@ struct Frame {
 }  // namespace
 
 std::vector<Tensor> checkpoint(std::function<std::vector<Tensor>(const std::vector<Tensor>&)> function, const std::vector<Tensor>& inputs) {
+  if (!recording) return function(inputs);
   auto frame = std::make_shared<Frame>();
   frame->function = std::move(function);
-  frame->inputs = inputs;
-  for (const Tensor& input : inputs) frame->versions.push_back(input.storage()->version());
-  const SavedTensorHooks hooks([frame](const Tensor&) {
-    return [frame, i = frame->saved++] { return frame->value(i); };
+  for (const Tensor& input : inputs) frame->inputs.emplace_back(input);
+  const SavedTensorHooks hooks([frame](const Tensor& tensor) {
+    frame->saved.push_back({tensor.storage(), tensor.storage()->version(), tensor.shape(), tensor.dtype()});
+    return [frame, i = frame->saved.size() - 1] { return frame->value(i); };
   });
   return frame->function(inputs);
 }

@@ -50,7 +50,8 @@ class BackwardContext {
   /// Answers with the gradient of input i. May have the shape to which input i was broadcast: it is summed down.
   void set(int i, Tensor gradient);
   /// If input i is a leaf whose gradient can be written where it lives: the tensor to write to and whether to add to
-  /// what it holds. The rule must then write it and must not call set(i). Saves a temporary and a pass over it.
+  /// what it holds (else its content is unspecified). The rule must then write it, before it asks for another sink, and
+  /// must not call set(i). Saves a temporary and a pass over it.
   struct Sink {
     Tensor tensor;
     bool accumulate = false;
@@ -63,6 +64,7 @@ class BackwardContext {
   std::shared_ptr<Node> node_;
   std::vector<Tensor> grads_;
   std::vector<Tensor> results_;
+  std::vector<bool> sunk_;
   bool leaf_gradients_ = true;
 };
 
@@ -77,7 +79,7 @@ enum class Rule : uint8_t {
 /// Puts a function on the tape if grad mode is on and an input requires a gradient; else does nothing.
 /// @param op      name in messages; a string literal
 /// @param inputs  in the order of the rule's indices; undefined ones are allowed
-/// @param outputs tensors just made by this call; they become part of the graph
+/// @param outputs tensors just made by this call; they become part of the graph. @throws Error kState if one already is
 /// @param saved   tensors the rule needs, inputs and outputs among them; a rule must not capture tensors otherwise
 void record(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs, const std::vector<Tensor>& saved,
             BackwardRule rule, Rule kind = Rule::kOnce);
@@ -103,18 +105,20 @@ struct NoGrad : GradMode {
 };
 
 /// Gradients of `outputs` with respect to every leaf they depend on, added to the leaves' grad().
-/// @param gradients     one per output, or undefined for an output of one element (then 1)
+/// @param gradients     none, or one per output; undefined, it stands for 1 if the output has one element
 /// @param retain_graph  keeps what the rules saved, so that backward can run again
 void backward(const std::vector<Tensor>& outputs, const std::vector<Tensor>& gradients = {}, bool retain_graph = false);
 
 /// Gradients of `outputs` with respect to `inputs`, returned; grad() of no leaf changes. An input that the outputs do
-/// not depend on gets an undefined tensor. With create_graph the results can be differentiated again.
+/// not depend on gets an undefined tensor. Only rules between the two run. With create_graph the results can be
+/// differentiated again. Results may share memory with each other: clone() one before changing it in place.
 std::vector<Tensor> gradients(const std::vector<Tensor>& outputs, const std::vector<Tensor>& inputs,
                               const std::vector<Tensor>& output_gradients = {}, bool retain_graph = false, bool create_graph = false);
 
 /// Runs function(inputs) without keeping what its rules save; the backward pass runs it a second time to have it.
-/// Same numbers, same graph, less memory (Chen et al. 2016). The function must be a pure function of its arguments and
-/// of unchanged parameters; random numbers are, because they are counted, not drawn.
+/// Same numbers, same graph, less memory (Chen et al. 2016). May be nested. The function must be a pure function of its
+/// arguments and of unchanged parameters; random numbers are, because they are counted, not drawn. Where the second run
+/// is seen to differ (an argument or a saved parameter changed in place, other tensors saved), backward() gives kState.
 std::vector<Tensor> checkpoint(std::function<std::vector<Tensor>(const std::vector<Tensor>&)> function, const std::vector<Tensor>& inputs);
 
 /// While it lives, tensors that functions of this thread save for their backward pass go through `pack`, which answers

@@ -23,7 +23,8 @@ class Backend {
   /// Memory from the system, aligned to 64 bytes; null if there is none left.
   virtual void* system_allocate(size_t bytes) = 0;
   virtual void system_free(void* data, size_t bytes) = 0;
-  /// dst = cast(src), same shape. A cast to an integer truncates towards zero; to bool it tests for non-zero.
+  /// dst = cast(src), same shape. A cast to an integer truncates towards zero and saturates, NaN gives 0; to bool it
+  /// tests for non-zero; to a float it rounds once, to nearest even. dst and src must not overlap.
   virtual void copy(const StridedView& dst, const StridedView& src) = 0;
   virtual void fill(const StridedView& dst, double value) = 0;
   /// dst += src, same shape and float dtype, each sum rounded once to the dtype.

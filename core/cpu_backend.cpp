@@ -5,6 +5,7 @@
 #include <cstring>
 #include <mutex>
 #include <ostream>
+#include <utility>
 #include <vector>
 
 #include "core/backend.h"
@@ -81,7 +82,12 @@ template <class To, class From>
 To convert(From x) {
   if constexpr (std::is_same_v<To, From>) return x;
   else if constexpr (std::is_same_v<To, bool>) return static_cast<double>(x) != 0;
-  else if constexpr (std::is_integral_v<To> && !std::is_integral_v<From>) {
+  else if constexpr (std::is_same_v<From, bool>) return To(static_cast<int>(x));
+  else if constexpr (std::is_integral_v<To> && std::is_integral_v<From>) {
+    if (std::cmp_less(x, std::numeric_limits<To>::min())) return std::numeric_limits<To>::min();
+    if (std::cmp_greater(x, std::numeric_limits<To>::max())) return std::numeric_limits<To>::max();
+    return static_cast<To>(x);
+  } else if constexpr (std::is_integral_v<To>) {
     // Casting a value that does not fit is undefined in C++; here it saturates, and NaN gives 0.
     const double value = static_cast<double>(x);
     if (value != value) return 0;
@@ -215,6 +221,7 @@ Backend& backend(Device device) {
   static std::mutex& mutex = *new std::mutex;
   static auto& devices = *new std::vector<std::unique_ptr<Backend>>;
   const std::lock_guard lock(mutex);
+  if (device.index < 0) fail(ErrorKind::kDevice, "device", "an index must not be negative, got ", device);
   const auto index = static_cast<size_t>(device.index);
   if (index >= devices.size() || devices[index] == nullptr) {
     if (*why_no_cuda() != '\0') fail(ErrorKind::kDevice, "device", device, " is not available: ", why_no_cuda());

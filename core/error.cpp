@@ -37,10 +37,22 @@ namespace {
 size_t utf8_length(std::string_view text, size_t at) {
   const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
   const unsigned char lead = byte(at);
-  const size_t length = lead < 0x80 ? 1 : lead >= 0xc2 && lead < 0xe0 ? 2 : lead >= 0xe0 && lead < 0xf0 ? 3 : lead >= 0xf0 && lead < 0xf5 ? 4 : 0;
+  size_t length = 0;
+  if (lead < 0x80) length = 1;
+  else if (lead >= 0xc2 && lead < 0xe0) length = 2;
+  else if (lead >= 0xe0 && lead < 0xf0) length = 3;
+  else if (lead >= 0xf0 && lead < 0xf5) length = 4;
   if (length == 0 || at + length > text.size()) return 0;
   for (size_t i = 1; i < length; ++i) {
     if ((byte(at + i) & 0xc0) != 0x80) return 0;
+  }
+  // Overlong forms, surrogates and code points beyond U+10FFFF show in the second byte.
+  if (length > 2) {
+    const unsigned char second = byte(at + 1);
+    if ((lead == 0xe0 && second < 0xa0) || (lead == 0xed && second >= 0xa0) || (lead == 0xf0 && second < 0x90) ||
+        (lead == 0xf4 && second >= 0x90)) {
+      return 0;
+    }
   }
   return length;
 }
@@ -54,7 +66,10 @@ std::string quoted(std::string_view text, size_t limit) {
   while (at < text.size() && at < limit) {
     const size_t length = utf8_length(text, at);
     const unsigned char c = static_cast<unsigned char>(text[at]);
-    if (length == 0 || (length == 1 && (c < 0x20 || c == 0x7f))) {
+    // U+0080 to U+009F are control characters too: terminals act on some of them.
+    const bool control =
+        (length == 1 && (c < 0x20 || c == 0x7f)) || (c == 0xc2 && length == 2 && static_cast<unsigned char>(text[at + 1]) < 0xa0);
+    if (length == 0 || control) {
       out += "\\x";
       out += kHex[c >> 4];
       out += kHex[c & 15];

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define WEFT_HD __host__ __device__
@@ -70,11 +71,24 @@ struct BFloat16 {
   }
   WEFT_HD explicit BFloat16(double x) : bits(static_cast<uint16_t>(from_double(x))) {}
   template <class Integer>
-  WEFT_HD explicit BFloat16(Integer x) : BFloat16(static_cast<double>(x)) {}
+  WEFT_HD explicit BFloat16(Integer x) : BFloat16(to_double(x)) {}
   WEFT_HD explicit operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
   WEFT_HD explicit operator double() const { return static_cast<float>(*this); }
 
  private:
+  /// As a double that rounds to the same bfloat16: beyond 2^53 the low bits, which a double has no room for, are made
+  /// sticky ("round to odd"), so that a value just above a half-way point stays above it.
+  template <class Integer>
+  WEFT_HD static double to_double(Integer x) {
+    if constexpr (sizeof(Integer) == 8) {
+      constexpr Integer kLimit = Integer{1} << 53;
+      if (x > kLimit || (std::is_signed_v<Integer> && x < -kLimit)) {
+        const Integer low = x & 0x7ff;
+        return static_cast<double>(low == 0 ? x : ((x - low) | 0x800));
+      }
+    }
+    return static_cast<double>(x);
+  }
   /// Rounds once from double: to float with the last bit made sticky ("round to odd"), then to nearest even.
   WEFT_HD static uint16_t from_double(double x) {
     float f = static_cast<float>(x);

@@ -5,11 +5,16 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <map>
 #include <mutex>
 #include <set>
 #include <unordered_map>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "core/backend.h"
 #include "core/error.h"
@@ -68,6 +73,15 @@ struct Allocator::State {
   std::unordered_map<void*, Block*> used;
   MemoryStatistics statistics;
 
+  /// Tells the address sanitizer which bytes may be touched: it cannot see inside memory that is cached here.
+  void mark([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes, [[maybe_unused]] bool usable) const {
+#if defined(__SANITIZE_ADDRESS__)
+    if (dry || device.kind != DeviceKind::cpu) return;
+    if (usable) __asan_unpoison_memory_region(data, bytes);
+    else __asan_poison_memory_region(data, bytes);
+#endif
+  }
+
   void* take_from_system(size_t bytes) {
     if (!dry) return backend(device).system_allocate(bytes);
     // Addresses without memory: unique, and a stray access faults instead of reading nonsense.
@@ -82,6 +96,7 @@ struct Allocator::State {
     const size_t size = small ? kSmallSegment : std::max(round_up(bytes, kPage), kLargeSegment);
     void* data = take_from_system(size);
     if (data == nullptr) return nullptr;
+    mark(data, size, false);
     statistics.reserved += static_cast<int64_t>(size);
     ++statistics.system_allocations;
     return new Block{static_cast<char*>(data), size, small};
@@ -97,6 +112,7 @@ struct Allocator::State {
         }
         it = list.erase(it);
         statistics.reserved -= static_cast<int64_t>(block->bytes);
+        mark(block->data, block->bytes, true);
         give_to_system(block->data, block->bytes);
         delete block;
       }
@@ -163,6 +179,7 @@ void* Allocator::allocate(size_t bytes, MemoryCategory category) {
   block->used = true;
   block->category = category;
   s.used.emplace(block->data, block);
+  s.mark(block->data, bytes, true);
   s.count(category, static_cast<int64_t>(size));
   return block->data;
 }
@@ -175,6 +192,7 @@ void Allocator::free(void* data) {
   State::Block* block = found->second;
   s.used.erase(found);
   s.count(block->category, -static_cast<int64_t>(block->bytes));
+  s.mark(block->data, block->bytes, false);
   block->used = false;
   auto& list = s.unused[block->small];
   const auto join = [&](State::Block* left, State::Block* right) {
@@ -193,6 +211,16 @@ void Allocator::free(void* data) {
     block = before;
   }
   list.insert(block);
+}
+
+void Allocator::recount(void* data, MemoryCategory category) {
+  if (data == nullptr) return;
+  State& s = *state_;
+  const std::lock_guard lock(s.mutex);
+  State::Block& block = *s.used.at(data);
+  s.count(block.category, -static_cast<int64_t>(block.bytes));
+  block.category = category;
+  s.count(category, static_cast<int64_t>(block.bytes));
 }
 
 MemoryStatistics Allocator::statistics() const {

@@ -57,6 +57,8 @@ class Allocator {
   /// @throws Error kMemory with the category table if the system has no more.
   void* allocate(size_t bytes, MemoryCategory category);
   void free(void* data);
+  /// Counts memory in use under another category from now on: an activation that is kept as a gradient, say.
+  void recount(void* data, MemoryCategory category);
   MemoryStatistics statistics() const;
   void reset_peak();
   /// Gives cached memory that is not in use back to the system.

@@ -19,8 +19,12 @@ uint64_t splitmix64(uint64_t x) {
 
 template <class Value>
 void fill(const Tensor& tensor, const char* op, Value value) {
-  if (tensor.device().kind != DeviceKind::cpu || !tensor.is_contiguous()) {
-    fail(ErrorKind::kDevice, op, "fills contiguous CPU tensors, got ", tensor.describe(), " on ", tensor.device(), ". Hint: fill on the CPU, then .to(device)");
+  if (tensor.device().kind != DeviceKind::cpu) {
+    fail(ErrorKind::kDevice, op, "fills CPU tensors, got ", tensor.describe(), " on ", tensor.device(),
+         ". Hint: fill on the CPU, then .to(device)");
+  }
+  if (!tensor.is_contiguous()) {
+    fail(ErrorKind::kValue, op, "fills contiguous tensors, got ", tensor.describe(), " with strides ", tensor.strides());
   }
   tensor.begin_change(op);
   if (DryRun::active()) return;

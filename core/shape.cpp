@@ -49,9 +49,8 @@ int64_t numel(const Shape& shape, std::string_view where) {
     zero |= size == 0;
     if (size != 0) overflow |= __builtin_mul_overflow(product, size, &product);
   }
-  if (zero) return 0;
   if (overflow) fail(ErrorKind::kShape, where, "the number of elements of ", shape, " does not fit in 64 bits");
-  return product;
+  return zero ? 0 : product;
 }
 
 Strides contiguous_strides(const Shape& shape) {
@@ -61,9 +60,9 @@ Strides contiguous_strides(const Shape& shape) {
 }
 
 bool is_contiguous(const Shape& shape, const Strides& strides) {
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return true;
   int64_t expected = 1;
   for (int i = shape.rank() - 1; i >= 0; --i) {
-    if (shape[i] == 0) return true;
     if (shape[i] != 1 && strides[i] != expected) return false;
     expected *= shape[i];
   }
@@ -71,6 +70,7 @@ bool is_contiguous(const Shape& shape, const Strides& strides) {
 }
 
 int normalize_dim(int64_t dim, int rank, std::string_view where) {
+  if (rank == 0) fail(ErrorKind::kIndex, where, "dimension ", dim, " of a tensor with 0 dimensions: a scalar has none");
   if (dim < -rank || dim >= rank) {
     fail(ErrorKind::kIndex, where, "dimension ", dim, " of a tensor with ", rank, " dimensions; expected one from ", -rank, " to ", rank - 1);
   }

@@ -42,13 +42,15 @@ using Strides = Dims;
 /// "[8, 1024, 768]".
 std::ostream& operator<<(std::ostream& out, const Dims& dims);
 
-/// Number of elements. @throws Error kShape, naming `where`, for a negative size or a product beyond int64.
+/// Number of elements. @throws Error kShape, naming `where`, for a negative size or a product of the non-zero sizes beyond
+/// int64 (which a row-major stride would be, even where a size of 0 makes the number 0).
 int64_t numel(const Shape& shape, std::string_view where = "shape");
 
 /// Strides of a row-major tensor of this shape.
 Strides contiguous_strides(const Shape& shape);
 
-/// Whether elements lie in row-major order without holes (dimensions of size 1 may have any stride).
+/// Whether elements lie in row-major order without holes (dimensions of size 1 may have any stride, and no elements at
+/// all lie in any order).
 bool is_contiguous(const Shape& shape, const Strides& strides);
 
 /// A dimension in [-rank, rank) as one in [0, rank). @throws Error kIndex.

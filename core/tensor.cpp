@@ -1,6 +1,7 @@
 #include "core/tensor.h"
 
 #include <ostream>
+#include <utility>
 
 #include "core/autograd.h"
 #include "core/autograd_node.h"
@@ -64,9 +65,12 @@ Tensor Tensor::full(const Shape& shape, double value, DType dtype, Device device
 
 Tensor Tensor::arange(int64_t n, DType dtype, Device device) {
   if (n < 0) fail(ErrorKind::kValue, "arange", "n must not be negative, got ", n);
-  std::vector<int64_t> values(static_cast<size_t>(n));
-  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<int64_t>(i);
-  return from(values, {n}, device).to(dtype);
+  const Tensor out = empty({n}, DType::i64);
+  if (!DryRun::active()) {
+    int64_t* values = out.data<int64_t>();
+    for (int64_t i = 0; i < n; ++i) values[i] = i;
+  }
+  return out.to(dtype).to(device);
 }
 
 Tensor Tensor::make_view(const Tensor& base, const Shape& shape, const Strides& strides, int64_t offset) {
@@ -87,6 +91,7 @@ int64_t Tensor::size(int64_t dim) const { return shape()[normalize_dim(dim, rank
 
 void* Tensor::raw() const {
   const Impl& impl = get();
+  if (impl.storage->data() == nullptr) return nullptr;  // no bytes, whatever the offset of an empty view
   return static_cast<char*>(impl.storage->data()) + impl.offset * size_of(impl.dtype);
 }
 
@@ -133,6 +138,12 @@ void Tensor::begin_change(const char* op) const {
     fail(ErrorKind::kState, op, "would change in place a tensor (", describe(), ") that takes part in a graph. Hint: change it under NoGrad, ",
          "change detach(), or use the form that answers with a new tensor");
   }
+  for (int d = 0; d < rank(); ++d) {
+    if (shape()[d] > 1 && strides()[d] == 0) {
+      fail(ErrorKind::kState, op, "would change in place a tensor (", describe(), ") whose dimension ", d,
+           " is expanded: its elements share memory. Hint: change a clone()");
+    }
+  }
   get().storage->bump(op);
 }
 
@@ -147,8 +158,18 @@ Tensor& Tensor::copy_(const Tensor& source) {
     fail(ErrorKind::kShape, "copy_", "the source is ", source.describe(), ", the target ", describe(), "; shapes must be equal in place. ",
          "Hint: expand() the source");
   }
+  if (autograd::grad_mode() && source.requires_grad()) {
+    fail(ErrorKind::kState, "copy_", "the source (", source.describe(),
+         ") takes part in a graph, and a copy in place records no gradient. Hint: copy under NoGrad, or copy source.detach()");
+  }
   begin_change("copy_");
   if (DryRun::active() || numel() == 0) return *this;
+  if (source.storage() == storage()) {
+    if (source.offset() == offset() && source.strides() == strides()) return *this;
+    const autograd::NoGrad no_grad;  // the two may overlap: read everything before anything is written
+    backend(device()).copy(view(), source.clone().view());
+    return *this;
+  }
   if (source.device() == device()) {
     backend(device()).copy(view(), source.view());
     return *this;
@@ -203,9 +224,11 @@ void Tensor::clear_grad() const {
 
 void Tensor::retain_grad() const {
   if (!requires_grad()) fail(ErrorKind::kState, "retain_grad", "this tensor (", describe(), ") does not require a gradient");
-  if (is_leaf()) return;
+  if (is_leaf() || std::exchange(get().meta->retains_grad, true)) return;
   register_hook([meta = std::weak_ptr<Meta>(get().meta)](const Tensor& gradient) {
-    if (const auto alive = meta.lock()) alive->grad = gradient;
+    if (const auto alive = meta.lock()) {
+      autograd::accumulate(alive->grad, gradient, gradient.shape(), gradient.dtype(), gradient.device(), "retain_grad");
+    }
     return Tensor();
   });
 }

@@ -33,6 +33,8 @@ class Storage {
   const char* last_change() const { return last_change_; }
   /// Notes an in-place change by `op` (a string literal).
   void bump(const char* op) { ++version_, last_change_ = op; }
+  /// Counts the bytes under another category from now on.
+  void recount(MemoryCategory category) const { allocator_->recount(data_, category); }
 
  private:
   Device device_;
@@ -58,7 +60,7 @@ class Tensor {
   static Tensor ones(const Shape& shape, DType dtype = DType::f32, Device device = Device::cpu()) { return full(shape, 1, dtype, device); }
   static Tensor empty_like(const Tensor& other) { return empty(other.shape(), other.dtype(), other.device()); }
   static Tensor zeros_like(const Tensor& other) { return zeros(other.shape(), other.dtype(), other.device()); }
-  /// [0, 1, ..., n-1].
+  /// [0, 1, ..., n-1], cast to dtype.
   static Tensor arange(int64_t n, DType dtype = DType::i64, Device device = Device::cpu());
   /// Copies host values of the tensor's own type. @throws Error kShape if their number is not that of the shape.
   template <class T>
@@ -122,11 +124,12 @@ class Tensor {
   Tensor to(Device device) const;
 
   // ---- in place ----
-  // Refused on a tensor that takes part in a graph (requires_grad and grad mode on). Each counts as a change, so that
-  // a backward pass that needs the old values fails and names this change.
+  // Refused, in grad mode, where a gradient would get lost: on a tensor that requires a gradient, or from one. Refused on
+  // an expanded tensor, whose elements share memory. Each counts as a change, so that a backward pass that needs the old
+  // values fails and names this change.
   Tensor& fill_(double value);
   Tensor& zero_() { return fill_(0); }
-  /// Casts; shapes must be equal: no implicit broadcasting in place.
+  /// Casts; shapes must be equal: no implicit broadcasting in place. The two may overlap.
   Tensor& copy_(const Tensor& source);
   /// Checks the rule above and counts a change by `op` (a string literal): for functions that write into a tensor.
   void begin_change(const char* op) const;
@@ -140,7 +143,7 @@ class Tensor {
   Tensor grad() const;
   void set_grad(Tensor grad) const;
   void clear_grad() const;
-  /// Keeps the gradient of a tensor that is no leaf, so that grad() has it after backward.
+  /// Keeps the gradient of a tensor that is no leaf, so that grad() has it after backward; several passes add up.
   void retain_grad() const;
   /// The same values outside the graph; shares storage.
   Tensor detach() const;

@@ -11,7 +11,9 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -60,14 +62,16 @@ constexpr int kSpins = 4000;
 class Pool {
  public:
   explicit Pool(int threads) : spins_(threads <= available_processors() ? kSpins : 0) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    try {
+      for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    } catch (const std::system_error& error) {
+      const size_t started = workers_.size() + 1;
+      stop();
+      fail(ErrorKind::kMemory, "threads", "the system gave ", started, " of ", threads, " threads: ", error.what(),
+           ". Hint: set WEFT_NUM_THREADS to fewer");
+    }
   }
-  ~Pool() {
-    stop_ = true;
-    epoch_.fetch_add(1, std::memory_order_release);
-    epoch_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
-  }
+  ~Pool() { stop(); }
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
@@ -85,12 +89,19 @@ class Pool {
       if (busy == 0) break;
       spin < spins_ ? pause() : busy_.wait(busy, std::memory_order_acquire);
     }
-    if (error_) std::rethrow_exception(error_);
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
   std::mutex& owner() { return owner_; }
 
  private:
+  void stop() {
+    stop_ = true;
+    epoch_.fetch_add(1, std::memory_order_release);
+    epoch_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+  }
+
   void claim() {
     inside = true;
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
@@ -147,7 +158,8 @@ std::unique_ptr<Pool>& pool() {
 int available_processors() {
   static const int processors = [] {
     cpu_set_t set;
-    int n = 1;
+    // More than 1,024 processors do not fit the set, and the call fails.
+    int n = static_cast<int>(std::thread::hardware_concurrency());
     if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
     if (const double limit = cgroup_processors(); limit > 0) n = std::min(n, static_cast<int>(std::ceil(limit)));
     return std::max(n, 1);

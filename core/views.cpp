@@ -11,23 +11,23 @@ namespace {
 using autograd::BackwardContext;
 using autograd::Rule;
 
-/// A gradient of zeros of `shape` whose part `view(zeros)` is the incoming one.
-template <class View>
-autograd::BackwardRule scatter_rule(const Shape& shape, View view) {
-  return [shape, view](BackwardContext& context) {
-    const Tensor& gradient = context.grad();
-    if (autograd::grad_mode()) {
-      fail(ErrorKind::kState, context.op(), "has no second derivative. Hint: split() or gather() have");
-    }
-    Tensor full = Tensor::zeros(shape, gradient.dtype(), gradient.device());
-    view(full).copy_(gradient);
-    context.set(0, full);
-  };
+Tensor recorded_view(const char* op, const Tensor& base, Tensor view, autograd::BackwardRule rule) {
+  autograd::record(op, {base}, {view}, {}, std::move(rule), Rule::kDifferentiable);
+  return view;
 }
 
-Tensor recorded_view(const char* op, const Tensor& base, Tensor view, autograd::BackwardRule rule, Rule kind = Rule::kDifferentiable) {
-  autograd::record(op, {base}, {view}, {}, std::move(rule), kind);
-  return view;
+/// Zeros of `shape` whose slice is `part`: what takes a gradient back through slice(), and slice() takes one back
+/// through it.
+Tensor unslice(const Tensor& part, const Shape& shape, int dim, int64_t start, int64_t stop, int64_t step) {
+  Tensor full = Tensor::zeros(shape, part.dtype(), part.device());
+  {
+    const autograd::NoGrad no_grad;
+    full.slice(dim, start, stop, step).copy_(part);
+  }
+  autograd::record(
+      "unslice", {part}, {full}, {}, [=](BackwardContext& context) { context.set(0, context.grad().slice(dim, start, stop, step)); },
+      Rule::kDifferentiable);
+  return full;
 }
 
 /// Strides with which a tensor reads as `shape` without copying, if there are any: dimensions are matched in groups of
@@ -128,11 +128,12 @@ Tensor Tensor::slice(int64_t dim_, int64_t start, int64_t stop, int64_t step) co
   }
   Shape sizes = shape();
   Strides steps = strides();
-  sizes[dim] = (last - first + step - 1) / step;
-  steps[dim] *= step;
-  return recorded_view(
-      "slice", *this, make_view(*this, sizes, steps, offset() + first * strides()[dim]),
-      scatter_rule(shape(), [=](const Tensor& full) { return full.slice(dim, first, last, step); }), Rule::kOnce);
+  sizes[dim] = (last - first) / step + ((last - first) % step != 0);
+  if (sizes[dim] > 1) steps[dim] *= step;  // a step as long as the dimension or longer need not fit in a stride
+  const int64_t at = sizes[dim] > 0 ? offset() + first * strides()[dim] : offset();
+  return recorded_view("slice", *this, make_view(*this, sizes, steps, at), [=, full = shape()](BackwardContext& context) {
+    context.set(0, unslice(context.grad(), full, dim, first, last, step));
+  });
 }
 
 Tensor Tensor::narrow(int64_t dim, int64_t start, int64_t length) const {
@@ -150,6 +151,7 @@ Tensor Tensor::select(int64_t dim, int64_t index) const {
 }
 
 Tensor Tensor::expand(const Shape& to) const {
+  weft::numel(to, "expand");
   const Strides steps = broadcast_strides(shape(), strides(), to, "expand");
   return recorded_view("expand", *this, make_view(*this, to, steps, offset()),
                        [](BackwardContext& context) { context.set(0, context.grad()); });
@@ -210,11 +212,14 @@ Tensor cat(const std::vector<Tensor>& tensors, int64_t dim_) {
   for (const Tensor& tensor : tensors) {
     Shape other = tensor.shape();
     if (other.rank() == sizes.rank()) other[dim] = first.shape()[dim];
-    if (!(other == first.shape()) || tensor.dtype() != first.dtype() || tensor.device() != first.device()) {
-      fail(ErrorKind::kShape, "cat", "cannot join ", first.describe(), " on ", first.device(), " and ", tensor.describe(), " on ",
-           tensor.device(), " along dimension ", dim, ": all else must be equal");
-    }
-    sizes[dim] += tensor.shape()[dim];
+    const auto refuse = [&](ErrorKind kind, const char* rule) {
+      fail(kind, "cat", "cannot join ", first.describe(), " on ", first.device(), " and ", tensor.describe(), " on ", tensor.device(),
+           " along dimension ", dim, ": ", rule);
+    };
+    if (!(other == first.shape())) refuse(ErrorKind::kShape, "all other sizes must be equal");
+    if (tensor.dtype() != first.dtype()) refuse(ErrorKind::kDType, "dtypes must be equal. Hint: cast with .to()");
+    if (tensor.device() != first.device()) refuse(ErrorKind::kDevice, "devices must be equal");
+    if (__builtin_add_overflow(sizes[dim], tensor.shape()[dim], &sizes[dim])) refuse(ErrorKind::kShape, "the size overflows 64 bits");
   }
   Tensor out = Tensor::empty(sizes, first.dtype(), first.device());
   std::vector<int64_t> starts;

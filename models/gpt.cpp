@@ -16,6 +16,12 @@ constexpr double kDeviation = 0.02;
 
 double residual_deviation(const GptConfig& config) { return kDeviation / std::sqrt(2.0 * static_cast<double>(config.layers)); }
 
+/// Dropout on rows [B, T, C] of a step's batch.
+Tensor apply_dropout(const Tensor& x, double p, const RandomStream& stream, bool training, const GptStep& step) {
+  const int64_t row = x.numel() / std::max<int64_t>(x.size(0), 1);
+  return dropout(x, p, stream.at_step(step.step), training, static_cast<uint64_t>(step.first_row * row));
+}
+
 class Attention : public Module {
  public:
   Attention(const GptConfig& config, const Init& init)
@@ -105,7 +111,7 @@ class Gpt::Block : public Module {
   }
 
   /// {residual stream, MLP branch}.
-  std::pair<Tensor, Tensor> operator()(const Tensor& x, const Tensor& branch, uint64_t step) const {
+  std::pair<Tensor, Tensor> operator()(const Tensor& x, const Tensor& branch, const GptStep& step) const {
     const auto [before, normed] = ln_1_.add_and_norm(x, branch);
     const Tensor attended = drop(attn_(normed), attention_stream_, step);
     const auto [after, normed_again] = ln_2_.add_and_norm(before, attended);
@@ -119,8 +125,8 @@ class Gpt::Block : public Module {
   }
 
  private:
-  Tensor drop(const Tensor& x, const RandomStream& stream, uint64_t step) const {
-    return is_training() && dropout_ > 0 ? dropout(x, dropout_, stream.at_step(step)) : x;
+  Tensor drop(const Tensor& x, const RandomStream& stream, const GptStep& step) const {
+    return apply_dropout(x, dropout_, stream, is_training(), step);
   }
 
   double dropout_;
@@ -161,21 +167,21 @@ Tensor Gpt::embed(const Tensor& ids, int64_t first_position) const {
 
 Tensor Gpt::hidden(const Tensor& ids, const GptStep& step) const {
   Tensor x = embed(ids, 0), branch;
-  if (is_training() && config_.dropout > 0) x = dropout(x, config_.dropout, RandomStream(seed_, "dropout/embedding").at_step(step.step));
+  x = apply_dropout(x, config_.dropout, RandomStream(seed_, "dropout/embedding"), is_training(), step);
   for (const auto& block : blocks_) {
     if (!config_.recompute || !autograd::grad_mode()) {
-      std::tie(x, branch) = (*block)(x, branch, step.step);
+      std::tie(x, branch) = (*block)(x, branch, step);
       continue;
     }
-    const auto run = [&block = *block, number = step.step](const std::vector<Tensor>& inputs) {
-      const auto [sum, next] = block(inputs[0], inputs.size() > 1 ? inputs[1] : Tensor(), number);
+    const auto run = [&block = *block, step](const std::vector<Tensor>& inputs) {
+      const auto [sum, next] = block(inputs[0], inputs.size() > 1 ? inputs[1] : Tensor(), step);
       return std::vector<Tensor>{sum, next};
     };
     const std::vector<Tensor> outputs =
         autograd::checkpoint(run, branch.defined() ? std::vector<Tensor>{x, branch} : std::vector<Tensor>{x});
     x = outputs[0], branch = outputs[1];
   }
-  return ln_f_.add_and_norm(x, branch).second;
+  return ln_f_.add_and_norm(x, branch).normed;
 }
 
 Tensor Gpt::logits(const Tensor& ids) const { return linear(hidden(ids, {}), wte_.weight()); }
@@ -203,7 +209,7 @@ Tensor Gpt::next_logits(const Tensor& ids, KvCache& cache) const {
     std::tie(x, branch) = blocks_[i]->extend(x, branch, cache.positions_, cache.keys_[i], cache.values_[i]);
   }
   cache.positions_ += ids.size(1);
-  const Tensor last = ln_f_.add_and_norm(x, branch).second.select(1, ids.size(1) - 1);
+  const Tensor last = ln_f_.add_and_norm(x, branch).normed.select(1, ids.size(1) - 1);
   return linear(last, wte_.weight());
 }
 

@@ -39,8 +39,9 @@ class KvCache {
 
 /// What a training step adds to a forward pass.
 struct GptStep {
-  uint64_t step = 0;               ///< which dropout masks to draw
-  double valid_tokens = 0;         ///< divide the loss by this instead of the number of valid targets, if > 0
+  uint64_t step = 0;        ///< which dropout masks to draw
+  int64_t first_row = 0;    ///< place of the first row in the step's whole batch: a row's mask depends on that alone
+  double valid_tokens = 0;  ///< divide the loss by this instead of the number of valid targets, if > 0
 };
 
 /// Decoder-only transformer with GPT-2's architecture: learned positions, pre-layer-norm blocks, tanh GELU, the head

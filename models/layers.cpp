@@ -2,7 +2,6 @@
 
 #include "ops/index.h"
 #include "ops/matmul.h"
-#include "ops/norm.h"
 
 namespace weft::models {
 
@@ -25,7 +24,7 @@ LayerNorm::LayerNorm(int64_t width, double eps, const Init& init)
 
 Tensor LayerNorm::operator()(const Tensor& x) const { return layer_norm(x, weight_, bias_, eps_); }
 
-std::pair<Tensor, Tensor> LayerNorm::add_and_norm(const Tensor& x, const Tensor& branch) const {
+ResidualNorm LayerNorm::add_and_norm(const Tensor& x, const Tensor& branch) const {
   if (!branch.defined()) return {x, (*this)(x)};
   return residual_layer_norm(x, branch, weight_, bias_, eps_);
 }

@@ -1,5 +1,6 @@
 #pragma once
 #include "models/module.h"
+#include "ops/norm.h"
 
 namespace weft::models {
 
@@ -31,7 +32,7 @@ class LayerNorm : public Module {
   LayerNorm(int64_t width, double eps, const Init& init);
   Tensor operator()(const Tensor& x) const;
   /// {x + branch, norm of that sum} in one pass; an undefined branch is 0.
-  std::pair<Tensor, Tensor> add_and_norm(const Tensor& x, const Tensor& branch) const;
+  ResidualNorm add_and_norm(const Tensor& x, const Tensor& branch) const;
 
  private:
   Tensor weight_, bias_;

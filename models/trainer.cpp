@@ -47,16 +47,17 @@ StepMetrics Trainer::step() {
     metrics.valid += batches.back().valid;
   }
   watch.lap(metrics.times.data);
+  GptStep settings;
+  settings.step = static_cast<uint64_t>(step_);
+  settings.valid_tokens = static_cast<double>(metrics.valid);
   for (const text::Batch& batch : batches) {
     const auto [inputs, targets] = to_tensors(batch, device);
-    GptStep settings;
-    settings.step = static_cast<uint64_t>(step_ * accumulate_) + static_cast<uint64_t>(&batch - batches.data());
-    settings.valid_tokens = static_cast<double>(metrics.valid);
     const Tensor loss = gpt_.loss(inputs, targets, settings);
     if (!DryRun::active()) metrics.loss += loss.item();
     watch.lap(metrics.times.forward);
     if (!std::isfinite(metrics.loss)) explain_loss(metrics.loss);
     loss.backward();
+    settings.first_row += batch.rows;
     watch.lap(metrics.times.backward);
   }
   const optim::StepReport report = optimizer_.step(metrics.lr);

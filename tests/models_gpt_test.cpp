@@ -14,15 +14,19 @@ namespace {
 
 GptConfig tiny() { return {.layers = 2, .heads = 2, .width = 16, .context = 8, .vocab = 23}; }
 
-Tensor random_ids(const Shape& shape, int64_t vocab, const char* stream) {
-  std::vector<int32_t> ids(static_cast<size_t>(numel(shape)));
+std::vector<int32_t> random_values(int64_t count, int64_t vocab, const char* stream) {
+  std::vector<int32_t> ids(static_cast<size_t>(count));
   const RandomStream random(5, stream);
   for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(random.below(i, static_cast<uint64_t>(vocab)));
-  return Tensor::from(ids, shape);
+  return ids;
+}
+
+Tensor random_ids(const Shape& shape, int64_t vocab, const char* stream) {
+  return Tensor::from(random_values(numel(shape), vocab, stream), shape);
 }
 
 std::shared_ptr<text::TokenVector> random_tokens(int64_t count, int64_t vocab) {
-  return std::make_shared<text::TokenVector>(random_ids({count}, vocab, "tokens").to_vector<int32_t>(), vocab);
+  return std::make_shared<text::TokenVector>(random_values(count, vocab, "tokens"), vocab);
 }
 
 std::vector<std::vector<double>> gradients_of(const Gpt& gpt) {

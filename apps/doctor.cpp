@@ -1,0 +1,156 @@
+// weft doctor: what this machine and this build can do, and what of it is used.
+#include <hwy/highway.h>
+#include <hwy/targets.h>
+#define PCRE2_CODE_UNIT_WIDTH 8
+#include <pcre2.h>
+#include <sched.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+#include <xxhash.h>
+#include <fstream>
+#include <iostream>
+#include <sstream>
+
+#include "apps/commands.h"
+#include "apps/files.h"
+#include "apps/options.h"
+#include "core/backend.h"
+#include "core/memory.h"
+#include "core/thread_pool.h"
+#include "models/speed_of_light.h"
+#include "ops/gemm.h"
+
+namespace weft::apps {
+namespace {
+
+void line(std::string_view title, const std::string& text) {
+  constexpr size_t kColumn = 18;
+  std::cout << title << std::string(title.size() < kColumn ? kColumn - title.size() : 1, ' ') << text << '\n';
+}
+
+/// Those of the instruction sets that decide which kernels run.
+std::string instruction_sets() {
+#if defined(__x86_64__)
+  std::string found;
+  const auto add = [&](const char* name, bool has) {
+    if (has) found += (found.empty() ? "" : " ") + std::string(name);
+  };
+  add("sse4.2", __builtin_cpu_supports("sse4.2"));
+  add("avx", __builtin_cpu_supports("avx"));
+  add("avx2", __builtin_cpu_supports("avx2"));
+  add("fma", __builtin_cpu_supports("fma"));
+  add("avx512f", __builtin_cpu_supports("avx512f"));
+  add("avx512bw", __builtin_cpu_supports("avx512bw"));
+  add("avx512vl", __builtin_cpu_supports("avx512vl"));
+  add("avx512vnni", __builtin_cpu_supports("avx512vnni"));
+  add("avx512bf16", __builtin_cpu_supports("avx512bf16"));
+  return found.empty() ? "none beyond sse2" : found;
+#else
+  return "not looked up on this architecture";
+#endif
+}
+
+/// The best target that this processor has among those that Highway compiles for.
+std::string highway_target() {
+  const int64_t supported = hwy::SupportedTargets() & HWY_TARGETS;
+  return supported == 0 ? "none" : hwy::TargetName(supported & -supported);  // better targets are lower bits
+}
+
+std::string processors() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  const int affinity = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 0;
+  std::string limit = "no control group limit found";
+  std::string quota;
+  double period = 0;
+  if (std::ifstream in("/sys/fs/cgroup/cpu.max"); in >> quota >> period) {
+    limit = quota == "max" || period <= 0
+                ? "no control group limit"
+                : "control group limit " + fixed(std::strtod(quota.c_str(), nullptr) / period, 2);
+  }
+  return concat(available_processors(), " may be used (", sysconf(_SC_NPROCESSORS_ONLN), " online, ", affinity,
+                " in the affinity mask, ", limit, ")");
+}
+
+/// A value of /proc/meminfo in bytes, 0 if it is not there.
+int64_t meminfo(const std::string& key) {
+  std::ifstream in("/proc/meminfo");
+  for (std::string entry; std::getline(in, entry);) {
+    if (!entry.starts_with(key + ":")) continue;
+    std::istringstream rest(entry.substr(key.size() + 1));
+    int64_t kibibytes = 0;
+    rest >> kibibytes;
+    return kibibytes * 1024;
+  }
+  return 0;
+}
+
+std::string memory() {
+  std::string text =
+      concat(human_bytes(meminfo("MemTotal")), ", of which ", human_bytes(meminfo("MemAvailable")), " are free");
+  int64_t limit = 0;
+  if (std::ifstream in("/sys/fs/cgroup/memory.max"); in >> limit) {
+    text += "; control group limit " + human_bytes(limit);
+  }
+  return text;
+}
+
+std::string pcre2_version() {
+  char version[64] = "";
+  pcre2_config_8(PCRE2_CONFIG_VERSION, version);
+  return version;
+}
+
+std::string build() {
+#if defined(__clang__)
+  const std::string compiler = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  const std::string compiler = "g++ " __VERSION__;
+#else
+  const std::string compiler = "unknown compiler";
+#endif
+  std::string text = compiler + ", C++" + std::to_string(__cplusplus / 100 % 100);
+#if defined(__OPTIMIZE__)
+  text += ", optimised";
+#else
+  text += ", not optimised: kernels are many times slower than they could be";
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  text += ", with address sanitizer";
+#endif
+#if defined(WEFT_BUILD_TYPE)
+  text += ", build type " WEFT_BUILD_TYPE;
+#endif
+  return text;
+}
+
+}  // namespace
+
+int run_doctor(std::span<const std::string> args) {
+  bool measure = false;
+  Options options("doctor", "Tells what this machine and this build can do, and what of it is used.");
+  options.action("measure", &measure, "measure the machine's speed anew instead of taking the stored figures");
+  if (!options.parse(args)) return 0;
+  utsname system{};
+  uname(&system);
+  line("system", concat(system.sysname, ' ', system.release, ' ', system.machine));
+  line("processor", models::processor_name());
+  line("instruction sets", instruction_sets());
+  line("kernels", concat("products ", gemm_isa(), ", other operations ", highway_target(), " (Highway)"));
+  line("processors", processors());
+  line("threads", concat(num_threads(), " (WEFT_NUM_THREADS changes it; no result depends on it)"));
+  line("memory", memory());
+  line("build", build());
+  line("libraries",
+       concat("highway ", HWY_MAJOR, '.', HWY_MINOR, '.', HWY_PATCH, ", pcre2 ", pcre2_version(), ", xxhash ",
+              XXH_versionNumber() / 10000, '.', XXH_versionNumber() / 100 % 100, '.', XXH_versionNumber() % 100));
+  const std::string no_cuda = why_no_cuda();
+  line("cuda", no_cuda.empty() ? concat("device ", Device::best()) : "none: " + no_cuda);
+  const models::MachineSpeed speed = measure ? models::measure_machine() : models::machine_speed();
+  line("speed", concat("products ", fixed(speed.gemm_flops * 1e-9, 1), " GFLOP/s (f32), copy ",
+                       fixed(speed.copy_bytes * 1e-9, 1), " GB/s read plus written, ", speed.threads, " threads",
+                       measure ? "" : " (stored figures if there are any; --measure takes new ones)"));
+  return 0;
+}
+
+}  // namespace weft::apps

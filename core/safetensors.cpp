@@ -1,0 +1,245 @@
+// Loading tensors from safetensors files, and writing them. The header is read in safetensors_parse.cpp.
+#include "core/safetensors.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <numeric>
+
+#include "core/autograd.h"
+#include "core/safetensors_dtype.h"
+
+namespace weft {
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "safetensors data is little-endian and copied as it is");
+
+/// Data begins at a multiple of this, so that a mapped tensor is aligned as an allocated one.
+constexpr size_t kDataAlignment = 64;
+
+/// Device tensors pass through host memory in pieces of this size; small writes are gathered up to it.
+constexpr size_t kPiece = size_t{4} << 20;
+
+/// Sends bytes to a file and to a hash, with few large system calls.
+class HashedFile {
+ public:
+  explicit HashedFile(const std::string& path) : file_(path) {}
+
+  void write(std::span<const std::byte> bytes) {
+    hasher_.update(bytes);
+    if (waiting_.size() + bytes.size() > kPiece) flush();
+    if (bytes.size() > kPiece / 8) {
+      flush();
+      file_.write(bytes);
+    } else {
+      waiting_.insert(waiting_.end(), bytes.begin(), bytes.end());
+    }
+  }
+
+  std::string commit() {
+    flush();
+    file_.commit();
+    return hasher_.hex();
+  }
+
+ private:
+  void flush() {
+    if (!waiting_.empty()) file_.write(waiting_);
+    waiting_.clear();
+  }
+
+  AtomicFile file_;
+  Hasher hasher_;
+  std::vector<std::byte> waiting_;
+};
+
+void write_tensor(HashedFile& file, const Tensor& tensor) {
+  const Tensor row_major = tensor.contiguous();
+  const auto* data = static_cast<const std::byte*>(row_major.raw());
+  const auto size = static_cast<size_t>(tensor.numel() * size_of(tensor.dtype()));
+  if (tensor.device().kind == DeviceKind::cpu) {
+    file.write({data, size});
+    return;
+  }
+  std::vector<std::byte> host(std::min(size, kPiece));
+  for (size_t at = 0; at < size; at += kPiece) {
+    const size_t bytes = std::min(kPiece, size - at);
+    backend(tensor.device()).to_host(host.data(), data + at, bytes);
+    file.write({host.data(), bytes});
+  }
+}
+
+/// `text` as a JSON string.
+std::string json_string(const std::string& path, const char* what, const std::string& text) {
+  try {
+    return nlohmann::json(text).dump();
+  } catch (const nlohmann::json::type_error&) {
+    fail(ErrorKind::kValue, "save_safetensors", path, ": ", what, ' ', weft::quoted(text), " is not valid UTF-8");
+  }
+}
+
+using Item = const std::pair<std::string, Tensor>*;
+
+std::string header_of(const std::string& path, const std::vector<Item>& order,
+                      const std::map<std::string, std::string>& metadata) {
+  std::string header = "{";
+  if (!metadata.empty()) {
+    header += "\"__metadata__\":{";
+    for (const auto& [key, value] : metadata) {
+      if (header.back() != '{') header += ',';
+      header += json_string(path, "the metadata key", key) + ':' + json_string(path, "the metadata value", value);
+    }
+    header += '}';
+  }
+  int64_t at = 0;
+  for (const Item item : order) {
+    const auto& [name, tensor] = *item;
+    const int64_t bytes = tensor.numel() * size_of(tensor.dtype());
+    int64_t end = 0;
+    if (__builtin_add_overflow(at, bytes, &end)) {
+      fail(ErrorKind::kValue, "save_safetensors", path, ": the tensors have more bytes than 64 bits can count");
+    }
+    if (header.back() != '{') header += ',';
+    header += json_string(path, "the tensor name", name) + ":{\"dtype\":\"";
+    header += safetensors_name(tensor.dtype());
+    header += "\",\"shape\":[";
+    for (const int64_t size : tensor.shape()) {
+      if (header.back() != '[') header += ',';
+      header += std::to_string(size);
+    }
+    header += "],\"data_offsets\":[" + std::to_string(at) + ',' + std::to_string(end) + "]}";
+    at = end;
+  }
+  header += '}';
+  header.resize((header.size() + 8 + kDataAlignment - 1) / kDataAlignment * kDataAlignment - 8, ' ');
+  if (static_cast<int64_t>(header.size()) > kSafetensorsMaxHeader) {
+    fail(ErrorKind::kValue, "save_safetensors", path, ": the header would have ",
+         grouped(static_cast<int64_t>(header.size())), " bytes; the format allows ", grouped(kSafetensorsMaxHeader),
+         ". Hint: use fewer tensors or less metadata");
+  }
+  return header;
+}
+
+}  // namespace
+
+std::string save_safetensors(const std::string& path, std::span<const std::pair<std::string, Tensor>> tensors,
+                             const std::map<std::string, std::string>& metadata) {
+  if (DryRun::active())
+    fail(ErrorKind::kState, "save_safetensors", path, ": there are no values to write in a dry run");
+  std::vector<Item> order;
+  for (const auto& item : tensors) {
+    if (item.first == "__metadata__") {
+      fail(ErrorKind::kValue, "save_safetensors", path,
+           ": a tensor may not be named \"__metadata__\"; the format uses it");
+    }
+    if (!item.second.defined()) {
+      fail(ErrorKind::kValue, "save_safetensors", path, ": tensor ", weft::quoted(item.first), " is undefined");
+    }
+    order.push_back(&item);
+  }
+  std::sort(order.begin(), order.end(), [](Item a, Item b) {
+    const int64_t left = size_of(a->second.dtype()), right = size_of(b->second.dtype());
+    return left != right ? left > right : a->first < b->first;
+  });
+  std::vector<std::string_view> names;
+  for (const Item item : order) names.push_back(item->first);
+  std::sort(names.begin(), names.end());
+  if (const auto twice = std::adjacent_find(names.begin(), names.end()); twice != names.end()) {
+    fail(ErrorKind::kValue, "save_safetensors", path, ": two tensors are named ", weft::quoted(*twice));
+  }
+
+  const std::string header = header_of(path, order, metadata);
+  const uint64_t length = header.size();
+  const autograd::NoGrad no_grad;
+  HashedFile file(path);
+  file.write(std::as_bytes(std::span(&length, 1)));
+  file.write(as_bytes(header));
+  for (const Item item : order) write_tensor(file, item->second);
+  return file.commit();
+}
+
+SafetensorsFile::SafetensorsFile(MappedFile file)
+    : mapping_(std::move(file)),
+      source_(mapping_->path()),
+      bytes_(mapping_->bytes()),
+      header_(parse_safetensors(bytes_, source_)) {
+  build_index();
+}
+
+SafetensorsFile::SafetensorsFile(std::span<const std::byte> file, std::string source)
+    : source_(std::move(source)), bytes_(file), header_(parse_safetensors(bytes_, source_)) {
+  build_index();
+}
+
+void SafetensorsFile::build_index() {
+  by_name_.resize(header_.tensors.size());
+  std::iota(by_name_.begin(), by_name_.end(), 0u);
+  std::sort(by_name_.begin(), by_name_.end(),
+            [&](uint32_t a, uint32_t b) { return header_.tensors[a].name < header_.tensors[b].name; });
+}
+
+const SafetensorsEntry* SafetensorsFile::find(std::string_view name) const {
+  const auto at = std::lower_bound(by_name_.begin(), by_name_.end(), name, [&](uint32_t i, std::string_view wanted) {
+    return header_.tensors[i].name < wanted;
+  });
+  return at != by_name_.end() && header_.tensors[*at].name == name ? &header_.tensors[*at] : nullptr;
+}
+
+const SafetensorsEntry& SafetensorsFile::entry(std::string_view name) const {
+  if (const SafetensorsEntry* found = find(name)) return *found;
+  std::vector<std::string> names;
+  for (const SafetensorsEntry& each : tensors()) names.push_back(each.name);
+  fail(ErrorKind::kData, "load_safetensors", source_, ": there is no tensor ", weft::quoted(name), " among its ",
+       names.size(), did_you_mean(name, names));
+}
+
+std::span<const std::byte> SafetensorsFile::checked_bytes(const SafetensorsEntry& entry) const {
+  const auto bytes = bytes_.subspan(static_cast<size_t>(header_.data_begin + entry.begin),
+                                    static_cast<size_t>(entry.end - entry.begin));
+  if (entry.dtype != DType::boolean) return bytes;
+  // Reading a C++ bool from any other byte is undefined behaviour.
+  const auto bad = std::find_if(bytes.begin(), bytes.end(), [](std::byte byte) { return byte > std::byte{1}; });
+  if (bad != bytes.end()) {
+    fail(ErrorKind::kData, "load_safetensors", source_, ": tensor ", weft::quoted(entry.name),
+         " is BOOL but its element ", bad - bytes.begin(), " is the byte ", std::to_integer<int>(*bad),
+         "; only 0 and 1 are allowed");
+  }
+  return bytes;
+}
+
+Tensor SafetensorsFile::load(std::string_view name, Device device) const {
+  const SafetensorsEntry& wanted = entry(name);
+  const auto bytes = checked_bytes(wanted);
+  Tensor tensor = Tensor::empty(wanted.shape, wanted.dtype, device);
+  if (!bytes.empty() && !DryRun::active()) backend(device).to_device(tensor.raw(), bytes.data(), bytes.size());
+  return tensor;
+}
+
+void SafetensorsFile::load_into(std::string_view name, const Tensor& target) const {
+  const SafetensorsEntry& wanted = entry(name);
+  if (!(wanted.shape == target.shape()) || wanted.dtype != target.dtype()) {
+    fail(ErrorKind::kData, "load_safetensors", source_, ": tensor ", weft::quoted(name), " is ", wanted.dtype, ' ',
+         wanted.shape, "; the program expects ", target.describe());
+  }
+  const autograd::NoGrad no_grad;
+  if (!target.is_contiguous()) {
+    Tensor(target).copy_(load(name));
+    return;
+  }
+  const auto bytes = checked_bytes(wanted);
+  target.begin_change("load_into");
+  if (!bytes.empty() && !DryRun::active()) backend(target.device()).to_device(target.raw(), bytes.data(), bytes.size());
+}
+
+std::vector<std::pair<std::string, Tensor>> SafetensorsFile::load_all(Device device) const {
+  std::vector<std::pair<std::string, Tensor>> all;
+  for (const SafetensorsEntry& each : tensors()) all.emplace_back(each.name, load(each.name, device));
+  return all;
+}
+
+void SafetensorsFile::check_values() const {
+  for (const SafetensorsEntry& each : tensors()) checked_bytes(each);
+}
+
+}  // namespace weft

@@ -1,0 +1,24 @@
+#pragma once
+#include "core/random.h"
+#include "core/tensor.h"
+
+namespace weft {
+
+/// Dropout (Srivastava et al. 2014), scaled so that the expectation is x.
+///
+///   y[i] = stream.bits(first + i) >= round(p * 2^32) ? x[i] / (1 - p) : 0      (i counts elements in row-major order)
+///
+/// The mask is a pure function of the stream: equal on every device, for any number of threads and any division of a
+/// tensor into parts that says where its elements start.
+///
+/// @param x         any shape, any float dtype
+/// @param p         probability of zero, in [0, 1)
+/// @param stream    whose bits make the mask; take a new name or step for each use
+/// @param training  false: x itself comes back, as it does for p = 0
+/// @param first     number of x's first element in the stream, for a part of a larger tensor
+/// @return          shape and dtype of x; the product is computed in f32 (f64 for f64) and rounded once
+/// @throws Error  kValue unless 0 <= p < 1; kDType.
+/// Differentiable any number of times. Nothing is saved: the backward pass makes the mask again.
+Tensor dropout(const Tensor& x, double p, RandomStream stream, bool training = true, uint64_t first = 0);
+
+}  // namespace weft

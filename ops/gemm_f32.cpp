@@ -1,0 +1,12 @@
+// Kernels with float sums, for every instruction set of the build.
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "ops/gemm_f32.cpp"
+#define HWY_DISABLED_TARGETS (HWY_AVX3_DL | HWY_SSE4 | HWY_SSSE3)
+#include "hwy/foreach_target.h"  // must come before highway.h
+//
+#include "hwy/highway.h"
+#include "ops/gemm_tile-inl.h"
+
+#define WEFT_GEMM_TYPES(X) \
+  X(float, float, float) X(uint16_t, uint16_t, float) X(uint16_t, uint16_t, uint16_t) X(float, uint16_t, float)
+#include "ops/gemm_instances-inl.h"

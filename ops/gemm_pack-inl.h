@@ -1,0 +1,198 @@
+// Copies of pieces of A and B in the order in which the register tiles read them. Included once per instruction set.
+#if defined(WEFT_OPS_GEMM_PACK_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef WEFT_OPS_GEMM_PACK_INL_H_
+#undef WEFT_OPS_GEMM_PACK_INL_H_
+#else
+#define WEFT_OPS_GEMM_PACK_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "ops/gemm_kernel-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace weft::detail {
+namespace HWY_NAMESPACE {
+
+/// Loads of elements of S as elements of T: the same type, or bfloat16 bits as float.
+template <class T, class S>
+struct Source {
+  static_assert(std::is_same_v<S, uint16_t> && std::is_same_v<T, float>);
+  template <class D>
+  HWY_INLINE static hn::Vec<D> load(D d, const S* at) {
+    const hn::Rebind<hwy::bfloat16_t, D> half;
+    return hn::PromoteTo(d, hn::LoadU(half, reinterpret_cast<const hwy::bfloat16_t*>(at)));
+  }
+  /// The first `count` lanes; the others are 0 and are not read.
+  template <class D>
+  HWY_INLINE static hn::Vec<D> load_n(D d, const S* at, size_t count) {
+    HWY_ALIGN S lanes[hn::MaxLanes(d)] = {};
+    std::memcpy(lanes, at, count * sizeof(S));
+    return load(d, lanes);
+  }
+  HWY_INLINE static T scalar(S value) {
+    const uint32_t bits = uint32_t{value} << 16;
+    T out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+  }
+};
+
+template <class T>
+struct Source<T, T> {
+  template <class D>
+  HWY_INLINE static hn::Vec<D> load(D d, const T* at) {
+    return hn::LoadU(d, at);
+  }
+  template <class D>
+  HWY_INLINE static hn::Vec<D> load_n(D d, const T* at, size_t count) {
+    return hn::MaskedLoad(hn::FirstN(d, count), d, at);
+  }
+  HWY_INLINE static T scalar(T value) { return value; }
+};
+
+#if HWY_TARGET != HWY_SCALAR
+/// A vector whose 128-bit block i comes from `at` + offsets[i * step]: 4 blocks of 4 floats for AVX-512.
+template <class T, class S, class D>
+HWY_INLINE hn::Vec<D> load_blocks(D d, const S* at, const int64_t* offsets, int step) {
+  if constexpr (hn::MaxLanes(d) * sizeof(T) <= 16) {
+    return Source<T, S>::load(d, at + offsets[0]);
+  } else {
+    const hn::Half<D> half;
+    constexpr int blocks = static_cast<int>(hn::MaxLanes(half) * sizeof(T) / 16);
+    return hn::Combine(d, load_blocks<T, S>(half, at, offsets + blocks * step, step), load_blocks<T, S>(half, at, offsets, step));
+  }
+}
+#endif
+
+/// `count` lines of memory, each along k and ld apart, turned into a vector's lanes: out[p * step + line]. Lanes beyond
+/// `count` repeat the last line; what is computed from them is never stored.
+template <class T, class S>
+void pack_transposed(const S* from, int64_t ld, int64_t k, int64_t count, int64_t step, T* HWY_RESTRICT out) {
+  [[maybe_unused]] const Tag<T> d;
+  constexpr int64_t n = kLanes<T>;
+  int64_t offsets[n];
+  for (int64_t j = 0; j < n; ++j) offsets[j] = std::min(j, count - 1) * ld;
+  int64_t p = 0;
+#if HWY_TARGET != HWY_SCALAR
+  constexpr int block = 16 / sizeof(T);  // elements of a 128-bit block
+  for (; p + block <= k; p += block) {
+    // Line j goes to block j / block of vector j % block: then transposing within blocks is enough.
+    const S* at = from + p;
+    T* to = out + p * step;
+    if constexpr (block == 4) {
+      const auto r0 = load_blocks<T, S>(d, at, offsets, 4), r1 = load_blocks<T, S>(d, at, offsets + 1, 4);
+      const auto r2 = load_blocks<T, S>(d, at, offsets + 2, 4), r3 = load_blocks<T, S>(d, at, offsets + 3, 4);
+      const auto low02 = hn::InterleaveLower(d, r0, r2), low13 = hn::InterleaveLower(d, r1, r3);
+      const auto up02 = hn::InterleaveUpper(d, r0, r2), up13 = hn::InterleaveUpper(d, r1, r3);
+      hn::StoreU(hn::InterleaveLower(d, low02, low13), d, to);
+      hn::StoreU(hn::InterleaveUpper(d, low02, low13), d, to + step);
+      hn::StoreU(hn::InterleaveLower(d, up02, up13), d, to + 2 * step);
+      hn::StoreU(hn::InterleaveUpper(d, up02, up13), d, to + 3 * step);
+    } else {
+      const auto r0 = load_blocks<T, S>(d, at, offsets, 2), r1 = load_blocks<T, S>(d, at, offsets + 1, 2);
+      hn::StoreU(hn::InterleaveLower(d, r0, r1), d, to);
+      hn::StoreU(hn::InterleaveUpper(d, r0, r1), d, to + step);
+    }
+  }
+#endif
+  for (; p < k; ++p) {
+    for (int64_t j = 0; j < n; ++j) out[p * step + j] = Source<T, S>::scalar(from[offsets[j] + p]);
+  }
+}
+
+/// Elements from one packed panel to the next, `width` by k elements each. The five lines more keep panels, which are
+/// written side by side, out of each other's sets in L1: width * k is a multiple of 4 KiB too often.
+template <class T>
+HWY_INLINE int64_t panel_step(int64_t width, int64_t k) {
+  return width * k + 5 * 64 / static_cast<int64_t>(sizeof(T));
+}
+
+/// A block of B, rows [0, k) and `cols` columns from `b` on, as panels of kTileVecs vectors: out[panel][p][column]. The
+/// last panel has only the vectors that it needs, and zeros or repeated columns in the last one.
+template <class T, class S>
+void pack_b(const S* b, int64_t row_stride, int64_t col_stride, int64_t k, int64_t cols, T* HWY_RESTRICT out) {
+  const Tag<T> d;
+  constexpr int64_t n = kLanes<T>, width = kTileVecs * n;
+  if (col_stride != 1) {
+    for (int64_t j = 0; j < cols; j += n) {
+      const int64_t panel = j / width, vecs = std::min<int64_t>(kTileVecs, (cols - panel * width + n - 1) / n);
+      pack_transposed<T, S>(b + j * col_stride, col_stride, k, std::min(cols - j, n), vecs * n, out + panel * panel_step<T>(width, k) + j % width);
+    }
+    return;
+  }
+  // Whole rows: memory is read in order, panels are written side by side.
+  const int64_t whole = cols / width * width, last_vecs = (cols - whole + n - 1) / n, step = panel_step<T>(width, k);
+  for (int64_t p = 0; p < k; ++p, b += row_stride) {
+    T* to = out + p * width;
+    for (int64_t j = 0; j < whole; j += width, to += step) {
+      unroll<kTileVecs>([&](auto v) WEFT_UNROLLED { hn::Store(Source<T, S>::load(d, b + j + v * n), d, to + v * n); });
+    }
+    to = out + whole / width * step + p * last_vecs * n;
+    for (int64_t j = whole; j < cols; j += n, to += n) {
+      hn::Store(Source<T, S>::load_n(d, b + j, static_cast<size_t>(std::min(cols - j, n))), d, to);
+    }
+  }
+}
+
+/// The split of `total` rows into the fewest panels of at most kTileRows, as even as possible: even panels keep enough
+/// independent sums in flight, which a short last one would not.
+struct RowPanels {
+  explicit RowPanels(int64_t total)
+      : count((total + kTileRows - 1) / kTileRows), base(total / count), longer(total % count) {}
+  int64_t rows(int64_t panel) const { return base + (panel < longer); }
+  int64_t first(int64_t panel) const { return panel * base + std::min(panel, longer); }
+  int64_t count, base, longer;
+};
+
+/// Elements of one column of a packed panel of A: whole vectors, so that stores are aligned.
+template <class T>
+inline constexpr int64_t kPanelRows = (kTileRows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+
+/// A panel of an A whose rows lie along k: out[row][p], p < k.
+template <class T, class S>
+void pack_a_along_k(const S* a, int64_t row_stride, int64_t rows, int64_t k, T* HWY_RESTRICT out) {
+  const Tag<T> d;
+  constexpr int64_t n = kLanes<T>;
+  for (int64_t i = 0; i < rows; ++i, a += row_stride, out += k) {
+    int64_t p = 0;
+    for (; p + n <= k; p += n) hn::StoreU(Source<T, S>::load(d, a + p), d, out + p);
+    if (p < k) hn::StoreU(Source<T, S>::load_n(d, a + p, static_cast<size_t>(k - p)), d, out + p);
+  }
+}
+
+/// Panels [panel0, panel0 + count) of an A whose columns lie along memory, k of them: out[panel][p][row], panels
+/// panel_step(kPanelRows, k) apart. `total` rows of A exist from `a` on.
+template <class T, class S>
+void pack_a_across_k(const S* a, int64_t col_stride, int64_t total, const RowPanels& panels, int64_t panel0, int64_t count,
+                     int64_t k, T* HWY_RESTRICT out) {
+  const Tag<T> d;
+  constexpr int64_t n = kLanes<T>;
+  const int64_t step = panel_step<T>(kPanelRows<T>, k);
+  for (int64_t p = 0; p < k; ++p, a += col_stride) {
+    const S* from = a;
+    T* to = out + p * kPanelRows<T>;
+    int64_t left = total;
+    for (int64_t q = 0; q < count; ++q, to += step) {
+      const int64_t rows = panels.rows(panel0 + q);
+      if (left >= kPanelRows<T>) {
+        // More than the panel needs: nobody looks at the lanes beyond its rows.
+        for (int64_t i = 0; i < kPanelRows<T>; i += n) hn::Store(Source<T, S>::load(d, from + i), d, to + i);
+      } else {
+        for (int64_t i = 0; i < rows; i += n) {
+          hn::Store(Source<T, S>::load_n(d, from + i, static_cast<size_t>(std::min(n, rows - i))), d, to + i);
+        }
+      }
+      from += rows;
+      left -= rows;
+    }
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace weft::detail
+HWY_AFTER_NAMESPACE();
+#endif

@@ -1,0 +1,151 @@
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "ops/index_kernels.cpp"
+#define HWY_DISABLED_TARGETS (HWY_AVX3_DL | HWY_SSE4 | HWY_SSSE3)
+#include "hwy/foreach_target.h"  // must come before highway.h
+//
+#include <algorithm>
+#include <cstring>
+#include <tuple>
+
+#include "core/thread_pool.h"
+#include "hwy/highway.h"
+#include "ops/index_kernels.h"
+#include "ops/norm_lanes-inl.h"
+
+#ifndef WEFT_OPS_INDEX_KERNELS_ONCE
+#define WEFT_OPS_INDEX_KERNELS_ONCE
+namespace weft::detail {
+template <class T>
+using EmbeddingRows = void (*)(const EmbeddingBackward<T>&, int64_t begin, int64_t end);
+using EmbeddingTable =
+    std::tuple<EmbeddingRows<float>, EmbeddingRows<double>, EmbeddingRows<Half>, EmbeddingRows<BFloat16>>;
+}  // namespace weft::detail
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace weft::detail {
+namespace HWY_NAMESPACE {
+
+/// Rows [begin, end) of the table: each is written once, by one thread.
+template <class T>
+void embedding_rows(const EmbeddingBackward<T>& a, int64_t begin, int64_t end) {
+  const Tag<T> d;
+  for (int64_t v = begin; v < end; ++v) {
+    const int64_t first = a.starts[v], last = a.starts[v + 1];
+    T* out = a.dtable + v * a.columns;
+    if (first == last) {
+      if (!a.accumulate) std::memset(static_cast<void*>(out), 0, static_cast<size_t>(a.columns) * sizeof(T));
+      continue;
+    }
+    for_lanes(d, a.columns, [&](auto, int64_t j, auto which) HWY_ATTR {
+      auto sum = load<T>(d, a.dy + a.order[first] * a.columns + j, which);
+      for (int64_t i = first + 1; i < last; ++i) sum = hn::Add(sum, load<T>(d, a.dy + a.order[i] * a.columns + j, which));
+      if (a.accumulate) sum = hn::Add(load<T>(d, out + j, which), sum);
+      store<T>(d, sum, out + j, which);
+    });
+  }
+}
+
+const EmbeddingTable* embedding_table() {
+  static constexpr EmbeddingTable kTable{embedding_rows<float>, embedding_rows<double>, embedding_rows<Half>,
+                                         embedding_rows<BFloat16>};
+  return &kTable;
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace weft::detail
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace weft {
+namespace detail {
+HWY_EXPORT(embedding_table);
+}
+
+namespace {
+/// Bytes of a piece of work: small enough to share evenly, large enough to be worth a hand-over.
+constexpr int64_t kGrainBytes = int64_t{64} << 10;
+int64_t grain(int64_t bytes) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes)); }
+}  // namespace
+
+int64_t first_outside(Cpu, const int64_t* ids, int64_t count, int64_t limit) {
+  const auto outside = [limit](int64_t id) { return id < 0 || id >= limit; };
+  const int64_t* found = std::find_if(ids, ids + count, outside);
+  return found == ids + count ? -1 : found - ids;
+}
+
+void embedding_forward(Cpu, const int64_t* ids, int64_t count, const void* table, int64_t bytes, void* y) {
+  if (bytes == 0) return;
+  parallel_for(count, grain(bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      std::memcpy(static_cast<char*>(y) + i * bytes, static_cast<const char*>(table) + ids[i] * bytes,
+                  static_cast<size_t>(bytes));
+    }
+  });
+}
+
+template <class T>
+void embedding_backward(Cpu, const EmbeddingBackward<T>& a) {
+  // A stable counting sort: order[starts[v]] to order[starts[v + 1] - 1] are the places of id v, in order. While places are
+  // handed out starts[v] moves to where starts[v + 1] was, so the counts go in one further on.
+  std::fill(a.starts, a.starts + a.vocabulary + 1, int64_t{0});
+  for (int64_t i = 0; i < a.count; ++i) ++a.starts[a.ids[i] + 1];
+  for (int64_t v = 0; v < a.vocabulary; ++v) a.starts[v + 1] += a.starts[v];
+  for (int64_t i = 0; i < a.count; ++i) a.order[a.starts[a.ids[i]]++] = i;
+  for (int64_t v = a.vocabulary; v > 0; --v) a.starts[v] = a.starts[v - 1];
+  a.starts[0] = 0;
+  const auto rows = std::get<detail::EmbeddingRows<T>>(*HWY_DYNAMIC_DISPATCH(detail::embedding_table)());
+  parallel_for(a.vocabulary, grain(a.columns * static_cast<int64_t>(sizeof(T))),
+               [&](int64_t begin, int64_t end) { rows(a, begin, end); });
+}
+
+namespace {
+/// Calls element(position in the index, position in x) for all elements of lines [begin, end), each line in order.
+template <class Element>
+void for_lines(const GatherLines& a, int64_t begin, int64_t end, Element element) {
+  for (int64_t line = begin; line < end; ++line) {
+    const int64_t first = line / a.inner * a.count * a.inner + line % a.inner;
+    for (int64_t j = 0; j < a.count; ++j) {
+      const int64_t at = first + j * a.inner;
+      element(at, a.line_starts[line] + a.index[at] * a.stride);
+    }
+  }
+}
+
+template <class Element>
+void for_all_lines(const GatherLines& a, Element element) {
+  parallel_for(a.outer * a.inner, grain(a.count * 16),
+               [&](int64_t begin, int64_t end) { for_lines(a, begin, end, element); });
+}
+}  // namespace
+
+void gather_forward(Cpu, const GatherLines& lines, const void* x, int size, void* y) {
+  const auto copy = [&]<class Word>() {
+    for_all_lines(lines, [&](int64_t at, int64_t from) {
+      std::memcpy(static_cast<char*>(y) + at * size, static_cast<const char*>(x) + from * size, sizeof(Word));
+    });
+  };
+  switch (size) {
+    case 1: return copy.template operator()<uint8_t>();
+    case 2: return copy.template operator()<uint16_t>();
+    case 4: return copy.template operator()<uint32_t>();
+    default: return copy.template operator()<uint64_t>();
+  }
+}
+
+template <class T>
+void gather_backward(Cpu, const GatherLines& lines, const T* dy, Accumulate<T>* dx) {
+  for_all_lines(lines, [&](int64_t at, int64_t to) { dx[to] += static_cast<Accumulate<T>>(dy[at]); });
+}
+
+#define WEFT_INDEX_INSTANCE(T)                                        \
+  template void embedding_backward(Cpu, const EmbeddingBackward<T>&); \
+  template void gather_backward(Cpu, const GatherLines&, const T*, Accumulate<T>*);
+WEFT_INDEX_INSTANCE(float)
+WEFT_INDEX_INSTANCE(double)
+WEFT_INDEX_INSTANCE(Half)
+WEFT_INDEX_INSTANCE(BFloat16)
+#undef WEFT_INDEX_INSTANCE
+
+}  // namespace weft
+#endif
