@@ -267,13 +267,16 @@ std::string human_bytes(int64_t bytes) {
 }
 
 std::string memory_table(const MemoryStatistics& statistics) {
-  std::string out = "  category          now         peak      at total peak\n";
-  const auto row = [&](const char* label, const MemoryStatistics::Use& use) {
-    char line[96];
-    std::snprintf(line, sizeof line, "  %-13s %11s  %11s  %11s\n", label, human_bytes(use.current).c_str(), human_bytes(use.peak).c_str(),
-                  human_bytes(use.at_peak).c_str());
-    out += line;
+  std::string out;
+  const auto line = [&](const char* label, const std::string& now, const std::string& peak, const std::string& at_peak) {
+    char text[128];
+    std::snprintf(text, sizeof text, "  %-13s %11s  %11s  %13s\n", label, now.c_str(), peak.c_str(), at_peak.c_str());
+    out += text;
   };
+  const auto row = [&](const char* label, const MemoryStatistics::Use& use) {
+    line(label, human_bytes(use.current), human_bytes(use.peak), human_bytes(use.at_peak));
+  };
+  line("category", "now", "peak", "at total peak");
   for (int i = 0; i < kMemoryCategories; ++i) {
     const auto& use = statistics.categories[static_cast<size_t>(i)];
     if (use.peak > 0) row(name(static_cast<MemoryCategory>(i)), use);

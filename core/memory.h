@@ -51,7 +51,8 @@ struct MemoryStatistics {
 };
 
 /// A caching allocator: memory that is given back is kept, split and joined, so that a training step that repeats asks
-/// the system for nothing after the second time. Best fit; blocks are 64-byte aligned. Thread-safe.
+/// the system for nothing, as a rule after its second time: best fit may split the blocks of a step otherwise the second
+/// time than the first, but settles. Blocks are 64-byte aligned. Thread-safe.
 class Allocator {
  public:
   /// @throws Error kMemory with the category table if the system has no more.

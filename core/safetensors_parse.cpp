@@ -297,8 +297,9 @@ SafetensorsHeader parse_safetensors(std::span<const std::byte> file, std::string
              " at ", grouped(at), ": no tensor may leave a gap");
     }
     if (entry.end > available) {
-      refuse(source, "tensor ", weft::quoted(entry.name), " ends at byte ", grouped(header.data_begin + entry.end),
-             " but the file has ", grouped(static_cast<int64_t>(file.size())),
+      refuse(source, "tensor ", weft::quoted(entry.name), " ends at byte ",
+             grouped(header.data_begin + std::min(entry.end, kLargest - header.data_begin)), " but the file has ",
+             grouped(static_cast<int64_t>(file.size())),
              ": the file is truncated. Hint: `weft checkpoint verify` finds the newest complete checkpoint of a run");
     }
     at = entry.end;

@@ -119,6 +119,7 @@ class Save {
     done("publish");
     name = replace_same_step(name);
     if (options_.keep_n > 0) remove_older();
+    warn_of_later();
     done("end");
     return root_ + "/" + name;
   }
@@ -254,6 +255,14 @@ class Save {
       remove(complete[i]);
       done("remove");
     }
+  }
+
+  /// A run that went back to an earlier step would continue from the wrong place when it is resumed.
+  void warn_of_later() const {
+    const std::vector<DirectoryName> names = checkpoint::directories(root_);
+    if (names.empty() || names.back().step <= content_.step) return;
+    log::warn(at(checkpoint::to_string(names.back())), " is of a later step than ", content_.step,
+              ", which was just saved: a search for the latest checkpoint finds it first. Hint: move it away");
   }
 
   /// Deletes a checkpoint if it is one and nothing else is in it. A kill on the way leaves it whole, or under a name

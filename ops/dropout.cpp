@@ -5,25 +5,34 @@
 //
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 
 #include "core/autograd.h"
 #include "core/thread_pool.h"
 #include "hwy/highway.h"
 #include "ops/dropout.h"
 #include "ops/launch.h"
+#include "ops/norm_lanes-inl.h"
 
 #ifndef WEFT_OPS_DROPOUT_ONCE
 #define WEFT_OPS_DROPOUT_ONCE
 namespace weft::detail {
 /// Philox blocks are made in multiples of this number, at most the lanes of one vector at a time.
 inline constexpr int64_t kPhiloxBlocks = 16;
+/// Elements whose random words are made at a time: they stay in the L1 cache.
+inline constexpr int64_t kPiece = 1024;
+
+/// Up to kPiece elements, the first of them number `first` of the stream.
+template <class T>
+using DropoutPiece = void (*)(const T* x, T* y, int64_t count, uint64_t threshold, Accumulate<T> scale,
+                              const RandomStream& stream, uint64_t first);
+using DropoutTable = std::tuple<DropoutPiece<float>, DropoutPiece<double>, DropoutPiece<Half>, DropoutPiece<BFloat16>>;
 }  // namespace weft::detail
 #endif
 
 HWY_BEFORE_NAMESPACE();
 namespace weft::detail {
 namespace HWY_NAMESPACE {
-namespace hn = hwy::HWY_NAMESPACE;
 
 /// Philox blocks [first, first + count), as RandomStream::block gives them, to out[4 * count]; count is a multiple of
 /// kPhiloxBlocks.
@@ -71,6 +80,35 @@ void philox_blocks(uint64_t key, uint64_t step, uint64_t first, int64_t count, u
 }
 #endif
 
+template <class T>
+void dropout_piece(const T* x, T* y, int64_t count, uint64_t threshold, Accumulate<T> scale, const RandomStream& stream,
+                   uint64_t first) {
+  // Longer than its use: the last vector of a piece may read past the words that count.
+  alignas(64) uint32_t words[kPiece + 4 * kPhiloxBlocks + hn::MaxLanes(Tag<float>())] = {};
+  const uint64_t block = first / 4, last = (first + static_cast<uint64_t>(count) + 3) / 4;
+  const int64_t blocks = (static_cast<int64_t>(last - block) + kPhiloxBlocks - 1) / kPhiloxBlocks * kPhiloxBlocks;
+  philox_blocks(stream.key(), stream.step(), block, blocks, words);
+  const uint32_t* word = words + first % 4;
+  if constexpr (std::is_same_v<T, double>) {
+    for (int64_t i = 0; i < count; ++i) y[i] = word[i] >= threshold ? x[i] * scale : 0;
+  } else {
+    const Tag<T> d;
+    const hn::Rebind<uint32_t, Tag<T>> du;
+    // p so close to 1 that the threshold is 2^32 keeps nothing.
+    const auto limit = hn::Set(du, static_cast<uint32_t>(std::min<uint64_t>(threshold, UINT32_MAX)));
+    const auto factor = hn::Set(d, threshold > UINT32_MAX ? 0 : scale);
+    for_lanes(d, count, [&](auto, int64_t i, auto which) HWY_ATTR {
+      const auto dropped = hn::RebindMask(d, hn::Lt(hn::LoadU(du, word + i), limit));
+      store<T>(d, hn::IfThenZeroElse(dropped, hn::Mul(load<T>(d, x + i, which), factor)), y + i, which);
+    });
+  }
+}
+
+const DropoutTable* dropout_table() {
+  static constexpr DropoutTable kTable{dropout_piece<float>, dropout_piece<double>, dropout_piece<Half>, dropout_piece<BFloat16>};
+  return &kTable;
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace weft::detail
 HWY_AFTER_NAMESPACE();
@@ -78,30 +116,19 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace weft {
 namespace detail {
-HWY_EXPORT(philox_blocks);
+HWY_EXPORT(dropout_table);
 }
 
 namespace {
 
-/// Elements whose random words are made at a time: they stay in the L1 cache.
-constexpr int64_t kPiece = 1024;
-constexpr int64_t kGrain = 16 * kPiece;
-
 template <class T>
 void dropout_forward(Cpu, const T* x, T* y, int64_t count, double p, const RandomStream& stream, uint64_t first) {
-  using A = Accumulate<T>;
+  const auto rows = std::get<detail::DropoutPiece<T>>(*HWY_DYNAMIC_DISPATCH(detail::dropout_table)());
   const uint64_t threshold = static_cast<uint64_t>(std::llround(p * 0x1p32));
-  const A scale = static_cast<A>(1 / (1 - p));
-  parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
-    alignas(64) uint32_t words[kPiece + 4 * detail::kPhiloxBlocks];
-    for (int64_t piece = begin; piece < end; piece += kPiece) {
-      const int64_t last = std::min(end, piece + kPiece);
-      const uint64_t from = first + static_cast<uint64_t>(piece), block = from / 4;
-      const uint64_t blocks = (from + static_cast<uint64_t>(last - piece) + 3) / 4 - block;
-      const int64_t rounded = (static_cast<int64_t>(blocks) + detail::kPhiloxBlocks - 1) / detail::kPhiloxBlocks * detail::kPhiloxBlocks;
-      HWY_DYNAMIC_DISPATCH(detail::philox_blocks)(stream.key(), stream.step(), block, rounded, words);
-      const uint32_t* word = words + from % 4;
-      for (int64_t i = piece; i < last; ++i) y[i] = word[i - piece] >= threshold ? T(static_cast<A>(x[i]) * scale) : T(0.0f);
+  const auto scale = static_cast<Accumulate<T>>(1 / (1 - p));
+  parallel_for(count, 16 * detail::kPiece, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += detail::kPiece) {
+      rows(x + i, y + i, std::min(end - i, detail::kPiece), threshold, scale, stream, first + static_cast<uint64_t>(i));
     }
   });
 }

@@ -23,7 +23,8 @@ struct IsaInfo {
   const char* name;
   int64_t hwy_targets;  ///< any of these must be supported; 0 for always
 };
-constexpr IsaInfo kIsas[] = {  // best first
+constexpr IsaInfo kIsas[] = {
+    // best first
     {GemmIsa::kAvx512, "avx512", HWY_AVX3},
     {GemmIsa::kAvx2, "avx2", HWY_AVX2},
     {GemmIsa::kPortable, "portable", 0},
@@ -56,9 +57,9 @@ struct Grid {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// The grid with the least estimated time; `count` products share the threads. Many tasks mean much reading and packing,
-/// for each task packs its own piece of B if that must be transposed; few tasks mean idle threads. The estimate knows no
-/// thread count: the grid is good for any few threads (and the same bits come out of any grid).
+/// The grid with the least estimated time; `count` products share the threads. Many tasks mean much reading and
+/// packing, for each task packs its own piece of B if that must be transposed; few tasks mean idle threads. The
+/// estimate knows no thread count: the grid is good for any few threads (and the same bits come out of any grid).
 Grid plan(const GemmShape& shape, bool dots, bool across_k, bool transposes_b, int64_t m, int64_t n, int64_t k,
           int64_t count) {
   if (dots) {
@@ -66,7 +67,8 @@ Grid plan(const GemmShape& shape, bool dots, bool across_k, bool transposes_b, i
     const int64_t cols = std::min(divide_up(n, 64), std::max<int64_t>(1, (int64_t{1} << 16) / (k * 64))) * 64;
     return {m, cols, 1, divide_up(n, cols)};
   }
-  // In clock cycles of a core with one vector multiply-add per cycle; what an element of A or B costs a task was measured.
+  // In clock cycles of a core with one vector multiply-add per cycle; what an element of A or B costs a task was
+  // measured.
   const double compute = double(m) * double(n) * double(k) / shape.lanes;
   const double b_cost = double(n) * double(k) * (transposes_b ? 8.0 : 3.0) / shape.lanes;
   const double a_cost = double(m) * double(k) * (across_k ? 4.0 : 2.0) / shape.lanes;
@@ -156,7 +158,8 @@ T* gemm_scratch(GemmScratch use, int64_t count) {
     std::free(mine.data);
     mine.size = 0;
     mine.data = std::aligned_alloc(4096, bytes);
-    if (mine.data == nullptr) fail(ErrorKind::kMemory, "gemm", "no memory for ", grouped(int64_t(bytes)), " bytes of scratch");
+    if (mine.data == nullptr)
+      fail(ErrorKind::kMemory, "gemm", "no memory for ", grouped(int64_t(bytes)), " bytes of scratch");
     mine.size = bytes;
   }
   return static_cast<T*>(mine.data);
@@ -185,9 +188,8 @@ void gemm_batched(const Gemm<TA, TB, TC>& product, const GemmBatch& batch) {
   detail::check(product, "gemm");
   if (product.m == 0 || product.n == 0 || batch.count == 0) return;
   const auto& kernels = detail::kernels<TA, TB, TC>();
-  const detail::Grid grid =
-      detail::plan(kernels.shape, detail::uses_dot_kernel(product), product.a.col_stride != 1,
-                   product.b.col_stride != 1, product.m, product.n, product.k, batch.count);
+  const detail::Grid grid = detail::plan(kernels.shape, detail::uses_dot_kernel(product), product.a.col_stride != 1,
+                                         product.b.col_stride != 1, product.m, product.n, product.k, batch.count);
   const int64_t tasks = grid.tasks();
   parallel_tasks(batch.count * tasks, [&](int64_t task) {
     const Gemm<TA, TB, TC> one = detail::at_batch(product, batch, task / tasks);
@@ -208,8 +210,8 @@ void gemm_serial(const Gemm<TA, TB, TC>& product) {
   detail::kernels<TA, TB, TC>().tile(product, {0, product.m, 0, product.n});
 }
 
-#define WEFT_GEMM_INSTANCE(TA, TB, TC)                                              \
-  template void gemm<TA, TB, TC>(const Gemm<TA, TB, TC>&);                          \
+#define WEFT_GEMM_INSTANCE(TA, TB, TC)                                               \
+  template void gemm<TA, TB, TC>(const Gemm<TA, TB, TC>&);                           \
   template void gemm_batched<TA, TB, TC>(const Gemm<TA, TB, TC>&, const GemmBatch&); \
   template void gemm_serial<TA, TB, TC>(const Gemm<TA, TB, TC>&);
 WEFT_GEMM_INSTANCE(float, float, float)

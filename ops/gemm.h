@@ -29,8 +29,8 @@ enum class GemmActivation : uint8_t {
 /// and A and B are not read. Pointers may have any alignment. C must overlap neither A nor B nor D.
 ///
 /// Element types <A, B, C>: <float>, <double>, and bfloat16 as its 16 bits, uint16_t: <uint16_t, uint16_t, float>,
-/// <uint16_t, uint16_t, uint16_t>, <float, uint16_t, float>. Sums are kept in float (double for double); a bfloat16 C is
-/// rounded once per call, to nearest even.
+/// <uint16_t, uint16_t, uint16_t>, <float, uint16_t, float>. Sums are kept in float (double for double); a bfloat16 C
+/// is rounded once per call, to nearest even.
 ///
 /// An element of C is summed in an order that depends on m, n, k, the layouts and the instruction set alone: the same
 /// bits on any number of threads, and in a batch as alone.
@@ -80,8 +80,8 @@ void gemm_serial(const Gemm<TA, TB, TC>& product);
 /// [k, m], `trans_b` that B is stored as [n, k] (a weight matrix [out, in] is trans_b).
 template <class TA, class TB, class TC>
 Gemm<TA, TB, TC> make_gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, const TA* a, int64_t lda,
-                           const TB* b, int64_t ldb, TC* c, int64_t ldc,
-                           typename Gemm<TA, TB, TC>::Sum alpha = 1, typename Gemm<TA, TB, TC>::Sum beta = 0) {
+                           const TB* b, int64_t ldb, TC* c, int64_t ldc, typename Gemm<TA, TB, TC>::Sum alpha = 1,
+                           typename Gemm<TA, TB, TC>::Sum beta = 0) {
   Gemm<TA, TB, TC> product;
   product.m = m, product.n = n, product.k = k;
   product.a = trans_a ? MatrixRef<TA>{a, 1, lda} : MatrixRef<TA>{a, lda, 1};
@@ -94,8 +94,8 @@ Gemm<TA, TB, TC> make_gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int
 /// Instruction set of the kernels in use: "avx512", "avx2" or "portable".
 const char* gemm_isa();
 
-/// Forces an instruction set by name, for tests and comparisons; "" goes back to the best. False, and no change, if this
-/// machine or build does not have it. Must not be called while a product runs.
+/// Forces an instruction set by name, for tests and comparisons; "" goes back to the best. False, and no change, if
+/// this machine or build does not have it. Must not be called while a product runs.
 bool set_gemm_isa(const char* name);
 
 }  // namespace weft

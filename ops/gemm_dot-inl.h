@@ -16,7 +16,8 @@ HWY_BEFORE_NAMESPACE();
 namespace weft::detail {
 namespace HWY_NAMESPACE {
 
-/// The sums of the lanes of four vectors, in four neighbours of memory: a transpose within 128-bit blocks, then the blocks.
+/// The sums of the lanes of four vectors, in four neighbours of memory: a transpose within 128-bit blocks, then the
+/// blocks.
 template <class T, class V>
 HWY_INLINE void store_sums_of_lanes(V s0, V s1, V s2, V s3, T* out) {
   const Tag<T> d;
@@ -48,9 +49,26 @@ HWY_INLINE void store_sums_of_lanes(V s0, V s1, V s2, V s3, T* out) {
 // Rows of A that share one pass over a column of B, four sums each.
 inline constexpr int kDotRows = HWY_TARGET <= HWY_AVX3 ? 4 : 2;
 
+/// Adds what is left of k, less than four vectors, to `lanes`. Apart from the main loop, because GCC keeps the sums of
+/// that loop in memory if they share a function.
+template <class T, class S>
+HWY_NOINLINE void dot_tail(const T* a, int64_t lda, int64_t rows, const S* b, int64_t k, T* lanes) {
+  const Tag<T> d;
+  constexpr int64_t n = kLanes<T>;
+  for (int64_t p = 0; p < k; p += n) {
+    const size_t left = static_cast<size_t>(std::min(n, k - p));
+    const auto bv = Source<T, S>::load_n(d, b + p, left);
+    for (int64_t i = 0; i < rows; ++i) {
+      T* to = lanes + 4 * i * n;
+      hn::Store(hn::MulAdd(Source<T, T>::load_n(d, a + i * lda + p, left), bv, hn::Load(d, to)), d, to);
+    }
+  }
+}
+
 /// One column of B, `b`, against kRows rows of A: a vector of partial sums for each row, 4 vectors apart in `lanes`.
 template <class T, class S, int kRows>
-HWY_NOINLINE void dot_column(const T* HWY_RESTRICT a, int64_t lda, const S* HWY_RESTRICT b, int64_t k, T* HWY_RESTRICT lanes) {
+HWY_NOINLINE void dot_column(const T* HWY_RESTRICT a, int64_t lda, const S* HWY_RESTRICT b, int64_t k,
+                             T* HWY_RESTRICT lanes) {
   const Tag<T> d;
   using V = hn::Vec<Tag<T>>;
   constexpr int64_t n = kLanes<T>;
@@ -66,21 +84,13 @@ HWY_NOINLINE void dot_column(const T* HWY_RESTRICT a, int64_t lda, const S* HWY_
   unroll<kRows>([&](auto i) WEFT_UNROLLED {
     hn::Store(hn::Add(hn::Add(sum[i][0], sum[i][1]), hn::Add(sum[i][2], sum[i][3])), d, lanes + 4 * i * n);
   });
-  // What is left of k, less than four vectors, through memory: GCC would keep all sums there if it touched them once more.
-  for (; p < k; p += n) {
-    const size_t left = static_cast<size_t>(std::min(n, k - p));
-    const V bv = Source<T, S>::load_n(d, b + p, left);
-    for (int64_t i = 0; i < kRows; ++i) {
-      T* to = lanes + 4 * i * n;
-      hn::Store(hn::MulAdd(Source<T, T>::load_n(d, a + i * lda + p, left), bv, hn::Load(d, to)), d, to);
-    }
-  }
+  if (p < k) dot_tail<T, S>(a + p, lda, kRows, b + p, k - p, lanes);
 }
 
 /// out[i][j] = sum over p of a[i][p] * b[j][p], j < min(cols, 4). Four sums of every fourth vector of p, then these
-/// together, then their lanes: the bits of an element depend on its row, its column and k alone. The columns of B (rows of
-/// a weight matrix) follow one another as they lie in memory: the hardware reads one stream ahead at twice the speed of
-/// four.
+/// together, then their lanes: the bits of an element depend on its row, its column and k alone. The columns of B (rows
+/// of a weight matrix) follow one another as they lie in memory: the hardware reads one stream ahead at twice the speed
+/// of four.
 template <class T, class S, int kRows>
 void dot_kernel(const T* a, int64_t lda, const S* b, int64_t ldb, int64_t cols, int64_t k, T* out, int64_t ldout) {
   const Tag<T> d;
@@ -90,14 +100,16 @@ void dot_kernel(const T* a, int64_t lda, const S* b, int64_t ldb, int64_t cols, 
   for (int64_t i = 0; i < kRows; ++i) {
     const T* of_row = lanes + 4 * i * n;
     T sums[4];
-    store_sums_of_lanes<T>(hn::Load(d, of_row), hn::Load(d, of_row + n), hn::Load(d, of_row + 2 * n), hn::Load(d, of_row + 3 * n), sums);
+    store_sums_of_lanes<T>(hn::Load(d, of_row), hn::Load(d, of_row + n), hn::Load(d, of_row + 2 * n),
+                           hn::Load(d, of_row + 3 * n), sums);
     for (int64_t j = 0; j < std::min<int64_t>(cols, 4); ++j) out[i * ldout + j] = sums[j];
   }
 }
 
 /// All rows against columns of B: out[rows][cols].
 template <class T, class S>
-void dots(const T* a, int64_t lda, int64_t rows, const S* b, int64_t ldb, int64_t cols, int64_t k, T* out, int64_t ldout) {
+void dots(const T* a, int64_t lda, int64_t rows, const S* b, int64_t ldb, int64_t cols, int64_t k, T* out,
+          int64_t ldout) {
   for (int64_t j = 0; j < cols; j += 4) {
     const auto block = [&]<int kRows>(int64_t i, std::integral_constant<int, kRows>) {
       dot_kernel<T, S, kRows>(a + i * lda, lda, b + j * ldb, ldb, cols - j, k, out + i * ldout + j, ldout);

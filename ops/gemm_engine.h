@@ -1,5 +1,6 @@
 #pragma once
-// Inner interface of the GEMM: what ops/gemm.cpp (plan and threads) asks of the kernels compiled for one instruction set.
+// Inner interface of the GEMM: what ops/gemm.cpp (plan and threads) asks of the kernels compiled for one instruction
+// set.
 #include <cstdint>
 
 #include "ops/gemm.h"
@@ -29,12 +30,13 @@ struct GemmKernels {
 template <class TA, class TB, class TC>
 bool uses_dot_kernel(const Gemm<TA, TB, TC>& g) {
   constexpr int64_t kMaxRows = 8;
-  return g.m <= kMaxRows && g.b.row_stride == 1 && g.k >= 32;
+  return g.m <= kMaxRows && g.b.row_stride == 1 && g.k >= 32 && g.alpha != 0;
 }
 
 enum class GemmScratch : uint8_t { kA, kB, kSums };
 
-/// At least `count` elements, aligned to 64 bytes, of this thread's scratch memory for one use. Kept until the thread ends.
+/// At least `count` elements, aligned to 64 bytes, of this thread's scratch memory for one use. Kept until the thread
+/// ends.
 template <class T>
 T* gemm_scratch(GemmScratch use, int64_t count);
 

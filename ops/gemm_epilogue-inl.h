@@ -74,27 +74,33 @@ HWY_INLINE V gelu_grad(D d, V x) {
   return hn::MulAdd(hn::Mul(hn::Mul(x, s), hn::Sub(one, s)), slope, s);
 }
 
+/// Stores of sums in the type of C.
 template <class S>
-struct Target {  // bfloat16 bits from float, to nearest even; NaN stays NaN
+struct Target {
+  static_assert(std::is_same_v<S, uint16_t>);  // bfloat16 from float, to nearest even; NaN stays NaN
+  template <class D>
+  using Half = hn::Rebind<uint16_t, D>;
+
+  template <class D>
+  HWY_INLINE static hn::Vec<Half<D>> round(hn::Vec<D> value, D d) {
+    const hn::RebindToUnsigned<D> du;
+    const hn::RebindToSigned<D> di;
+    const auto bits = hn::BitCast(du, value);
+    const auto even = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
+    const auto rounded = hn::Add(bits, hn::Add(even, hn::Set(du, 0x7fff)));
+    const auto quiet = hn::Or(bits, hn::Set(du, 0x400000));
+    const auto kept = hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(value)), quiet, rounded);
+    return hn::DemoteTo(Half<D>(), hn::BitCast(di, hn::ShiftRight<16>(kept)));
+  }
   template <class D>
   HWY_INLINE static void store(hn::Vec<D> value, D d, S* at) {
-    HWY_ALIGN float lanes[hn::MaxLanes(d)];
-    hn::Store(value, d, lanes);
-    store_lanes(lanes, hn::MaxLanes(d), at);
+    hn::StoreU(round(value, d), Half<D>(), at);
   }
   template <class D>
   HWY_INLINE static void store_n(hn::Vec<D> value, D d, S* at, size_t count) {
-    HWY_ALIGN float lanes[hn::MaxLanes(d)];
-    hn::Store(value, d, lanes);
-    store_lanes(lanes, count, at);
-  }
-  HWY_INLINE static void store_lanes(const float* lanes, size_t count, S* at) {
-    for (size_t i = 0; i < count; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, lanes + i, sizeof bits);
-      const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-      at[i] = static_cast<S>((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
-    }
+    HWY_ALIGN S lanes[hn::MaxLanes(d)];
+    hn::Store(round(value, d), Half<D>(), lanes);
+    std::memcpy(at, lanes, count * sizeof(S));
   }
 };
 
@@ -113,8 +119,8 @@ struct Target<T> {
 
 /// The activation of rows x cols elements of `pre`, which may be c itself. For a bfloat16 C this is also the rounding.
 template <class T, class TC>
-void finish(GemmActivation activation, const T* pre, int64_t ldpre, int64_t rows, int64_t cols, TC* c, int64_t ldc, TC* d,
-            int64_t ldd, const TC* aux, int64_t ldaux) {
+void finish(GemmActivation activation, const T* pre, int64_t ldpre, int64_t rows, int64_t cols, TC* c, int64_t ldc,
+            TC* d, int64_t ldd, const TC* aux, int64_t ldaux) {
   const Tag<T> tag;
   constexpr int64_t n = kLanes<T>;
   for (int64_t i = 0; i < rows; ++i) {
@@ -124,15 +130,19 @@ void finish(GemmActivation activation, const T* pre, int64_t ldpre, int64_t rows
       const auto put = [&](hn::Vec<Tag<T>> value, TC* at) HWY_ATTR {
         whole ? Target<TC>::store(value, tag, at) : Target<TC>::store_n(value, tag, at, left);
       };
-      const auto x = Source<T, T>::load_n(tag, pre + i * ldpre + j, left);
+      const T* from = pre + i * ldpre + j;
+      const auto x = whole ? hn::LoadU(tag, from) : Source<T, T>::load_n(tag, from, left);
       switch (activation) {
-        case GemmActivation::kNone: put(x, c + i * ldc + j); break;
+        case GemmActivation::kNone:
+          put(x, c + i * ldc + j);
+          break;
         case GemmActivation::kGelu:
           if (static_cast<const void*>(c) != pre) put(x, c + i * ldc + j);
           put(gelu(tag, x), d + i * ldd + j);
           break;
         case GemmActivation::kGeluGrad: {
-          const auto a = Source<T, TC>::load_n(tag, aux + i * ldaux + j, left);
+          const TC* at = aux + i * ldaux + j;
+          const auto a = whole ? Source<T, TC>::load(tag, at) : Source<T, TC>::load_n(tag, at, left);
           put(hn::Mul(x, gelu_grad(tag, a)), c + i * ldc + j);
           break;
         }

@@ -9,18 +9,21 @@ template <class TA, class TB, class TC>
 const GemmKernels<TA, TB, TC>* gemm_kernels(GemmIsa isa) {
   switch (isa) {
 #if HWY_TARGETS & HWY_AVX3
-    case GemmIsa::kAvx512: return &N_AVX3::kKernels<TA, TB, TC>;
+    case GemmIsa::kAvx512:
+      return &N_AVX3::kKernels<TA, TB, TC>;
 #endif
 #if HWY_TARGETS & HWY_AVX2
-    case GemmIsa::kAvx2: return &N_AVX2::kKernels<TA, TB, TC>;
+    case GemmIsa::kAvx2:
+      return &N_AVX2::kKernels<TA, TB, TC>;
 #endif
-    case GemmIsa::kPortable: return &HWY_NAMESPACE::kKernels<TA, TB, TC>;
-    default: return nullptr;
+    case GemmIsa::kPortable:
+      return &HWY_NAMESPACE::kKernels<TA, TB, TC>;
+    default:
+      return nullptr;
   }
 }
 
-#define WEFT_GEMM_INSTANCE(TA, TB, TC) \
-  template const GemmKernels<TA, TB, TC>* gemm_kernels<TA, TB, TC>(GemmIsa);
+#define WEFT_GEMM_INSTANCE(TA, TB, TC) template const GemmKernels<TA, TB, TC>* gemm_kernels<TA, TB, TC>(GemmIsa);
 WEFT_GEMM_TYPES(WEFT_GEMM_INSTANCE)
 #undef WEFT_GEMM_INSTANCE
 

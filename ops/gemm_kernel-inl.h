@@ -18,8 +18,8 @@ namespace weft::detail {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// AVX-512 has 32 registers: 14 x 2 sums, 2 vectors of B and the broadcast element of A. AVX2 has 16: 6 x 2 sums. More rows
-// than that spill; fewer leave the load ports, not the multipliers, as the limit.
+// AVX-512 has 32 registers: 14 x 2 sums, 2 vectors of B and the broadcast element of A. AVX2 has 16: 6 x 2 sums. More
+// rows than that spill; fewer leave the load ports, not the multipliers, as the limit.
 #if HWY_TARGET <= HWY_AVX3
 inline constexpr int kTileRows = 14;
 #elif HWY_TARGET == HWY_AVX2
@@ -65,8 +65,8 @@ HWY_INLINE void multiply_add(V a, V b, V& sum) {
 #endif
 }
 
-/// Calls body(0), ..., body(kCount - 1) with constants: unlike an unrolled loop, this lets GCC see a local array as so many
-/// variables from the start, and keep them in registers.
+/// Calls body(0), ..., body(kCount - 1) with constants: unlike an unrolled loop, this lets GCC see a local array as so
+/// many variables from the start, and keep them in registers.
 template <class Body, int... kIndex>
 HWY_INLINE void unroll_sequence(Body&& body, std::integer_sequence<int, kIndex...>) {
   (body(std::integral_constant<int, kIndex>()), ...);

@@ -63,7 +63,8 @@ HWY_INLINE hn::Vec<D> load_blocks(D d, const S* at, const int64_t* offsets, int 
   } else {
     const hn::Half<D> half;
     constexpr int blocks = static_cast<int>(hn::MaxLanes(half) * sizeof(T) / 16);
-    return hn::Combine(d, load_blocks<T, S>(half, at, offsets + blocks * step, step), load_blocks<T, S>(half, at, offsets, step));
+    return hn::Combine(d, load_blocks<T, S>(half, at, offsets + blocks * step, step),
+                       load_blocks<T, S>(half, at, offsets, step));
   }
 }
 #endif
@@ -120,7 +121,8 @@ void pack_b(const S* b, int64_t row_stride, int64_t col_stride, int64_t k, int64
   if (col_stride != 1) {
     for (int64_t j = 0; j < cols; j += n) {
       const int64_t panel = j / width, vecs = std::min<int64_t>(kTileVecs, (cols - panel * width + n - 1) / n);
-      pack_transposed<T, S>(b + j * col_stride, col_stride, k, std::min(cols - j, n), vecs * n, out + panel * panel_step<T>(width, k) + j % width);
+      pack_transposed<T, S>(b + j * col_stride, col_stride, k, std::min(cols - j, n), vecs * n,
+                            out + panel * panel_step<T>(width, k) + j % width);
     }
     return;
   }
@@ -167,8 +169,8 @@ void pack_a_along_k(const S* a, int64_t row_stride, int64_t rows, int64_t k, T* 
 /// Panels [panel0, panel0 + count) of an A whose columns lie along memory, k of them: out[panel][p][row], panels
 /// panel_step(kPanelRows, k) apart. `total` rows of A exist from `a` on.
 template <class T, class S>
-void pack_a_across_k(const S* a, int64_t col_stride, int64_t total, const RowPanels& panels, int64_t panel0, int64_t count,
-                     int64_t k, T* HWY_RESTRICT out) {
+void pack_a_across_k(const S* a, int64_t col_stride, int64_t total, const RowPanels& panels, int64_t panel0,
+                     int64_t count, int64_t k, T* HWY_RESTRICT out) {
   const Tag<T> d;
   constexpr int64_t n = kLanes<T>;
   const int64_t step = panel_step<T>(kPanelRows<T>, k);

@@ -18,18 +18,19 @@ HWY_BEFORE_NAMESPACE();
 namespace weft::detail {
 namespace HWY_NAMESPACE {
 
-// Cache blocking for an L2 of 1 MiB (one of 512 KiB still holds B). A block of B is kBlockK x kBlockCols, or wider if k is
-// short: 384 KiB. A panel of A (14 rows x kBlockK: 21 KiB) meets all columns of the block before the next one comes.
+// Cache blocking for an L2 of 1 MiB (one of 512 KiB still holds B). A block of B is kBlockK x kBlockCols, or wider if k
+// is short: 384 KiB. A panel of A (14 rows x kBlockK: 21 KiB) meets all columns of the block before the next one comes.
 template <class T>
 inline constexpr int64_t kBlockK = 1536 / sizeof(T);
 inline constexpr int64_t kBlockCols = 256;
 inline constexpr int64_t kMaxBlockCols = 1024;
-inline constexpr int64_t kBlockPanels = 8;     // panels of A that are packed together if k is across: whole lines of memory
+inline constexpr int64_t kBlockPanels =
+    8;  // panels of A that are packed together if k is across: whole lines of memory
 inline constexpr int64_t kBlockRows = 512;     // rows of C that pass while a block of B stays
 inline constexpr int64_t kBlockSumRows = 256;  // the same when C is bfloat16, and these rows are kept as float
 
-/// Whether `lines` rows of memory, ld apart, can be read again and again from L2. They cannot if ld is a multiple of a large
-/// power of two: 2,048 sets of 8 lines repeat every 128 KiB.
+/// Whether `lines` rows of memory, ld apart, can be read again and again from L2. They cannot if ld is a multiple of a
+/// large power of two: 2,048 sets of 8 lines repeat every 128 KiB.
 template <class T>
 bool spreads_in_l2(int64_t ld, int64_t lines) {
   const int64_t bytes = ld * static_cast<int64_t>(sizeof(T)), period = 128 * 1024;
@@ -65,7 +66,8 @@ class Task {
     const int64_t row_step = kRounds ? kBlockSumRows : kBlockRows;
     const BlocksOfK blocks(g_.alpha == T(0) ? 0 : g_.k, kBlockK<T>);
     int64_t most_cols = kBlockCols;
-    if (!kRounds && blocks.count == 1) most_cols = std::min(kMaxBlockCols, kBlockK<T> * kBlockCols / blocks.length / kPanelCols * kPanelCols);
+    if (!kRounds && blocks.count == 1)
+      most_cols = std::min(kMaxBlockCols, kBlockK<T> * kBlockCols / blocks.length / kPanelCols * kPanelCols);
     for (int64_t i = tile_.row0; i < tile_.row1; i += row_step) {
       for (int64_t j = tile_.col0; j < tile_.col1; j += most_cols) {
         block_of_c(blocks, i, std::min(row_step, tile_.row1 - i), j, std::min(most_cols, tile_.col1 - j));
@@ -98,12 +100,13 @@ class Task {
 
   void load_c(int64_t i0, int64_t rows, int64_t j0, int64_t cols, T* c, int64_t ldc) {
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < cols; ++j) c[i * ldc + j] = g_.beta * Source<T, TC>::scalar(g_.c[(i0 + i) * g_.ldc + j0 + j]);
+      for (int64_t j = 0; j < cols; ++j)
+        c[i * ldc + j] = g_.beta * Source<T, TC>::scalar(g_.c[(i0 + i) * g_.ldc + j0 + j]);
     }
   }
 
-  // Register tiles read operands in place where they can: what they miss in L1 they have asked for long before they need it,
-  // while a copy is waited for. Only a B that lies along k must be transposed.
+  // Register tiles read operands in place where they can: what they miss in L1 they have asked for long before they
+  // need it, while a copy is waited for. Only a B that lies along k must be transposed.
   bool b_in_place(int64_t rows, int64_t k) const {
     if (!std::is_same_v<T, TB> || g_.b.col_stride != 1) return false;
     // Vectors that straddle two lines cost a copy's worth within a few panels of A.
@@ -118,7 +121,8 @@ class Task {
 
   /// B as the tiles read it. In place, only columns that do not fill a vector are copied.
   void pack_block_of_b(int64_t p0, int64_t k, int64_t j0, int64_t cols, int64_t rows) {
-    packed_b_ = gemm_scratch<T>(GemmScratch::kB, kBlockK<T> * kBlockCols + kMaxBlockCols / kPanelCols * panel_step<T>(0, 0));
+    packed_b_ =
+        gemm_scratch<T>(GemmScratch::kB, kBlockK<T> * kBlockCols + kMaxBlockCols / kPanelCols * panel_step<T>(0, 0));
     if (k == 0) return;
     int64_t from = 0;
     if (b_in_place(rows, k)) {
@@ -169,10 +173,12 @@ class Task {
           if (b_here && width % n == 0) b = b_at(p0, j0 + j), b_stride = g_.b.row_stride;
         }
         if (packs && along_k() && panel + 1 < panels.count) {
-          prefetch_rows(i0 + first + height, panels.rows(panel + 1), p0 + k * j / cols, p0 + k * std::min(j + kPanelCols, cols) / cols);
+          prefetch_rows(i0 + first + height, panels.rows(panel + 1), p0 + k * j / cols,
+                        p0 + k * std::min(j + kPanelCols, cols) / cols);
         }
-        const TileOut<T> out = {c + first * ldc + j, ldc, g_.alpha, beta, last && g_.bias != nullptr ? g_.bias + j0 + j : nullptr,
-                                static_cast<int>(width)};
+        const TileOut<T> out = {
+            c + first * ldc + j,    ldc, g_.alpha, beta, last && g_.bias != nullptr ? g_.bias + j0 + j : nullptr,
+            static_cast<int>(width)};
         kTileKernels<T>[along_k()][vecs - 1][static_cast<size_t>(height - 1)](a, a_stride, b, b_stride, k, out);
         if (last && (kRounds || g_.activation != GemmActivation::kNone)) {
           finish_tile(out.c, ldc, i0 + first, height, j0 + j, width);
@@ -254,7 +260,7 @@ void run_tile(const Gemm<TA, TB, TC>& product, const GemmTile& tile) {
 
 template <class TA, class TB, class TC>
 inline constexpr GemmKernels<TA, TB, TC> kKernels = {
-    {kTileRows, kTileVecs * kLanes<typename Gemm<TA, TB, TC>::Sum>, kLanes<typename Gemm<TA, TB, TC>::Sum>},
+    {kTileRows, kTileVecs* kLanes<typename Gemm<TA, TB, TC>::Sum>, kLanes<typename Gemm<TA, TB, TC>::Sum>},
     &run_tile<TA, TB, TC>};
 
 }  // namespace HWY_NAMESPACE

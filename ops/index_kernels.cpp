@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "core/thread_pool.h"
+#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "ops/index_kernels.h"
 #include "ops/norm_lanes-inl.h"
@@ -78,6 +79,11 @@ void embedding_forward(Cpu, const int64_t* ids, int64_t count, const void* table
   if (bytes == 0) return;
   parallel_for(count, grain(bytes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
+      // Rows lie anywhere: the processor cannot guess the next one, so it is named while this one is copied.
+      if (i + 1 < end) {
+        const char* next = static_cast<const char*>(table) + ids[i + 1] * bytes;
+        for (int64_t line = 0; line < bytes; line += 64) hwy::Prefetch(next + line);
+      }
       std::memcpy(static_cast<char*>(y) + i * bytes, static_cast<const char*>(table) + ids[i] * bytes,
                   static_cast<size_t>(bytes));
     }

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "core/thread_pool.h"
+#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "ops/norm_kernels.h"
 #include "ops/norm_lanes-inl.h"
@@ -39,8 +40,13 @@ void forward_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = a.x + row * columns;
     T* y = a.y + row * columns;
+    // The passes after the first touch no memory beyond the L1 cache: they fetch the next row meanwhile.
+    const int64_t ahead = row + 1 < end ? columns : 0;
+    const T* next = x + ahead;
+    const T* next_residual = x + ahead;
     if (a.residual != nullptr) {
       const T* residual = a.residual + row * columns;
+      next_residual = residual + ahead;
       T* sum = a.sum + row * columns;
       for_lanes(d, columns, [&](auto, int64_t j, auto which) HWY_ATTR {
         store<T>(d, hn::Add(load<T>(d, x + j, which), load<T>(d, residual + j, which)), sum + j, which);
@@ -58,12 +64,14 @@ void forward_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
     const auto center = hn::Set(d, mean);
     Sums squares(d);
     for_lanes(d, columns, [&](auto k, int64_t j, auto which) HWY_ATTR {
+      hwy::Prefetch(next + j);
       const auto deviation = existing(d, hn::Sub(load<T>(d, x + j, which), center), which);
       squares.part[k] = hn::MulAdd(deviation, deviation, squares.part[k]);
     });
     const A rstd = A(1) / std::sqrt(squares.total(d) * scale + static_cast<A>(a.eps));
     const auto factor = hn::Set(d, rstd);
     for_lanes(d, columns, [&](auto, int64_t j, auto which) HWY_ATTR {
+      hwy::Prefetch(next_residual + j);
       const auto normal = hn::Mul(hn::Sub(load<T>(d, x + j, which), center), factor);
       const auto weight = load<T>(d, a.weight + j, which);
       if (a.bias != nullptr) {
@@ -108,7 +116,10 @@ void backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, Accumul
     const auto mean_weighted = hn::Set(d, weighted.total(d) * scale);
     const T* added = a.added == nullptr ? nullptr : a.added + row * columns;
     T* dx = a.dx + row * columns;
+    const int64_t ahead = row + 1 < end ? columns : 0;
     for_lanes(d, columns, [&](auto, int64_t j, auto which) HWY_ATTR {
+      hwy::Prefetch(x + ahead + j);
+      hwy::Prefetch(dy + ahead + j);
       const auto normal = hn::Mul(hn::Sub(load<T>(d, x + j, which), center), factor);
       auto g = hn::Mul(load<T>(d, dy + j, which), load<T>(d, a.weight + j, which));
       if constexpr (kCentered) g = hn::Sub(g, mean_plain);

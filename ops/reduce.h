@@ -21,8 +21,8 @@ Tensor sum(const Tensor& x, const Dims& dims, bool keepdim = false);
 Tensor mean(const Tensor& x);
 Tensor mean(const Tensor& x, const Dims& dims, bool keepdim = false);
 
-/// Largest element; NaN if there is one. The gradient goes to the first that is largest, in row-major order of the
-/// reduced dimensions as `dims` lists them. @throws Error kShape over no elements.
+/// Largest element; NaN if there is one. The gradient goes to the first that is largest, in row-major order.
+/// @throws Error kShape over no elements.
 Tensor max(const Tensor& x);
 Tensor max(const Tensor& x, const Dims& dims, bool keepdim = false);
 

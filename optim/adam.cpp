@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "core/autograd.h"
 #include "core/thread_pool.h"
@@ -19,12 +20,16 @@ void check(const AdamOptions& options) {
   };
   require(options.beta1 >= 0 && options.beta1 < 1, "beta1", options.beta1, "in [0, 1)");
   require(options.beta2 >= 0 && options.beta2 < 1, "beta2", options.beta2, "in [0, 1)");
-  require(options.eps > 0 && std::isfinite(options.eps), "eps", options.eps, "positive");
+  require(options.eps >= static_cast<double>(std::numeric_limits<float>::min()) && std::isfinite(options.eps), "eps", options.eps,
+          "at least 1.2e-38");
   require(options.weight_decay >= 0 && std::isfinite(options.weight_decay), "weight_decay", options.weight_decay, "at least 0");
   require(options.clip_norm >= 0 && std::isfinite(options.clip_norm), "clip_norm", options.clip_norm, "at least 0 (0 is no clipping)");
 }
 
 DType state_dtype(DType parameter) { return parameter == DType::f64 ? DType::f64 : DType::f32; }
+
+/// A norm of gradients whose squares still fit in f32.
+constexpr double kLargestNorm = 1e19;
 
 /// One tensor of a step, ready for the kernels.
 struct Work {
@@ -60,14 +65,19 @@ void for_each_piece(const std::vector<Work>& works, const std::vector<Piece>& pi
 Adam::Adam(Parameters parameters, const AdamOptions& options, std::shared_ptr<NormReducer> norms)
     : Optimizer(std::move(parameters)), options_(options), norms_(std::move(norms)) {
   check(options_);
+  if (norms_ == nullptr) fail(ErrorKind::kValue, "adam", "needs a NormReducer, got null");
   const MemoryScope scope(MemoryCategory::optimizer);
   for (const Parameter& parameter : parameters_) {
     const Tensor& tensor = parameter.tensor;
+    if (tensor.device().kind != DeviceKind::cpu) {
+      fail(ErrorKind::kDevice, "adam", "updates parameters on the CPU; ", quoted(parameter.name), " is on ", tensor.device());
+    }
     const DType dtype = state_dtype(tensor.dtype());
     Slot slot;
     slot.exp_avg = Tensor::zeros(tensor.shape(), dtype, tensor.device());
     slot.exp_avg_sq = Tensor::zeros(tensor.shape(), dtype, tensor.device());
     if (dtype != tensor.dtype()) slot.master = tensor.detach().to(dtype);
+    slot.version = tensor.storage()->version();
     slots_.push_back(std::move(slot));
   }
 }
@@ -83,13 +93,37 @@ NamedTensors Adam::state_tensors() const {
   return tensors;
 }
 
+/// The master keeps what rounding took from the parameter, so that equal values after rounding mean: nothing happened.
+void Adam::follow_parameter(size_t index) {
+  Slot& slot = slots_[index];
+  const Tensor& tensor = parameters_[index].tensor;
+  if (!slot.master.defined() || DryRun::active() || slot.version == tensor.storage()->version()) return;
+  dispatch_all(tensor.dtype(), [&]<class T>() {
+    const T* parameter = tensor.data<T>();
+    float* master = slot.master.data<float>();
+    parallel_for(tensor.numel(), kPiece, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const float value = static_cast<float>(parameter[i]);
+        if (static_cast<float>(T(master[i])) != value) master[i] = value;
+      }
+    });
+  });
+}
+
 StepReport Adam::step(double lr) {
-  if (!(lr >= 0) || !std::isfinite(lr)) fail(ErrorKind::kValue, "adam", "the learning rate must be at least 0 and finite, got ", lr);
+  if (!(lr >= 0) || !std::isfinite(static_cast<float>(lr))) {
+    fail(ErrorKind::kValue, "adam", "the learning rate must be at least 0 and finite, got ", lr);
+  }
   const autograd::NoGrad no_grad;
+  const MemoryScope scope(MemoryCategory::workspace);
   StepReport report;
   report.grad_norm = grad_norm(parameters_, *norms_);
   report.clip_factor = options_.clip_norm > 0 ? clip_factor(report.grad_norm, options_.clip_norm) : 1.0;
-  ++steps_;
+  const bool narrow = std::any_of(parameters_.begin(), parameters_.end(), [](const Parameter& p) { return p.tensor.dtype() != DType::f64; });
+  if (narrow && report.grad_norm * report.clip_factor > kLargestNorm) {
+    fail(ErrorKind::kValue, "adam", "the gradients have norm ", report.grad_norm, ", and their squares do not fit in the f32 state; the step was ",
+         "not taken. Hint: clip_norm");
+  }
 
   std::vector<Work> works;
   std::vector<Piece> pieces;
@@ -110,14 +144,20 @@ StepReport Adam::step(double lr) {
     for (int64_t begin = 0; begin < gradient.numel(); begin += kPiece) {
       pieces.push_back({works.size(), begin, std::min(gradient.numel(), begin + kPiece)});
     }
-    parameter.tensor.begin_change("adam");
     works.push_back(std::move(work));
+  }
+  ++steps_;
+  for (const Work& work : works) {
+    follow_parameter(work.parameter);
+    parameters_[work.parameter].tensor.begin_change("adam");
   }
   if (DryRun::active()) return report;
 
   const double t = static_cast<double>(steps_);
   const auto constants = [&]<class T>(const Work& work) {
     return AdamConstants<T>{static_cast<T>(report.clip_factor),
+                            static_cast<T>(options_.beta1),
+                            static_cast<T>(options_.beta2),
                             static_cast<T>(1 - options_.beta1),
                             static_cast<T>(1 - options_.beta2),
                             static_cast<T>(1 / (1 - std::pow(options_.beta1, t))),
@@ -155,6 +195,7 @@ StepReport Adam::step(double lr) {
   for (const Work& work : works) {
     Tensor parameter = parameters_[work.parameter].tensor;
     if (slots_[work.parameter].master.defined()) parameter.copy_(work.weight);
+    slots_[work.parameter].version = parameter.storage()->version();
   }
   return report;
 }

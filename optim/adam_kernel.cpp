@@ -18,23 +18,32 @@ struct Rule {
   using D = hn::ScalableTag<T>;
   using V = hn::Vec<D>;
   D d;
-  V scale, rest1, rest2, bias1, bias2, eps, decay, lr;
+  V scale, beta1, beta2, rest1, rest2, bias1, bias2, eps, decay, lr;
+  bool slow1, slow2;  ///< whether the mean, and the mean square, keep the larger part of what they were
 
   explicit Rule(const AdamConstants<T>& c)
       : scale(hn::Set(d, c.grad_scale)),
+        beta1(hn::Set(d, c.beta1)),
+        beta2(hn::Set(d, c.beta2)),
         rest1(hn::Set(d, c.rest1)),
         rest2(hn::Set(d, c.rest2)),
         bias1(hn::Set(d, c.inverse_bias1)),
         bias2(hn::Set(d, c.inverse_bias2)),
         eps(hn::Set(d, c.eps)),
         decay(hn::Set(d, c.weight_decay)),
-        lr(hn::Set(d, c.lr)) {}
+        lr(hn::Set(d, c.lr)),
+        slow1(c.rest1 < T{0.5}),
+        slow2(c.rest2 < T{0.5}) {}
 
-  /// m += (1 - beta1)(g - m) rather than beta1 m + ...: 0.999 in f32 is so far from 0.999 that v would settle 5e-5 off.
+  /// beta * mean + (1 - beta) * x as mean + (1 - beta)(x - mean): 0.999 in f32 is so far from 0.999 that v would settle 5e-5
+  /// off. With a small beta the same is counted from x: an old mean much larger than x would swallow it.
+  static HWY_INLINE V blend(bool slow, V beta, V rest, V mean, V x) {
+    return slow ? hn::MulAdd(rest, hn::Sub(x, mean), mean) : hn::MulAdd(beta, hn::Sub(mean, x), x);
+  }
   HWY_INLINE void moments(V gradient, V& m, V& v) const {
     const V g = hn::Mul(gradient, scale);
-    m = hn::MulAdd(rest1, hn::Sub(g, m), m);
-    v = hn::MulAdd(rest2, hn::Sub(hn::Mul(g, g), v), v);
+    m = blend(slow1, beta1, rest1, m, g);
+    v = blend(slow2, beta2, rest2, v, hn::Mul(g, g));
   }
   HWY_INLINE V direction(V w, V m, V v) const {
     const V root = hn::Add(hn::Sqrt(hn::Mul(v, bias2)), eps);

@@ -7,6 +7,7 @@ namespace weft::optim {
 template <class T>
 struct AdamConstants {
   T grad_scale;        ///< clip factor
+  T beta1, beta2;
   T rest1, rest2;      ///< 1 - beta1 and 1 - beta2, subtracted before rounding to T
   T inverse_bias1;     ///< 1 / (1 - beta1^t)
   T inverse_bias2;     ///< 1 / (1 - beta2^t)

@@ -13,9 +13,23 @@ namespace {
 /// Elements of a piece of work: some ten microseconds of reading.
 constexpr int64_t kPiece = 1 << 16;
 
+/// Below this a sum of squares in f32 may have lost some of them to underflow: what is lost is at most 2^-150 each.
+constexpr double kUnderflow = 1e-30;
+
+struct Piece {
+  size_t parameter;
+  int64_t begin, end;
+};
+
 /// The gradient as the kernels take it: contiguous f32 or f64.
-Tensor readable(const Tensor& gradient) {
+Tensor readable(const Parameter& parameter) {
+  const Tensor gradient = parameter.tensor.grad();
+  if (!gradient.defined()) return gradient;
+  if (gradient.device().kind != DeviceKind::cpu) {
+    fail(ErrorKind::kDevice, "grad_norm", "reads gradients on the CPU; the gradient of ", quoted(parameter.name), " is on ", gradient.device());
+  }
   const autograd::NoGrad no_grad;
+  const MemoryScope scope(MemoryCategory::workspace);
   return gradient.dtype() == DType::f64 ? gradient.contiguous() : gradient.to(DType::f32).contiguous();
 }
 
@@ -24,51 +38,63 @@ double squares_of(const Tensor& gradient, int64_t begin, int64_t end) {
                                         : sum_of_squares(end - begin, gradient.data<float>() + begin);
 }
 
-/// Adds in f64, for values whose squares overflow f32; throws at the first that is not finite.
-double careful_squares(const Parameter& parameter, const Tensor& gradient) {
-  const std::vector<double> values = gradient.to_vector<double>();
-  double total = 0;
-  for (size_t i = 0; i < values.size(); ++i) {
-    if (!std::isfinite(values[i])) {
+/// In f64 throughout, for values whose squares overflow or underflow f32.
+double careful_squares(const Tensor& gradient, int64_t begin, int64_t end) {
+  return dispatch_float(gradient.dtype(), "grad_norm", [&]<class T>() {
+    const T* g = gradient.data<T>();
+    double total = 0;
+    for (int64_t i = begin; i < end; ++i) total += static_cast<double>(g[i]) * static_cast<double>(g[i]);
+    return total;
+  });
+}
+
+/// Says what is wrong with a gradient whose sum of squares is not finite.
+[[noreturn]] void report(const Parameter& parameter) {
+  const Tensor gradient = parameter.tensor.grad();
+  if (gradient.defined()) {
+    const std::vector<double> values = gradient.to_vector<double>();
+    for (size_t i = 0; i < values.size(); ++i) {
+      if (std::isfinite(values[i])) continue;
       fail(ErrorKind::kValue, "grad_norm", "the gradient of ", quoted(parameter.name), " (", gradient.describe(), ") is ", values[i],
            " at element ", grouped(static_cast<int64_t>(i)), "; the step was not taken. Hint: a lower learning rate, more warm-up or clipping");
     }
-    total += values[i] * values[i];
   }
-  return total;
+  fail(ErrorKind::kValue, "grad_norm", "the squares of the gradient of ", quoted(parameter.name), " (", parameter.tensor.describe(),
+       ") do not add up to a finite number, here or in another part of it; the step was not taken");
 }
 
 }  // namespace
 
 double grad_norm(const Parameters& parameters, NormReducer& reducer) {
-  struct Piece {
-    size_t parameter;
-    int64_t begin, end;
-  };
-  std::vector<Tensor> gradients(parameters.size());
+  std::vector<Tensor> gradients;
   std::vector<Piece> pieces;
   for (size_t p = 0; p < parameters.size(); ++p) {
-    const Tensor gradient = parameters[p].tensor.grad();
-    if (!gradient.defined()) continue;
-    gradients[p] = readable(gradient);
-    for (int64_t begin = 0; begin < gradient.numel(); begin += kPiece) {
-      pieces.push_back({p, begin, std::min(gradient.numel(), begin + kPiece)});
+    gradients.push_back(readable(parameters[p]));
+    if (!gradients[p].defined()) continue;
+    for (int64_t begin = 0; begin < gradients[p].numel(); begin += kPiece) {
+      pieces.push_back({p, begin, std::min(gradients[p].numel(), begin + kPiece)});
     }
   }
   if (DryRun::active()) return 0;
   std::vector<double> partial(pieces.size());
   parallel_tasks(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
-    const Piece& piece = pieces[static_cast<size_t>(i)];
-    partial[static_cast<size_t>(i)] = squares_of(gradients[piece.parameter], piece.begin, piece.end);
+    const auto& [p, begin, end] = pieces[static_cast<size_t>(i)];
+    double sum = squares_of(gradients[p], begin, end);
+    if (!(sum >= kUnderflow && std::isfinite(sum))) sum = careful_squares(gradients[p], begin, end);
+    partial[static_cast<size_t>(i)] = sum;
   });
   std::vector<double> squares(parameters.size(), 0.0);
   for (size_t i = 0; i < pieces.size(); ++i) squares[pieces[i].parameter] += partial[i];
-  for (size_t p = 0; p < parameters.size(); ++p) {
-    if (!std::isfinite(squares[p])) squares[p] = careful_squares(parameters[p], gradients[p]);
-  }
+  const std::vector<double> own = squares;
   reducer.reduce(squares, parameters);
+  for (size_t p = 0; p < parameters.size(); ++p) {
+    if (!std::isfinite(own[p])) report(parameters[p]);
+  }
   double total = 0;
-  for (const double square : squares) total += square;
+  for (size_t p = 0; p < parameters.size(); ++p) {
+    total += squares[p];
+    if (!std::isfinite(total)) report(parameters[p]);
+  }
   return std::sqrt(total);
 }
 
@@ -85,12 +111,16 @@ double clip_factor(double norm, double max_norm) {
 double clip_grad_norm(const Parameters& parameters, double max_norm, NormReducer& reducer) {
   const double norm = grad_norm(parameters, reducer);
   const double factor = clip_factor(norm, max_norm);
+  for (const Parameter& parameter : parameters) {
+    const Tensor gradient = parameter.tensor.grad();
+    if (!gradient.defined() || gradient.is_contiguous()) continue;
+    fail(ErrorKind::kValue, "clip_grad_norm", "the gradient of ", quoted(parameter.name), " is not contiguous");
+  }
   if (factor == 1.0 || DryRun::active()) return norm;
   for (const Parameter& parameter : parameters) {
     const Tensor gradient = parameter.tensor.grad();
     if (!gradient.defined()) continue;
     gradient.begin_change("clip_grad_norm");
-    if (!gradient.is_contiguous()) fail(ErrorKind::kValue, "clip_grad_norm", "the gradient of ", quoted(parameter.name), " is not contiguous");
     dispatch_float(gradient.dtype(), "clip_grad_norm", [&]<class T>() {
       T* g = gradient.data<T>();
       parallel_for(gradient.numel(), kPiece, [&](int64_t begin, int64_t end) {

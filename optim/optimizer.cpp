@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <set>
+#include <utility>
 
 #include "core/autograd.h"
 
@@ -10,12 +11,18 @@ namespace weft::optim {
 
 Optimizer::Optimizer(Parameters parameters) : parameters_(std::move(parameters)) {
   std::set<std::string> names;
+  std::map<std::pair<const Storage*, int64_t>, std::string> places;
   for (const Parameter& parameter : parameters_) {
     if (!names.insert(parameter.name).second) {
       fail(ErrorKind::kValue, "optimizer", "two parameters are named ", quoted(parameter.name), "; a tied tensor is listed once");
     }
-    if (!parameter.tensor.requires_grad() || !parameter.tensor.is_leaf() || !parameter.tensor.is_contiguous()) {
+    if (!parameter.tensor.defined() || !parameter.tensor.requires_grad() || !parameter.tensor.is_leaf() || !parameter.tensor.is_contiguous()) {
       fail(ErrorKind::kValue, "optimizer", "parameter ", quoted(parameter.name), " must be a contiguous leaf that requires a gradient");
+    }
+    const auto [place, fresh] = places.emplace(std::pair(parameter.tensor.storage().get(), parameter.tensor.offset()), parameter.name);
+    if (!fresh) {
+      fail(ErrorKind::kValue, "optimizer", "parameters ", quoted(place->second), " and ", quoted(parameter.name),
+           " are the same tensor, which would be changed twice; a tied tensor is listed once");
     }
   }
 }
@@ -32,7 +39,11 @@ NamedTensors Optimizer::state() const {
 
 void Optimizer::load_state(const NamedTensors& tensors) {
   const NamedTensors own = state();
-  std::map<std::string, Tensor> given(tensors.begin(), tensors.end());
+  std::map<std::string, Tensor> given;
+  for (const auto& [name, tensor] : tensors) {
+    if (!tensor.defined()) fail(ErrorKind::kData, "optimizer", "stored state ", quoted(name), " is undefined");
+    if (!given.emplace(name, tensor).second) fail(ErrorKind::kData, "optimizer", "the stored state has two tensors ", quoted(name));
+  }
   std::vector<std::string> names;
   for (const auto& [name, tensor] : own) {
     names.push_back(name);

@@ -9,7 +9,7 @@ struct CosineSchedule {
   double peak = 1e-3;
   double floor = 0;
   int64_t warmup = 0;  ///< steps
-  int64_t total = 1;   ///< steps, > warmup
+  int64_t total = 1;   ///< steps, > warmup (or both 1)
 
   /// The rate of step `step`, counted from 0. @throws Error kValue for a schedule that makes no sense.
   double at(int64_t step) const;

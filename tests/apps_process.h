@@ -155,8 +155,8 @@ inline std::string small_text(size_t bytes = 6000) {
 }
 
 /// A model of some thousand parameters: its steps take about a millisecond.
-inline const Args kSmallModel = {"--layers", "2",       "--heads", "2",        "--width", "16",        "--context",
-                                 "8",        "--batch", "4",       "--warmup", "2",       "--dropout", "0.1"};
+inline const Args kSmallModel = {"--layers",  "2", "--heads", "2", "--width",   "16",
+                                 "--context", "8", "--batch", "4", "--dropout", "0.1"};
 
 inline Args operator+(Args a, const Args& b) {
   a.insert(a.end(), b.begin(), b.end());

@@ -30,7 +30,8 @@ const fs::path& workplace() {
 }
 
 Args train_args(const std::string& out, int steps, const Args& more = {}) {
-  return Args{"train", "--data", "data", "--out", out, "--steps", std::to_string(steps)} + kSmallModel + more;
+  return Args{"train", "--data", "data", "--out", out, "--steps", std::to_string(steps), "--warmup", "2"} +
+         kSmallModel + more;
 }
 
 std::vector<Json> metrics_of(const fs::path& run) {
@@ -122,7 +123,7 @@ TEST(Train, WritesMetricsAndACheckpointThatEvalAndGenerateUse) {
 
 TEST(Train, GenerateEndsAtTheStopText) {
   const fs::path& place = workplace();
-  must_run(place, train_args("stop_text", 2));
+  must_run(place, train_args("stop_text", 3));
   const Args generate = {"generate", "--checkpoint", "stop_text", "--prompt",
                          "the king", "--tokens",     "60",        "--no-echo"};
   const std::string whole = must_run(place, generate).out;

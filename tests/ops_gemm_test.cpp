@@ -76,8 +76,9 @@ struct Case {
 };
 
 std::string to_string(const Case& c) {
-  return concat(gemm_isa(), " m=", c.m, " n=", c.n, " k=", c.k, c.trans_a ? " A^T" : " A", c.trans_b ? " B^T" : " B", " alpha=", c.alpha,
-                " beta=", c.beta, c.bias ? " bias" : "", " activation=", static_cast<int>(c.activation), c.serial ? " serial" : "");
+  return concat(gemm_isa(), " m=", c.m, " n=", c.n, " k=", c.k, c.trans_a ? " A^T" : " A", c.trans_b ? " B^T" : " B",
+                " alpha=", c.alpha, " beta=", c.beta, c.bias ? " bias" : "",
+                " activation=", static_cast<int>(c.activation), c.serial ? " serial" : "");
 }
 
 template <class TC>
@@ -92,9 +93,12 @@ template <class TA, class TB, class TC>
 void expect_product(const Case& c) {
   using Sum = typename Gemm<TA, TB, TC>::Sum;
   SCOPED_TRACE(to_string(c));
-  const int64_t lda = (c.trans_a ? c.m : c.k) + c.padding, ldb = (c.trans_b ? c.k : c.n) + c.padding, ldc = c.n + c.padding;
+  const int64_t lda = (c.trans_a ? c.m : c.k) + c.padding, ldb = (c.trans_b ? c.k : c.n) + c.padding,
+                ldc = c.n + c.padding;
   // Exactly as long as needed: an overrun of a source is seen by AddressSanitizer.
-  const auto size = [](int64_t rows, int64_t cols, int64_t ld) { return static_cast<size_t>(rows == 0 || cols == 0 ? 0 : (rows - 1) * ld + cols); };
+  const auto size = [](int64_t rows, int64_t cols, int64_t ld) {
+    return static_cast<size_t>(rows == 0 || cols == 0 ? 0 : (rows - 1) * ld + cols);
+  };
   const auto a = random_values<TA>(c.trans_a ? size(c.k, c.m, lda) : size(c.m, c.k, lda), 1);
   const auto b = random_values<TB>(c.trans_b ? size(c.n, c.k, ldb) : size(c.k, c.n, ldb), 2);
   const auto bias = random_values<Sum>(static_cast<size_t>(c.n), 3);
@@ -107,8 +111,8 @@ void expect_product(const Case& c) {
       out[at] = c.beta == 0 ? from_double<TC>(std::numeric_limits<double>::quiet_NaN()) : before[at];
     }
   }
-  auto product = make_gemm<TA, TB, TC>(c.trans_a, c.trans_b, c.m, c.n, c.k, a.data(), lda, b.data(), ldb, out.data(), ldc,
-                                       static_cast<Sum>(c.alpha), static_cast<Sum>(c.beta));
+  auto product = make_gemm<TA, TB, TC>(c.trans_a, c.trans_b, c.m, c.n, c.k, a.data(), lda, b.data(), ldb, out.data(),
+                                       ldc, static_cast<Sum>(c.alpha), static_cast<Sum>(c.beta));
   if (c.bias) product.bias = bias.data();
   product.activation = c.activation;
   if (c.activation == GemmActivation::kGelu) product.d = second.data(), product.ldd = ldc;
@@ -133,7 +137,8 @@ void expect_product(const Case& c) {
       double want = c.alpha * sum;
       magnitude *= std::abs(c.alpha);
       if (c.beta != 0) want += c.beta * to_double(before[at]), magnitude += std::abs(c.beta * to_double(before[at]));
-      if (c.bias) want += to_double(bias[static_cast<size_t>(j)]), magnitude += std::abs(to_double(bias[static_cast<size_t>(j)]));
+      if (c.bias)
+        want += to_double(bias[static_cast<size_t>(j)]), magnitude += std::abs(to_double(bias[static_cast<size_t>(j)]));
       double bound = (static_cast<double>(c.k) + 4) * unit<Sum>() * magnitude;
       if (c.activation == GemmActivation::kGeluGrad) {
         want *= gelu_grad(to_double(aux[at]));
@@ -141,12 +146,16 @@ void expect_product(const Case& c) {
       }
       if (c.activation == GemmActivation::kGelu) {
         const double error = std::abs(to_double(second[at]) - gelu(want));
-        const double allowed = 1.13 * bound + 16 * unit<Sum>() * (std::abs(want) + 1e-3) + unit<TC>() * std::abs(gelu(want));
-        if (!(error <= allowed)) ++wrong, ADD_FAILURE() << "D[" << i << ", " << j << "] = " << to_double(second[at]) << ", want " << gelu(want);
+        const double allowed =
+            1.13 * bound + 16 * unit<Sum>() * (std::abs(want) + 1e-3) + unit<TC>() * std::abs(gelu(want));
+        if (!(error <= allowed))
+          ++wrong,
+              ADD_FAILURE() << "D[" << i << ", " << j << "] = " << to_double(second[at]) << ", want " << gelu(want);
       }
       bound += unit<TC>() * (std::abs(want) + bound);
       if (!(std::abs(to_double(out[at]) - want) <= bound)) {
-        ++wrong, ADD_FAILURE() << "C[" << i << ", " << j << "] = " << to_double(out[at]) << ", want " << want << " within " << bound;
+        ++wrong, ADD_FAILURE() << "C[" << i << ", " << j << "] = " << to_double(out[at]) << ", want " << want
+                               << " within " << bound;
       }
     }
   }
@@ -208,7 +217,8 @@ TEST_P(GemmOnEveryIsa, AppliesAlphaBetaBiasAndActivationInTheStatedOrder) {
       for (const bool bias : {false, true}) {
         for (const auto activation : {GemmActivation::kNone, GemmActivation::kGelu, GemmActivation::kGeluGrad}) {
           for (const int64_t m : {3, 29}) {
-            const Case c = {.m = m, .n = 67, .k = 41, .alpha = alpha, .beta = beta, .bias = bias, .activation = activation};
+            const Case c = {
+                .m = m, .n = 67, .k = 41, .alpha = alpha, .beta = beta, .bias = bias, .activation = activation};
             expect_all_layouts<float, float, float>(c);
             expect_all_layouts<double, double, double>(c);
             expect_all_layouts<uint16_t, uint16_t, uint16_t>(c);
@@ -243,19 +253,48 @@ TEST_P(GemmOnEveryIsa, TakesEmptySizes) {
   }
 }
 
+TEST_P(GemmOnEveryIsa, ReadsNeitherOperandWhenAlphaOrKIsZero) {
+  for (const int64_t m : {1, 20}) {
+    std::vector<float> c(static_cast<size_t>(m * 40), 2.0f);
+    auto product =
+        make_gemm<float, float, float>(false, true, m, 40, 64, nullptr, 64, nullptr, 64, c.data(), 40, 0.0f, 0.5f);
+    gemm(product);
+    EXPECT_EQ(c, std::vector<float>(c.size(), 1.0f));
+    product.k = 0, product.alpha = 1;
+    gemm(product);
+    EXPECT_EQ(c, std::vector<float>(c.size(), 0.5f));
+  }
+}
+
+TEST_P(GemmOnEveryIsa, ReadsOperandsOfAnyAlignmentAndStride) {
+  // Strides of a power of two and unaligned matrices take other ways through the packing.
+  for (const int64_t padding : {0, 1, 13}) {
+    for (const int64_t size : {1024, 512}) {
+      expect_all_layouts<float, float, float>({.m = 45, .n = 96, .k = size, .padding = padding});
+      expect_all_layouts<float, float, float>({.m = 45, .n = size, .k = 40, .padding = padding});
+      expect_all_layouts<float, float, float>({.m = size + 1, .n = 33, .k = 35, .padding = padding});
+    }
+  }
+  expect_all_layouts<float, float, float>({.m = 40, .n = 64, .k = 600, .padding = 16384 - 64});
+  expect_all_layouts<double, double, double>({.m = 40, .n = 64, .k = 250, .padding = 8192 - 64});
+}
+
 TEST_P(GemmOnEveryIsa, GivesTheSameBitsOnOneTwoAndThreeThreadsAndSerially) {
   struct Shape {
     int64_t m, n, k;
   };
-  for (const Shape s : {Shape{256, 257, 130}, {768, 65, 128}, {100, 500, 800}, {1, 700, 256}, {7, 300, 64}, {300, 33, 33}}) {
+  for (const Shape s :
+       {Shape{256, 257, 130}, {768, 65, 128}, {100, 500, 800}, {1, 700, 256}, {7, 300, 64}, {300, 33, 33}}) {
     for (const bool trans_a : {false, true}) {
       for (const bool trans_b : {false, true}) {
-        const auto a = random_values<float>(static_cast<size_t>(s.m * s.k), 1), b = random_values<float>(static_cast<size_t>(s.k * s.n), 2);
+        const auto a = random_values<float>(static_cast<size_t>(s.m * s.k), 1),
+                   b = random_values<float>(static_cast<size_t>(s.k * s.n), 2);
         std::vector<float> first;
         for (const int threads : {1, 2, 3, 0}) {
           std::vector<float> c(static_cast<size_t>(s.m * s.n), 1.0f);
-          const auto product = make_gemm<float, float, float>(trans_a, trans_b, s.m, s.n, s.k, a.data(), trans_a ? s.m : s.k, b.data(),
-                                                              trans_b ? s.k : s.n, c.data(), s.n, 1.0f, 1.0f);
+          const auto product =
+              make_gemm<float, float, float>(trans_a, trans_b, s.m, s.n, s.k, a.data(), trans_a ? s.m : s.k, b.data(),
+                                             trans_b ? s.k : s.n, c.data(), s.n, 1.0f, 1.0f);
           if (threads == 0) {
             gemm_serial(product);
           } else {
@@ -263,7 +302,8 @@ TEST_P(GemmOnEveryIsa, GivesTheSameBitsOnOneTwoAndThreeThreadsAndSerially) {
             gemm(product);
           }
           if (first.empty()) first = c;
-          ASSERT_EQ(std::memcmp(first.data(), c.data(), c.size() * sizeof(float)), 0) << "threads " << threads << " m=" << s.m << " n=" << s.n;
+          ASSERT_EQ(std::memcmp(first.data(), c.data(), c.size() * sizeof(float)), 0)
+              << "threads " << threads << " m=" << s.m << " n=" << s.n;
         }
       }
     }
@@ -275,7 +315,8 @@ TEST_P(GemmOnEveryIsa, ABatchHasTheBitsOfItsProductsAlone) {
   for (const int64_t rows : {m, int64_t{1}}) {
     const auto a = random_values<float>(kCount * m * k, 1), b = random_values<float>(n * k, 2);
     std::vector<float> together(kCount * m * n, 0), alone = together;
-    auto product = make_gemm<float, float, float>(false, true, rows, n, k, a.data(), k, b.data(), k, together.data(), n);
+    auto product =
+        make_gemm<float, float, float>(false, true, rows, n, k, a.data(), k, b.data(), k, together.data(), n);
     gemm_batched(product, {.count = kCount, .a = m * k, .b = 0, .c = m * n});
     for (int64_t i = 0; i < kCount; ++i) {
       product.a.data = a.data() + i * m * k;
@@ -311,8 +352,8 @@ TEST_P(GemmOnEveryIsa, PassesNanAndInfinityOn) {
 
 TEST_P(GemmOnEveryIsa, GeluKeepsItsBoundsFarFromZero) {
   // k = 1, b = 1: C is A, so that the activation is seen alone.
-  const std::vector<float> x = {-3e38f, -1e30f, -1e4f, -100, -31, -30, -29, -13, -10, -9, -5, -1e-3f, -1e-30f, 0,
-                                1e-30f, 1e-3f, 1, 5, 9, 10, 13, 30, 31, 100, 1e4f, 1e30f, 3e38f};
+  const std::vector<float> x = {-3e38f, -1e30f, -1e4f, -100, -31, -30, -29, -13, -10, -9,  -5,   -1e-3f, -1e-30f, 0,
+                                1e-30f, 1e-3f,  1,     5,    9,   10,  13,  30,  31,  100, 1e4f, 1e30f,  3e38f};
   const int64_t m = static_cast<int64_t>(x.size());
   const float one = 1;
   std::vector<float> c(x.size()), d(x.size()), grad(x.size());

@@ -3,8 +3,8 @@
 //   gemm_bench [--threads 1,2] [--rounds N] [--filter TEXT] [--libs 0|1]
 //
 // Per shape and thread count the candidates run in turn (A B C A B C ...), and medians are compared, so that a busy
-// neighbour hits all alike. The libraries run in the same thread pool, one single-threaded call for each tile of a fixed
-// grid: their best use known here.
+// neighbour hits all alike. The libraries run in the same thread pool, one single-threaded call for each tile of a
+// fixed grid: their best use known here.
 #include <cblas.h>
 #include <dnnl.h>
 #include <sys/mman.h>
@@ -29,9 +29,7 @@ namespace {
 
 using weft::Gemm;
 
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 /// Memory as tensors have it: aligned, and in large pages where it is large.
 class Matrix {
@@ -72,7 +70,8 @@ std::vector<Shape> training_shapes() {
     const char* name;
     int64_t tokens, c, vocabulary;
   };
-  for (const Model& m : {Model{"a128", 768, 128, 65}, {"v1024", 1024, 256, 1024}, {"b384", 4096, 384, 65}, {"c768", 256, 768, 50257}}) {
+  for (const Model& m :
+       {Model{"a128", 768, 128, 65}, {"v1024", 1024, 256, 1024}, {"b384", 4096, 384, 65}, {"c768", 256, 768, 50257}}) {
     const std::string name = m.name;
     linear(name + " qkv", m.tokens, m.c, 3 * m.c);
     linear(name + " proj", m.tokens, m.c, m.c);
@@ -100,7 +99,8 @@ void tiled(const Gemm<float>& g, const std::function<void(const Gemm<float>&)>& 
   while (cols * rows < 8 && g.n / cols >= 128) cols *= 2;
   weft::parallel_tasks(rows * cols, [&](int64_t task) {
     const int64_t i = task / cols, j = task % cols;
-    const int64_t i0 = g.m * i / rows, i1 = g.m * (i + 1) / rows, j0 = g.n * j / cols / 16 * 16, j1 = j + 1 == cols ? g.n : g.n * (j + 1) / cols / 16 * 16;
+    const int64_t i0 = g.m * i / rows, i1 = g.m * (i + 1) / rows, j0 = g.n * j / cols / 16 * 16,
+                  j1 = j + 1 == cols ? g.n : g.n * (j + 1) / cols / 16 * 16;
     Gemm<float> part = g;
     part.m = i1 - i0, part.n = j1 - j0;
     part.a.data += i0 * g.a.row_stride;
@@ -114,14 +114,15 @@ void dnnl_call(const Gemm<float>& g) {
   thread_local const bool once = (omp_set_num_threads(1), true);
   (void)once;
   const bool ta = g.a.col_stride != 1, tb = g.b.col_stride != 1;
-  dnnl_sgemm(ta ? 'T' : 'N', tb ? 'T' : 'N', g.m, g.n, g.k, g.alpha, g.a.data, ta ? g.a.col_stride : g.a.row_stride, g.b.data,
-             tb ? g.b.col_stride : g.b.row_stride, g.beta, g.c, g.ldc);
+  dnnl_sgemm(ta ? 'T' : 'N', tb ? 'T' : 'N', g.m, g.n, g.k, g.alpha, g.a.data, ta ? g.a.col_stride : g.a.row_stride,
+             g.b.data, tb ? g.b.col_stride : g.b.row_stride, g.beta, g.c, g.ldc);
 }
 
 void blas_call(const Gemm<float>& g) {
   const bool ta = g.a.col_stride != 1, tb = g.b.col_stride != 1;
-  cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, static_cast<int>(g.m), static_cast<int>(g.n),
-              static_cast<int>(g.k), g.alpha, g.a.data, static_cast<int>(ta ? g.a.col_stride : g.a.row_stride), g.b.data,
+  cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, static_cast<int>(g.m),
+              static_cast<int>(g.n), static_cast<int>(g.k), g.alpha, g.a.data,
+              static_cast<int>(ta ? g.a.col_stride : g.a.row_stride), g.b.data,
               static_cast<int>(tb ? g.b.col_stride : g.b.row_stride), g.beta, g.c, static_cast<int>(g.ldc));
 }
 
@@ -141,7 +142,8 @@ int main(int argc, char** argv) {
     const std::string flag = argv[i];
     if (flag == "--threads") {
       thread_counts.clear();
-      for (const char* at = argv[i + 1]; at != nullptr; at = std::strchr(at, ',') ? std::strchr(at, ',') + 1 : nullptr) thread_counts.push_back(std::atoi(at));
+      for (const char* at = argv[i + 1]; at != nullptr; at = std::strchr(at, ',') ? std::strchr(at, ',') + 1 : nullptr)
+        thread_counts.push_back(std::atoi(at));
     } else if (flag == "--rounds") {
       rounds = std::atoi(argv[i + 1]);
     } else if (flag == "--filter") {
@@ -153,8 +155,10 @@ int main(int argc, char** argv) {
       return 2;
     }
   }
-  std::printf("instruction set: %s; GFLOP/s, medians of %d interleaved rounds; ratio of times (best library / ours)\n", weft::gemm_isa(), rounds);
-  std::printf("%-26s %6s %6s %6s %2s | %7s %7s %7s | %6s %6s | %6s\n", "shape", "m", "n", "k", "T", "weft", "oneDNN", "OpenBLAS", "median", "best", "GB/s");
+  std::printf("instruction set: %s; GFLOP/s, medians of %d interleaved rounds; ratio of times (best library / ours)\n",
+              weft::gemm_isa(), rounds);
+  std::printf("%-26s %6s %6s %6s %2s | %7s %7s %7s | %6s %6s | %6s\n", "shape", "m", "n", "k", "T", "weft", "oneDNN",
+              "OpenBLAS", "median", "best", "GB/s");
   std::mt19937 engine(1);
   std::uniform_real_distribution<float> uniform(-1, 1);
   for (const Shape& s : training_shapes()) {
@@ -166,7 +170,8 @@ int main(int argc, char** argv) {
     Matrix a((s.trans_a ? s.k : s.m) * lda), b((s.trans_b ? s.n : s.k) * ldb), c(s.m * ldc);
     for (float& x : a.values()) x = uniform(engine);
     for (float& x : b.values()) x = uniform(engine);
-    const auto g = weft::make_gemm<float, float, float>(s.trans_a, s.trans_b, s.m, s.n, s.k, a.data(), lda, b.data(), ldb, c.data(), ldc, 1.0f, s.beta);
+    const auto g = weft::make_gemm<float, float, float>(s.trans_a, s.trans_b, s.m, s.n, s.k, a.data(), lda, b.data(),
+                                                        ldb, c.data(), ldc, 1.0f, s.beta);
     const double flops = 2.0 * static_cast<double>(s.m) * static_cast<double>(s.n) * static_cast<double>(s.k);
     for (const int threads : thread_counts) {
       if (serial && threads != 1) continue;
@@ -192,8 +197,9 @@ int main(int argc, char** argv) {
         best[r] = *std::min_element(times[r].begin(), times[r].end());
         rate[r] = flops / middle[r] * 1e-9;
       }
-      std::printf("%-26s %6ld %6ld %6ld %2d | %7.1f %7.1f %7.1f | %6.3f %6.3f | %6.1f\n", s.name.c_str(), long(s.m), long(s.n), long(s.k), threads, rate[0], rate[1],
-                  rate[2], std::min(middle[1], middle[2]) / middle[0], std::min(best[1], best[2]) / best[0],
+      std::printf("%-26s %6ld %6ld %6ld %2d | %7.1f %7.1f %7.1f | %6.3f %6.3f | %6.1f\n", s.name.c_str(), long(s.m),
+                  long(s.n), long(s.k), threads, rate[0], rate[1], rate[2], std::min(middle[1], middle[2]) / middle[0],
+                  std::min(best[1], best[2]) / best[0],
                   4e-9 * static_cast<double>(s.n) * static_cast<double>(s.k) / middle[0]);
       std::fflush(stdout);
     }

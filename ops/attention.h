@@ -1,0 +1,56 @@
+#pragma once
+#include <optional>
+
+#include "core/tensor.h"
+
+namespace weft {
+
+/// What attention() computes.
+struct AttentionOptions {
+  int64_t heads = 1;     ///< H, query heads
+  int64_t kv_heads = 0;  ///< heads of k and v, which consecutive H / kv_heads query heads share; 0: H
+  bool causal = true;    ///< a query sees the keys at its own position and before
+  int64_t query_offset =
+      0;  ///< position of the first query among the keys (keys that a cache held before); causal only
+  std::optional<double> scale{};  ///< of the scores; unset: 1 / sqrt(D)
+};
+
+/// Causal self-attention over the packed result of one linear layer (Vaswani et al. 2017, section 3.2.1), computed in
+/// tiles so that memory grows with T, not T^2 (Dao 2023, "FlashAttention-2").
+///
+///   y[b, i, h] = sum_{j <= i} p[i, j] v[b, j, h],  p[i, :] = softmax_{j <= i}(q[b, i, h] . k[b, j, h] / sqrt(D))
+///
+/// @param qkv    [B, T, 3 C]: q | k | v, each C = H * D wide, head h in columns h D to (h + 1) D; f32, f64, f16 or bf16
+/// @param heads  H; must divide C
+/// @return       [B, T, C], ready for the output projection. Scores and sums are kept in f32 (f64 for f64), the result
+/// is
+///               rounded once. Relative error of the exponential in f32: 1e-7; weights below 2^-100 of a row's largest
+///               are 0.
+/// @throws Error  kShape if qkv is not [B, T, 3 C] or heads does not divide C; kValue for heads < 1; kDType.
+/// Saved for backward: qkv, y and the logarithm of each softmax's sum [B, H, T] in f32 (f64 for f64). The backward pass
+/// computes p again, tile by tile. Bits do not depend on the number of threads.
+Tensor causal_attention(const Tensor& qkv, int64_t heads);
+
+/// Attention of queries over keys that may be more than they are: cross-attention, or new tokens over a cache.
+///
+///   y[b, i, h] = sum_j p[i, j] v[b, j, h'],  p[i, :] = softmax_j(scale * q[b, i, h] . k[b, j, h']),  h' = h kv_heads /
+///   H
+///
+/// With options.causal, j runs up to query_offset + i; else over all keys.
+///
+/// @param q  [B, Tq, H * D] or [B, H, Tq, D]; f32, f64, f16 or bf16. Any strides: a part of a cache or of a packed qkv
+/// is
+///           read where it lies, only a last dimension without unit stride is copied
+/// @param k  [B, Tk, kv_heads * D] or [B, kv_heads, Tk, D]: as many dimensions as q
+/// @param v  shape of k
+/// @return   [B, Tq, H * D], or [B, H, Tq, D] (whose memory is [B, Tq, H, D]) if q has four dimensions. Rounding as in
+///           causal_attention.
+/// @throws Error  kShape naming the sizes that do not fit, or if there are queries but no keys; kValue for options that
+///                make no sense; kDType, kDevice.
+/// Saved for backward: q, k, v, y and the logarithm of each softmax's sum [B, H, Tq].
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);
+
+/// The definition of attention(), from basic functions that hold whole score matrices: the oracle of its tests.
+Tensor attention_composed(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);
+
+}  // namespace weft

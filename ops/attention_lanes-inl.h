@@ -1,0 +1,238 @@
+// What the attention kernels are made of: rows in and out of scratch memory, 2^x, products of tiles. Included once per
+// instruction set.
+#if defined(WEFT_OPS_ATTENTION_LANES_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef WEFT_OPS_ATTENTION_LANES_INL_H_
+#undef WEFT_OPS_ATTENTION_LANES_INL_H_
+#else
+#define WEFT_OPS_ATTENTION_LANES_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "core/dtype.h"
+#include "hwy/contrib/math/math-inl.h"
+#include "ops/attention_kernels.h"
+#include "ops/gemm_pack-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace weft::detail {
+namespace HWY_NAMESPACE {
+namespace {
+
+inline constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.69314718055994531;
+
+// ---- rows of storage type S as values of type T ----
+
+/// As many elements as a vector of T has.
+template <class T, class S>
+HWY_INLINE hn::Vec<Tag<T>> widen(Tag<T> d, const S* from) {
+  if constexpr (std::is_same_v<S, T>) {
+    return hn::LoadU(d, from);
+  } else if constexpr (std::is_same_v<S, BFloat16>) {
+    return hn::PromoteTo(
+        d, hn::LoadU(hn::Rebind<hwy::bfloat16_t, Tag<T>>(), reinterpret_cast<const hwy::bfloat16_t*>(from)));
+  } else {
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2  // F16C
+    return hn::PromoteTo(
+        d, hn::LoadU(hn::Rebind<hwy::float16_t, Tag<T>>(), reinterpret_cast<const hwy::float16_t*>(from)));
+#else
+    HWY_ALIGN T wide[kLanes<T>];
+    for (int i = 0; i < kLanes<T>; ++i) wide[i] = static_cast<T>(from[i]);
+    return hn::Load(d, wide);
+#endif
+  }
+}
+
+/// Rounds once, to nearest even.
+template <class T, class S>
+HWY_INLINE void narrow(Tag<T> d, hn::Vec<Tag<T>> v, S* to) {
+  if constexpr (std::is_same_v<S, T>) {
+    hn::StoreU(v, d, to);
+  } else if constexpr (std::is_same_v<S, BFloat16>) {
+    const hn::Rebind<uint32_t, Tag<T>> du;
+    const hn::Rebind<int32_t, Tag<T>> di;
+    const hn::Rebind<uint16_t, Tag<T>> d16;
+    const auto bits = hn::BitCast(du, v);
+    const auto high = hn::ShiftRight<16>(bits);
+    const auto up = hn::Add(hn::And(high, hn::Set(du, 1)), hn::Set(du, 0x7fff));
+    const auto rounded = hn::ShiftRight<16>(hn::Add(bits, up));
+    const auto result = hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(v)), hn::Or(high, hn::Set(du, 0x40)), rounded);
+    hn::StoreU(hn::DemoteTo(d16, hn::BitCast(di, result)), d16, reinterpret_cast<uint16_t*>(to));
+  } else {
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
+    const hn::Rebind<hwy::float16_t, Tag<T>> d16;
+    hn::StoreU(hn::DemoteTo(d16, v), d16, reinterpret_cast<hwy::float16_t*>(to));
+#else
+    HWY_ALIGN T wide[kLanes<T>];
+    hn::Store(v, d, wide);
+    for (int i = 0; i < kLanes<T>; ++i) to[i] = S(wide[i]);
+#endif
+  }
+}
+
+/// to[i] = from[i], and zeros up to `padded`, a multiple of the vector length.
+template <class T, class S>
+void load_row(const S* from, int64_t count, int64_t padded, T* to) {
+  const Tag<T> d;
+  constexpr int64_t n = kLanes<T>;
+  int64_t i = 0;
+  for (; i + n <= count; i += n) hn::Store(widen<T>(d, from + i), d, to + i);
+  if (i < count) {
+    S part[n] = {};
+    std::memcpy(static_cast<void*>(part), from + i, static_cast<size_t>(count - i) * sizeof(S));
+    hn::Store(widen<T>(d, part), d, to + i);
+    i += n;
+  }
+  for (; i < padded; i += n) hn::Store(hn::Zero(d), d, to + i);
+}
+
+/// to[i] = factor * from[i], rounded once.
+template <class T, class S>
+void store_row(const T* from, T factor, int64_t count, S* to) {
+  const Tag<T> d;
+  constexpr int64_t n = kLanes<T>;
+  const auto scale = hn::Set(d, factor);
+  int64_t i = 0;
+  for (; i + n <= count; i += n) narrow<T>(d, hn::Mul(scale, hn::LoadU(d, from + i)), to + i);
+  if (i < count) {
+    S part[n];
+    narrow<T>(d, hn::Mul(scale, hn::LoadU(d, from + i)), part);
+    std::memcpy(static_cast<void*>(to + i), part, static_cast<size_t>(count - i) * sizeof(S));
+  }
+}
+
+/// Rows of values: row i is at data + i * stride and has a whole number of vectors.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+};
+
+/// Rows as the products read them: in place where type and width allow it, else a copy in `scratch`, padded with zeros.
+template <class T, class S>
+Rows<T> load_rows(const S* from, int64_t stride, int64_t rows, int64_t head_size, T* scratch) {
+  const int64_t padded = padded_head_size(head_size);
+  if constexpr (std::is_same_v<S, T>) {
+    if (head_size == padded) return {from, stride};
+  }
+  for (int64_t i = 0; i < rows; ++i) load_row<T>(from + i * stride, head_size, padded, scratch + i * padded);
+  return {scratch, padded};
+}
+
+/// Columns of a block of queries or keys as rows of kAttentionQueries lanes: out[c][i] = rows[i][c].
+template <class T>
+void transpose(const Rows<T>& rows, int64_t count, int64_t columns, T* out) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    pack_transposed<T, T>(rows.data + i * rows.stride, rows.stride, columns, std::min<int64_t>(kLanes<T>, count - i),
+                          kAttentionQueries, out + i);
+  }
+}
+
+/// rows[i] *= factors[i].
+template <class T>
+void scale_rows(T* rows, int64_t count, int64_t columns, const T* factors) {
+  const Tag<T> d;
+  for (int64_t i = 0; i < count; ++i) {
+    if (factors[i] == T(1)) continue;
+    const auto factor = hn::Set(d, factors[i]);
+    for (int64_t c = 0; c < columns; c += kLanes<T>) {
+      T* at = rows + i * columns + c;
+      hn::Store(hn::Mul(factor, hn::Load(d, at)), d, at);
+    }
+  }
+}
+
+// ---- the exponential ----
+
+/// 2^x; 0 for x < -100, where softmax has no use for it and denormal numbers would be slow. NaN gives NaN.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V exp2(D d, V x) {
+  using T = hn::TFromD<D>;
+  const auto tiny = hn::Lt(x, hn::Set(d, T(-100)));
+  if constexpr (std::is_same_v<T, float>) {
+    // x = n + f with |f| <= 1/2; 2^f is a polynomial fitted to a relative error of 4e-9, 9e-8 with rounding.
+    const hn::RebindToSigned<D> di;
+    const auto n = hn::NearestInt(x);
+    const V f = hn::Sub(x, hn::ConvertTo(d, n));
+    V p = hn::Set(d, 0x1.46b3acp-13f);
+    p = hn::MulAdd(p, f, hn::Set(d, 0x1.5f5d6p-10f));
+    p = hn::MulAdd(p, f, hn::Set(d, 0x1.3b271ep-7f));
+    p = hn::MulAdd(p, f, hn::Set(d, 0x1.c6aeaap-5f));
+    p = hn::MulAdd(p, f, hn::Set(d, 0x1.ebfbe4p-3f));
+    p = hn::MulAdd(p, f, hn::Set(d, 0x1.62e43p-1f));
+    p = hn::MulAdd(p, f, hn::Set(d, 1.0f));
+    return hn::IfThenZeroElse(tiny, hn::BitCast(d, hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(n))));
+  } else {
+    const V y = hn::Exp(d, hn::Mul(x, hn::Set(d, T(kLn2))));
+    return hn::IfThenElse(hn::IsNaN(x), x, hn::IfThenZeroElse(tiny, y));
+  }
+}
+
+// ---- products of tiles ----
+
+/// Sums over [begin, end).
+struct Span {
+  int64_t begin, end;
+};
+
+/// C = alpha * A B + beta * C by register tiles; span(first row, rows, first column, columns) says over which part of
+/// the inner dimension a register tile sums. One with an empty span is left as it is. a: element (i, p) is a[i *
+/// a_stride + p] if kAlongK, else a[p * a_stride + i]. `columns` is a multiple of the lanes.
+template <bool kAlongK, class T, class SpanOf>
+HWY_INLINE void product(int64_t rows, int64_t columns, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
+                        T alpha, T beta, T* c, int64_t ldc, SpanOf span_of) {
+  constexpr int64_t n = kLanes<T>, width = kTileVecs * n;
+  const RowPanels panels(rows);
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    const int64_t first = panels.first(panel), height = panels.rows(panel);
+    for (int64_t j = 0; j < columns; j += width) {
+      const int64_t wide = std::min(width, columns - j);
+      const Span span = span_of(first, height, j, wide);
+      if (span.begin >= span.end) continue;
+      const T* from = kAlongK ? a + first * a_stride + span.begin : a + span.begin * a_stride + first;
+      const TileOut<T> out = {c + first * ldc + j, ldc, alpha, beta, nullptr, static_cast<int>(wide)};
+      kTileKernels<T>[kAlongK][wide / n - 1][static_cast<size_t>(height - 1)](
+          from, a_stride, b + span.begin * b_stride + j, b_stride, span.end - span.begin, out);
+    }
+  }
+}
+
+/// Which part of a tile of keys by queries exists: query i sees keys [0, reach + i) of the tile's `keys`.
+struct TileMask {
+  int64_t keys, queries, reach;
+
+  /// Scores of keys [first, first + rows) by queries [column, column + columns), sums over `depth`: none if all are
+  /// hidden.
+  Span scores(int64_t first, int64_t column, int64_t columns, int64_t depth) const {
+    return {0, first < reach + column + columns - 1 ? depth : 0};
+  }
+  /// Keys that queries [first, first + rows) see, the last one the most.
+  Span keys_of(int64_t first, int64_t rows) const {
+    return {0, std::clamp<int64_t>(reach + first + rows - 1, 0, keys)};
+  }
+  /// Queries that see key `first`; later keys are seen by fewer.
+  Span queries_of(int64_t first) const { return {std::max<int64_t>(0, first - reach + 1), queries}; }
+
+  /// For queries [lane, lane + lanes): keys below `full` are seen by all of them, keys from `none` on by none.
+  int64_t full(int64_t lane) const { return std::clamp<int64_t>(reach + lane, 0, keys); }
+  int64_t none(int64_t lane, int64_t lanes) const { return std::clamp<int64_t>(reach + lane + lanes - 1, 0, keys); }
+  /// Lanes of the queries from `lane` on that see `key`.
+  template <class D>
+  HWY_INLINE hn::Mask<D> lanes(D d, int64_t lane, int64_t key) const {
+    return hn::Not(hn::FirstN(d, static_cast<size_t>(key - reach - lane + 1)));
+  }
+};
+
+/// Number of keys that the first query of a block sees; the next one sees one more, up to all of them.
+inline int64_t keys_seen(const AttentionShape& s, int64_t query) {
+  return s.causal ? std::min(s.query_offset, s.keys) + query + 1 : s.keys;
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace weft::detail
+HWY_AFTER_NAMESPACE();
+#endif
