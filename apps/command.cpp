@@ -8,6 +8,7 @@
 
 #include "core/error.h"
 #include "core/log.h"
+#include "core/thread_pool.h"
 
 namespace weft::apps {
 namespace {
@@ -81,7 +82,9 @@ int run_program(std::string_view summary, std::string_view version, std::span<co
     return code;
   };
   try {
-    log::level();  // a bad WEFT_LOG_LEVEL is refused before anything runs
+    // A bad WEFT_LOG_LEVEL or WEFT_NUM_THREADS is refused before anything runs.
+    log::level();
+    num_threads();
     if (args.size() == 1 && args[0] == "--version") {
       out << "weft " << version << '\n';
       return flushed(out, err, 0);

@@ -7,12 +7,11 @@
 #include <sys/utsname.h>
 #include <unistd.h>
 #include <xxhash.h>
-#include <fstream>
 #include <iostream>
-#include <sstream>
 
 #include "apps/commands.h"
 #include "apps/files.h"
+#include "apps/machine.h"
 #include "apps/options.h"
 #include "core/backend.h"
 #include "core/memory.h"
@@ -60,39 +59,15 @@ std::string processors() {
   cpu_set_t set;
   CPU_ZERO(&set);
   const int affinity = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 0;
-  std::string limit = "no control group limit found";
-  std::string quota;
-  double period = 0;
-  if (std::ifstream in("/sys/fs/cgroup/cpu.max"); in >> quota >> period) {
-    limit = quota == "max" || period <= 0
-                ? "no control group limit"
-                : "control group limit " + fixed(std::strtod(quota.c_str(), nullptr) / period, 2);
-  }
+  const double quota = processor_quota();
+  const std::string limit = quota > 0 ? "control group limit " + fixed(quota, 2) : "no control group limit";
   return concat(available_processors(), " may be used (", sysconf(_SC_NPROCESSORS_ONLN), " online, ", affinity,
                 " in the affinity mask, ", limit, ")");
 }
 
-/// A value of /proc/meminfo in bytes, 0 if it is not there.
-int64_t meminfo(const std::string& key) {
-  std::ifstream in("/proc/meminfo");
-  for (std::string entry; std::getline(in, entry);) {
-    if (!entry.starts_with(key + ":")) continue;
-    std::istringstream rest(entry.substr(key.size() + 1));
-    int64_t kibibytes = 0;
-    rest >> kibibytes;
-    return kibibytes * 1024;
-  }
-  return 0;
-}
-
 std::string memory() {
-  std::string text =
-      concat(human_bytes(meminfo("MemTotal")), ", of which ", human_bytes(meminfo("MemAvailable")), " are free");
-  int64_t limit = 0;
-  if (std::ifstream in("/sys/fs/cgroup/memory.max"); in >> limit) {
-    text += "; control group limit " + human_bytes(limit);
-  }
-  return text;
+  return concat(human_bytes(memory_limit()), " may be used at most, ", human_bytes(memory_available()),
+                " of the machine's are free");
 }
 
 std::string pcre2_version() {

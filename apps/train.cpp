@@ -12,6 +12,7 @@
 #include "apps/data_directory.h"
 #include "apps/files.h"
 #include "apps/held_out.h"
+#include "apps/machine.h"
 #include "apps/progress.h"
 #include "apps/stop_signal.h"
 #include "apps/train_options.h"
@@ -212,8 +213,7 @@ class Run {
 };
 
 /// `weft train --dry-run`: two steps without memory or arithmetic.
-void print_dry_run(const TrainOptions& o, const Options& options) {
-  const DataDirectory data = DataDirectory::open(o.data);
+void print_dry_run(const TrainOptions& o, const Options& options, const DataDirectory& data) {
   const models::GptConfig config = o.model(data.tokenizer.vocab_size());
   std::cout << options.toml(true) << "\n# vocabulary " << grouped(config.vocab) << ", " << grouped(data.train->size())
             << " training tokens, " << grouped(data.held_out->size()) << " held out\n";
@@ -234,6 +234,26 @@ void print_dry_run(const TrainOptions& o, const Options& options) {
   trainer.step();
   std::cout << "memory of a step, by replaying two without memory:\n"
             << memory_table(allocator(Device::cpu()).statistics());
+}
+
+/// A model that cannot fit is refused before its first weight is drawn: afterwards, the system would end some process
+/// or other. Activations come on top; --dry-run counts them.
+void refuse_too_large(const TrainOptions& o, int64_t vocab) {
+  const auto width = static_cast<double>(o.width);
+  const double parameters = 12 * width * width * static_cast<double>(o.layers) +
+                            width * (static_cast<double>(vocab) + static_cast<double>(o.context));
+  constexpr double kCountable = 1e15;
+  if (parameters > kCountable) {
+    fail(ErrorKind::kMemory, "train", "layers = ", o.layers, " and width = ", o.width, " make a model of about ",
+         parameters, " parameters, beyond any machine's memory");
+  }
+  // Weights, gradients and two moments, in f32.
+  const int64_t bytes = 16 * o.model(vocab).parameter_count();
+  if (const int64_t limit = memory_limit(); !o.dry_run && limit > 0 && bytes > limit) {
+    fail(ErrorKind::kMemory, "train", "weights, gradients and optimizer alone take ", human_bytes(bytes),
+         " of memory; this process can have ", human_bytes(limit),
+         " at most. Hint: fewer layers or a smaller width; weft train --dry-run tells what a model takes");
+  }
 }
 
 /// The directory that holds `path`.
@@ -284,11 +304,13 @@ int run_train(std::span<const std::string> args) {
   }
   const Options& options = second ? *second : first;
   o.check(options);
-  if (o.dry_run) return print_dry_run(o, options), 0;
+  DataDirectory data = DataDirectory::open(o.data);
+  refuse_too_large(o, data.tokenizer.vocab_size());
+  if (o.dry_run) return print_dry_run(o, options, data), 0;
 
   refuse_later_checkpoints(o, from, options);
   const std::string config_text = options.toml(false);
-  Run run(o, config_text, DataDirectory::open(o.data), std::move(from));
+  Run run(o, config_text, std::move(data), std::move(from));
   // Whatever could be wrong with options and data was found above: a refused call leaves nothing behind.
   make_directories(o.out);
   write_file_atomic((o.out / "config.toml").string(), as_bytes(config_text));

@@ -86,8 +86,9 @@ Tensor SavedTensor::unpack(const std::shared_ptr<Node>& node) const {
   if (unpacker_) {
     tensor = unpacker_();
   } else if (tensor.defined() && tensor.storage()->version() != version_) {
-    fail(ErrorKind::kState, node->op, "the backward pass needs a tensor (", tensor.describe(), ") that [", tensor.storage()->last_change(),
-         "] changed in place after [", node->op, "] saved it (version ", tensor.storage()->version(), ", saved at ", version_,
+    fail(ErrorKind::kState, node->op, "the backward pass needs a tensor (", tensor.describe(), ") that [",
+         tensor.storage()->last_change(), "] changed in place after [", node->op, "] saved it (version ",
+         tensor.storage()->version(), ", saved at ", version_,
          "). Hint: change a clone(), or make the change after backward()");
   }
   if (!tensor.defined() || !recording) return tensor;
@@ -103,9 +104,13 @@ Tensor SavedTensor::unpack(const std::shared_ptr<Node>& node) const {
   return tensor;
 }
 
-SavedTensorHooks::SavedTensorHooks(Pack pack) : pack_(std::move(pack)), previous_(saved_tensor_hooks) { saved_tensor_hooks = this; }
+SavedTensorHooks::SavedTensorHooks(Pack pack) : pack_(std::move(pack)), previous_(saved_tensor_hooks) {
+  saved_tensor_hooks = this;
+}
 SavedTensorHooks::~SavedTensorHooks() { saved_tensor_hooks = previous_; }
-const SavedTensorHooks::Pack* SavedTensorHooks::current() { return saved_tensor_hooks ? &saved_tensor_hooks->pack_ : nullptr; }
+const SavedTensorHooks::Pack* SavedTensorHooks::current() {
+  return saved_tensor_hooks ? &saved_tensor_hooks->pack_ : nullptr;
+}
 
 // ---- recording ----
 
@@ -114,11 +119,12 @@ GradMode::GradMode(bool on) : previous_(recording) { recording = on; }
 GradMode::~GradMode() { recording = previous_; }
 
 bool needed(std::initializer_list<const Tensor*> inputs) {
-  return recording && std::any_of(inputs.begin(), inputs.end(), [](const Tensor* tensor) { return wants_gradient(*tensor); });
+  return recording &&
+         std::any_of(inputs.begin(), inputs.end(), [](const Tensor* tensor) { return wants_gradient(*tensor); });
 }
 
-void record(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs, const std::vector<Tensor>& saved,
-            BackwardRule rule, Rule kind) {
+void record(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs,
+            const std::vector<Tensor>& saved, BackwardRule rule, Rule kind) {
   if (!recording || std::none_of(inputs.begin(), inputs.end(), wants_gradient)) return;
   auto node = std::make_shared<Node>();
   node->op = op;
@@ -129,7 +135,8 @@ void record(const char* op, const std::vector<Tensor>& inputs, const std::vector
   for (const Tensor& input : inputs) node->edges.push_back(edge_to(input));
   for (size_t i = 0; i < outputs.size(); ++i) {
     if (wants_gradient(outputs[i])) {
-      fail(ErrorKind::kState, op, "output ", i, " is already part of a graph; a recorded function must answer with new tensors");
+      fail(ErrorKind::kState, op, "output ", i,
+           " is already part of a graph; a recorded function must answer with new tensors");
     }
   }
   for (size_t i = 0; i < outputs.size(); ++i) {
@@ -175,18 +182,20 @@ std::optional<BackwardContext::Sink> BackwardContext::sink(int i) {
 
 void accumulate(Tensor& sum, Tensor gradient, const Shape& shape, DType dtype, Device device, const char* op) {
   if (gradient.dtype() != dtype || gradient.device() != device) {
-    fail(ErrorKind::kDType, op, "the gradient of an input is ", gradient.describe(), " on ", gradient.device(), "; the input is ", dtype, " ",
-         shape, " on ", device);
+    fail(ErrorKind::kDType, op, "the gradient of an input is ", gradient.describe(), " on ", gradient.device(),
+         "; the input is ", dtype, " ", shape, " on ", device);
   }
   if (!(gradient.shape() == shape)) {
     if (!broadcastable_to(shape, gradient.shape())) {
-      fail(ErrorKind::kShape, op, "the gradient of an input has shape ", gradient.shape(), "; the input is ", shape, " and does not broadcast to that");
+      fail(ErrorKind::kShape, op, "the gradient of an input has shape ", gradient.shape(), "; the input is ", shape,
+           " and does not broadcast to that");
     }
     Tensor reduced = Tensor::empty(shape, dtype, device);
     if (recording && gradient.requires_grad()) {
       const Shape full = gradient.shape();
-      record("sum_broadcast", {gradient}, {reduced}, {}, [full](BackwardContext& context) { context.set(0, context.grad().expand(full)); },
-             Rule::kDifferentiable);
+      record(
+          "sum_broadcast", {gradient}, {reduced}, {},
+          [full](BackwardContext& context) { context.set(0, context.grad().expand(full)); }, Rule::kDifferentiable);
     }
     if (!DryRun::active()) {
       StridedView to = reduced.view();
@@ -207,8 +216,10 @@ void accumulate(Tensor& sum, Tensor gradient, const Shape& shape, DType dtype, D
   // A new tensor: the first gradient may be shared with another branch of the graph, or a part of one.
   Tensor total = Tensor::empty(shape, dtype, device);
   if (recording && (sum.requires_grad() || gradient.requires_grad())) {
-    record("accumulate", {sum, gradient}, {total}, {},
-           [](BackwardContext& context) { context.set(0, context.grad()), context.set(1, context.grad()); }, Rule::kDifferentiable);
+    record(
+        "accumulate", {sum, gradient}, {total}, {},
+        [](BackwardContext& context) { context.set(0, context.grad()), context.set(1, context.grad()); },
+        Rule::kDifferentiable);
   }
   if (!DryRun::active()) {
     backend(device).copy(total.view(), sum.view());
@@ -231,7 +242,8 @@ class Engine {
   void run(const std::vector<Tensor>& outputs, const std::vector<Tensor>& gradients) {
     if (outputs.empty()) fail(ErrorKind::kValue, "backward", "needs at least one tensor to start from");
     if (!gradients.empty() && gradients.size() != outputs.size()) {
-      fail(ErrorKind::kValue, "backward", gradients.size(), " gradients for ", outputs.size(), " tensors; give none or one for each");
+      fail(ErrorKind::kValue, "backward", gradients.size(), " gradients for ", outputs.size(),
+           " tensors; give none or one for each");
     }
     const GradMode mode(create_graph_);
     for (size_t i = 0; i < outputs.size(); ++i) add_root(outputs[i], gradients.empty() ? Tensor() : gradients[i]);
@@ -279,19 +291,23 @@ class Engine {
   void add_root(const Tensor& output, Tensor gradient) {
     if (!output.defined() || !output.requires_grad()) {
       fail(ErrorKind::kState, "backward", "the tensor does not depend on anything that requires a gradient",
-           output.defined() ? " (" + output.describe() + ")" : "", ". Hint: was it computed under NoGrad, or detached?");
+           output.defined() ? " (" + output.describe() + ")" : "",
+           ". Hint: was it computed under NoGrad, or detached?");
     }
     if (!gradient.defined()) {
       if (output.numel() != 1) {
-        fail(ErrorKind::kShape, "backward", "starts from one element, got ", output.describe(), ". Hint: sum() or mean() it, or pass a gradient");
+        fail(ErrorKind::kShape, "backward", "starts from one element, got ", output.describe(),
+             ". Hint: sum() or mean() it, or pass a gradient");
       }
       gradient = Tensor::ones(output.shape(), output.dtype(), output.device());
     } else if (!(gradient.shape() == output.shape())) {
-      fail(ErrorKind::kShape, "backward", "the gradient is ", gradient.describe(), ", the tensor ", output.describe(), "; they must have one shape");
+      fail(ErrorKind::kShape, "backward", "the gradient is ", gradient.describe(), ", the tensor ", output.describe(),
+           "; they must have one shape");
     }
     const Edge edge = edge_to(output);
     State& s = state(edge.node);
-    accumulate(s.gradients[static_cast<size_t>(edge.index)], gradient, output.shape(), output.dtype(), output.device(), "backward");
+    accumulate(s.gradients[static_cast<size_t>(edge.index)], gradient, output.shape(), output.dtype(), output.device(),
+               "backward");
     roots_.push_back(edge.node);
   }
 
@@ -317,7 +333,8 @@ class Engine {
       }
       s.wanted = s.passes || (leaf_gradients_ ? node->leaf.defined() : captures_.contains(node.get()));
       if (s.passes && node->released) {
-        fail(ErrorKind::kState, node->op, "this part of the graph was used by an earlier backward pass, which released what [", node->op,
+        fail(ErrorKind::kState, node->op,
+             "this part of the graph was used by an earlier backward pass, which released what [", node->op,
              "] had saved. Hint: pass retain_graph to every backward pass but the last, or compute the loss again");
       }
       if (!s.passes) continue;
@@ -342,13 +359,15 @@ class Engine {
     }
     if (node->leaf.defined()) return finish_leaf(*node, gradients[0], current.written);
     if (!current.passes) return;
-    const bool any = std::any_of(gradients.begin(), gradients.end(), [](const Tensor& gradient) { return gradient.defined(); });
+    const bool any =
+        std::any_of(gradients.begin(), gradients.end(), [](const Tensor& gradient) { return gradient.defined(); });
     BackwardContext context;
     context.results_.resize(node->edges.size());
     context.sunk_.resize(node->edges.size());
     if (any) {
       if (create_graph_ && node->kind == Rule::kOnce) {
-        fail(ErrorKind::kState, node->op, "has no second derivative: its backward rule is a kernel of its own. Hint: use its composed form");
+        fail(ErrorKind::kState, node->op,
+             "has no second derivative: its backward rule is a kernel of its own. Hint: use its composed form");
       }
       context.node_ = node;
       context.grads_ = std::move(gradients);
@@ -362,7 +381,8 @@ class Engine {
       next.written = next.written || context.sunk_[i];
       if (Tensor& result = context.results_[i]; result.defined() && next.wanted) {
         const Node::Output& target = edge.node->outputs[static_cast<size_t>(edge.index)];
-        accumulate(next.gradients[static_cast<size_t>(edge.index)], std::move(result), target.shape, target.dtype, target.device, node->op);
+        accumulate(next.gradients[static_cast<size_t>(edge.index)], std::move(result), target.shape, target.dtype,
+                   target.device, node->op);
       }
       if (--next.dependencies == 0 && next.wanted && !std::exchange(next.ready, true)) push(edge.node);
     }
@@ -378,7 +398,8 @@ class Engine {
     Tensor replaced = hook(gradient);
     if (!replaced.defined()) return;
     if (!(replaced.shape() == gradient.shape()) || replaced.dtype() != gradient.dtype()) {
-      fail(ErrorKind::kShape, node.op, "a gradient hook answered with ", replaced.describe(), " for a gradient that is ", gradient.describe());
+      fail(ErrorKind::kShape, node.op, "a gradient hook answered with ", replaced.describe(),
+           " for a gradient that is ", gradient.describe());
     }
     gradient = std::move(replaced);
   }
@@ -419,13 +440,14 @@ void backward(const std::vector<Tensor>& outputs, const std::vector<Tensor>& gra
   Engine(retain_graph, false, true).run(outputs, gradients);
 }
 
-std::vector<Tensor> gradients(const std::vector<Tensor>& outputs, const std::vector<Tensor>& inputs, const std::vector<Tensor>& output_gradients,
-                              bool retain_graph, bool create_graph) {
+std::vector<Tensor> gradients(const std::vector<Tensor>& outputs, const std::vector<Tensor>& inputs,
+                              const std::vector<Tensor>& output_gradients, bool retain_graph, bool create_graph) {
   std::vector<Tensor> results(inputs.size());
   Engine engine(retain_graph || create_graph, create_graph, false);
   for (size_t i = 0; i < inputs.size(); ++i) {
     const Edge edge = edge_to(inputs[i]);
-    if (edge.node == nullptr) fail(ErrorKind::kState, "gradients", "input ", i, " (", inputs[i].describe(), ") does not require a gradient");
+    if (edge.node == nullptr)
+      fail(ErrorKind::kState, "gradients", "input ", i, " (", inputs[i].describe(), ") does not require a gradient");
     engine.capture(edge, &results[i]);
   }
   engine.run(outputs, output_gradients);
@@ -445,8 +467,10 @@ struct Kept {
 
   explicit Kept(const Tensor& input) : version(input.storage()->version()), requires_grad(input.requires_grad()) {
     const auto* pack = recording ? SavedTensorHooks::current() : nullptr;
-    if (pack != nullptr) unpacker = (*pack)(input.detach());
-    else tensor = input.detach();
+    if (pack != nullptr)
+      unpacker = (*pack)(input.detach());
+    else
+      tensor = input.detach();
   }
 };
 
@@ -485,8 +509,8 @@ struct Frame {
       function(again);
     }
     if (second.size() != saved.size()) {
-      fail(ErrorKind::kState, "checkpoint", "the function saved ", saved.size(), " tensors the first time and ", second.size(),
-           " the second: it is not a pure function of its inputs");
+      fail(ErrorKind::kState, "checkpoint", "the function saved ", saved.size(), " tensors the first time and ",
+           second.size(), " the second: it is not a pure function of its inputs");
     }
     for (size_t i = 0; i < saved.size(); ++i) check(i, second[i]);
     values = std::move(second);
@@ -495,13 +519,14 @@ struct Frame {
   void check(size_t i, const Tensor& tensor) const {
     const Saved& before = saved[i];
     if (!(tensor.shape() == before.shape) || tensor.dtype() != before.dtype) {
-      fail(ErrorKind::kState, "checkpoint", "the function saved ", before.dtype, ' ', before.shape, " the first time and ", tensor.describe(),
-           " the second: it is not a pure function of its inputs");
+      fail(ErrorKind::kState, "checkpoint", "the function saved ", before.dtype, ' ', before.shape,
+           " the first time and ", tensor.describe(), " the second: it is not a pure function of its inputs");
     }
     // A tensor that both runs saved was made before them: a parameter.
     if (before.storage.lock() == tensor.storage() && before.version != tensor.storage()->version()) {
-      fail(ErrorKind::kState, "checkpoint", "a tensor (", tensor.describe(), ") that the function uses was changed in place by [",
-           tensor.storage()->last_change(), "] before the backward pass could compute with it again");
+      fail(ErrorKind::kState, "checkpoint", "a tensor (", tensor.describe(),
+           ") that the function uses was changed in place by [", tensor.storage()->last_change(),
+           "] before the backward pass could compute with it again");
     }
   }
 
@@ -514,7 +539,8 @@ struct Frame {
 
 }  // namespace
 
-std::vector<Tensor> checkpoint(std::function<std::vector<Tensor>(const std::vector<Tensor>&)> function, const std::vector<Tensor>& inputs) {
+std::vector<Tensor> checkpoint(std::function<std::vector<Tensor>(const std::vector<Tensor>&)> function,
+                               const std::vector<Tensor>& inputs) {
   if (!recording) return function(inputs);
   auto frame = std::make_shared<Frame>();
   frame->function = std::move(function);

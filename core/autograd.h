@@ -26,16 +26,16 @@ class SavedTensor {
   SavedTensor() = default;
   SavedTensor(const Tensor& tensor, const std::vector<Tensor>& outputs);
 
-  /// The tensor as it was saved, with its place in the graph if grad mode is on. @throws Error kState, naming `node`'s op
-  /// and the one that changed it, if it was changed in place since.
+  /// The tensor as it was saved, with its place in the graph if grad mode is on. @throws Error kState, naming `node`'s
+  /// op and the one that changed it, if it was changed in place since.
   Tensor unpack(const std::shared_ptr<Node>& node) const;
 
  private:
   Tensor tensor_;
   uint64_t version_ = 0;
-  std::shared_ptr<Meta> meta_;         // graph position of an input; null if it has none
-  int output_ = -1;                    // or its number among the node's own outputs
-  std::function<Tensor()> unpacker_;   // set where SavedTensorHooks took the tensor away
+  std::shared_ptr<Meta> meta_;        // graph position of an input; null if it has none
+  int output_ = -1;                   // or its number among the node's own outputs
+  std::function<Tensor()> unpacker_;  // set where SavedTensorHooks took the tensor away
 };
 
 /// What a backward rule sees.
@@ -72,8 +72,8 @@ using BackwardRule = std::function<void(BackwardContext&)>;
 
 /// Whether a backward rule can itself be differentiated: its body uses differentiable functions only.
 enum class Rule : uint8_t {
-  kOnce,          ///< calls kernels: a second derivative is an error that names the op
-  kDifferentiable ///< written in differentiable functions
+  kOnce,           ///< calls kernels: a second derivative is an error that names the op
+  kDifferentiable  ///< written in differentiable functions
 };
 
 /// Puts a function on the tape if grad mode is on and an input requires a gradient; else does nothing.
@@ -81,8 +81,8 @@ enum class Rule : uint8_t {
 /// @param inputs  in the order of the rule's indices; undefined ones are allowed
 /// @param outputs tensors just made by this call; they become part of the graph. @throws Error kState if one already is
 /// @param saved   tensors the rule needs, inputs and outputs among them; a rule must not capture tensors otherwise
-void record(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs, const std::vector<Tensor>& saved,
-            BackwardRule rule, Rule kind = Rule::kOnce);
+void record(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs,
+            const std::vector<Tensor>& saved, BackwardRule rule, Rule kind = Rule::kOnce);
 
 /// Whether record() would record for these inputs: lets a function skip saving work.
 bool needed(std::initializer_list<const Tensor*> inputs);
@@ -113,13 +113,15 @@ void backward(const std::vector<Tensor>& outputs, const std::vector<Tensor>& gra
 /// not depend on gets an undefined tensor. Only rules between the two run. With create_graph the results can be
 /// differentiated again. Results may share memory with each other: clone() one before changing it in place.
 std::vector<Tensor> gradients(const std::vector<Tensor>& outputs, const std::vector<Tensor>& inputs,
-                              const std::vector<Tensor>& output_gradients = {}, bool retain_graph = false, bool create_graph = false);
+                              const std::vector<Tensor>& output_gradients = {}, bool retain_graph = false,
+                              bool create_graph = false);
 
 /// Runs function(inputs) without keeping what its rules save; the backward pass runs it a second time to have it.
 /// Same numbers, same graph, less memory (Chen et al. 2016). May be nested. The function must be a pure function of its
 /// arguments and of unchanged parameters; random numbers are, because they are counted, not drawn. Where the second run
 /// is seen to differ (an argument or a saved parameter changed in place, other tensors saved), backward() gives kState.
-std::vector<Tensor> checkpoint(std::function<std::vector<Tensor>(const std::vector<Tensor>&)> function, const std::vector<Tensor>& inputs);
+std::vector<Tensor> checkpoint(std::function<std::vector<Tensor>(const std::vector<Tensor>&)> function,
+                               const std::vector<Tensor>& inputs);
 
 /// While it lives, tensors that functions of this thread save for their backward pass go through `pack`, which answers
 /// with a function that brings the tensor back. Recomputation and offloading are made of this.

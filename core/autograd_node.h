@@ -23,7 +23,7 @@ class Node {
   BackwardRule rule;
   Rule kind = Rule::kOnce;
   bool released = false;
-  Tensor leaf;  ///< leaves only
+  Tensor leaf;                                                              ///< leaves only
   std::vector<std::pair<int, std::function<Tensor(const Tensor&)>>> hooks;  ///< by output
 };
 
@@ -33,10 +33,10 @@ struct Meta {
   std::shared_ptr<Node> node;  ///< what made it; null for a leaf
   int output = 0;              ///< its number among the node's outputs
   Tensor grad;
-  bool retains_grad = false;  ///< no leaf, but keeps its gradient
-  std::weak_ptr<Node> accumulator;  ///< leaves: the end of the tape
-  std::vector<std::function<Tensor(const Tensor&)>> hooks;             ///< leaves
-  std::vector<std::function<void(const Tensor&)>> grad_ready_hooks;    ///< leaves
+  bool retains_grad = false;                                         ///< no leaf, but keeps its gradient
+  std::weak_ptr<Node> accumulator;                                   ///< leaves: the end of the tape
+  std::vector<std::function<Tensor(const Tensor&)>> hooks;           ///< leaves
+  std::vector<std::function<void(const Tensor&)>> grad_ready_hooks;  ///< leaves
 };
 
 /// Where gradients of `tensor` go; a null node if none is wanted.

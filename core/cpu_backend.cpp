@@ -80,9 +80,12 @@ struct Walk {
 
 template <class To, class From>
 To convert(From x) {
-  if constexpr (std::is_same_v<To, From>) return x;
-  else if constexpr (std::is_same_v<To, bool>) return static_cast<double>(x) != 0;
-  else if constexpr (std::is_same_v<From, bool>) return To(static_cast<int>(x));
+  if constexpr (std::is_same_v<To, From>)
+    return x;
+  else if constexpr (std::is_same_v<To, bool>)
+    return static_cast<double>(x) != 0;
+  else if constexpr (std::is_same_v<From, bool>)
+    return To(static_cast<int>(x));
   else if constexpr (std::is_integral_v<To> && std::is_integral_v<From>) {
     if (std::cmp_less(x, std::numeric_limits<To>::min())) return std::numeric_limits<To>::min();
     if (std::cmp_greater(x, std::numeric_limits<To>::max())) return std::numeric_limits<To>::max();
@@ -94,9 +97,12 @@ To convert(From x) {
     if (value <= static_cast<double>(std::numeric_limits<To>::min())) return std::numeric_limits<To>::min();
     if (value >= static_cast<double>(std::numeric_limits<To>::max())) return std::numeric_limits<To>::max();
     return static_cast<To>(value);
-  } else if constexpr (std::is_arithmetic_v<To> && std::is_class_v<From>) return static_cast<To>(static_cast<float>(x));
-  else if constexpr (std::is_class_v<To> && std::is_class_v<From>) return To(static_cast<float>(x));
-  else return To(x);
+  } else if constexpr (std::is_arithmetic_v<To> && std::is_class_v<From>)
+    return static_cast<To>(static_cast<float>(x));
+  else if constexpr (std::is_class_v<To> && std::is_class_v<From>)
+    return To(static_cast<float>(x));
+  else
+    return To(x);
 }
 
 class CpuBackend final : public Backend {
@@ -154,7 +160,8 @@ class CpuBackend final : public Backend {
         if (step[0] == 1 && step[1] == 1) {
           for (int64_t i = 0; i < n; ++i) to[i] = T(static_cast<A>(to[i]) + static_cast<A>(from[i]));
         } else {
-          for (int64_t i = 0; i < n; ++i) to[i * step[0]] = T(static_cast<A>(to[i * step[0]]) + static_cast<A>(from[i * step[1]]));
+          for (int64_t i = 0; i < n; ++i)
+            to[i * step[0]] = T(static_cast<A>(to[i * step[0]]) + static_cast<A>(from[i * step[1]]));
         }
       });
     });
@@ -235,7 +242,9 @@ Backend& backend(Device device) {
 
 Device Device::best() { return *why_no_cuda() == '\0' ? cuda() : cpu(); }
 
-std::string to_string(Device device) { return device.kind == DeviceKind::cpu ? "cpu" : "cuda:" + std::to_string(device.index); }
+std::string to_string(Device device) {
+  return device.kind == DeviceKind::cpu ? "cpu" : "cuda:" + std::to_string(device.index);
+}
 
 std::ostream& operator<<(std::ostream& out, Device device) { return out << to_string(device); }
 

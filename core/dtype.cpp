@@ -6,7 +6,8 @@
 namespace weft {
 namespace {
 
-constexpr std::array<const char*, kDTypeCount> kNames = {"f32", "f64", "f16", "bf16", "i32", "i64", "u8", "bool", "i8", "f8e4m3", "f8e5m2"};
+constexpr std::array<const char*, kDTypeCount> kNames = {"f32", "f64",  "f16", "bf16",   "i32",   "i64",
+                                                         "u8",  "bool", "i8",  "f8e4m3", "f8e5m2"};
 
 using enum DType;
 // Row and column in the order of the enumeration. The 8-bit floats promote with nothing: only their diagonal is valid.
@@ -50,7 +51,8 @@ DType promote(DType a, DType b) {
   const auto i = static_cast<size_t>(a), j = static_cast<size_t>(b);
   if (i < 9 && j < 9) return kPromotion[i][j];
   if (a == b) return a;
-  fail(ErrorKind::kDType, "promote", "no operation mixes ", a, " and ", b, ". Hint: f8 types are for storage; cast them first");
+  fail(ErrorKind::kDType, "promote", "no operation mixes ", a, " and ", b,
+       ". Hint: f8 types are for storage; cast them first");
 }
 
 }  // namespace weft

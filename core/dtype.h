@@ -54,7 +54,8 @@ template <class F>
 decltype(auto) dispatch_all(DType dtype, F&& f) {
   switch (dtype) {
 #define WEFT_CASE(value, T) \
-  case DType::value: return f.template operator()<T>();
+  case DType::value:        \
+    return f.template operator()<T>();
     WEFT_FOR_EACH_DTYPE(WEFT_CASE)
 #undef WEFT_CASE
   }
@@ -65,11 +66,16 @@ decltype(auto) dispatch_all(DType dtype, F&& f) {
 template <class F>
 decltype(auto) dispatch_float(DType dtype, const char* op, F&& f) {
   switch (dtype) {
-    case DType::f32: return f.template operator()<float>();
-    case DType::f64: return f.template operator()<double>();
-    case DType::f16: return f.template operator()<Half>();
-    case DType::bf16: return f.template operator()<BFloat16>();
-    default: fail(ErrorKind::kDType, op, "takes f32, f64, f16 or bf16, got ", dtype, ". Hint: cast with .to(DType::f32)");
+    case DType::f32:
+      return f.template operator()<float>();
+    case DType::f64:
+      return f.template operator()<double>();
+    case DType::f16:
+      return f.template operator()<Half>();
+    case DType::bf16:
+      return f.template operator()<BFloat16>();
+    default:
+      fail(ErrorKind::kDType, op, "takes f32, f64, f16 or bf16, got ", dtype, ". Hint: cast with .to(DType::f32)");
   }
 }
 

@@ -7,16 +7,26 @@ namespace weft {
 
 const char* to_string(ErrorKind kind) {
   switch (kind) {
-    case ErrorKind::kShape: return "shape";
-    case ErrorKind::kDType: return "dtype";
-    case ErrorKind::kDevice: return "device";
-    case ErrorKind::kValue: return "value";
-    case ErrorKind::kIndex: return "index";
-    case ErrorKind::kState: return "state";
-    case ErrorKind::kMemory: return "memory";
-    case ErrorKind::kUsage: return "usage";
-    case ErrorKind::kData: return "data";
-    case ErrorKind::kIo: return "io";
+    case ErrorKind::kShape:
+      return "shape";
+    case ErrorKind::kDType:
+      return "dtype";
+    case ErrorKind::kDevice:
+      return "device";
+    case ErrorKind::kValue:
+      return "value";
+    case ErrorKind::kIndex:
+      return "index";
+    case ErrorKind::kState:
+      return "state";
+    case ErrorKind::kMemory:
+      return "memory";
+    case ErrorKind::kUsage:
+      return "usage";
+    case ErrorKind::kData:
+      return "data";
+    case ErrorKind::kIo:
+      return "io";
   }
   return "unknown";
 }
@@ -38,10 +48,14 @@ size_t utf8_length(std::string_view text, size_t at) {
   const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
   const unsigned char lead = byte(at);
   size_t length = 0;
-  if (lead < 0x80) length = 1;
-  else if (lead >= 0xc2 && lead < 0xe0) length = 2;
-  else if (lead >= 0xe0 && lead < 0xf0) length = 3;
-  else if (lead >= 0xf0 && lead < 0xf5) length = 4;
+  if (lead < 0x80)
+    length = 1;
+  else if (lead >= 0xc2 && lead < 0xe0)
+    length = 2;
+  else if (lead >= 0xe0 && lead < 0xf0)
+    length = 3;
+  else if (lead >= 0xf0 && lead < 0xf5)
+    length = 4;
   if (length == 0 || at + length > text.size()) return 0;
   for (size_t i = 1; i < length; ++i) {
     if ((byte(at + i) & 0xc0) != 0x80) return 0;
@@ -67,8 +81,8 @@ std::string quoted(std::string_view text, size_t limit) {
     const size_t length = utf8_length(text, at);
     const unsigned char c = static_cast<unsigned char>(text[at]);
     // U+0080 to U+009F are control characters too: terminals act on some of them.
-    const bool control =
-        (length == 1 && (c < 0x20 || c == 0x7f)) || (c == 0xc2 && length == 2 && static_cast<unsigned char>(text[at + 1]) < 0xa0);
+    const bool control = (length == 1 && (c < 0x20 || c == 0x7f)) ||
+                         (c == 0xc2 && length == 2 && static_cast<unsigned char>(text[at + 1]) < 0xa0);
     if (length == 0 || control) {
       out += "\\x";
       out += kHex[c >> 4];

@@ -20,7 +20,8 @@ namespace weft {
 template <int kExponent, int kMantissa, bool kInfinity>
 WEFT_HD constexpr uint32_t encode_float(double x) {
   constexpr int kBias = (1 << (kExponent - 1)) - 1;
-  constexpr uint32_t kNaN = kInfinity ? (((1u << kExponent) - 1) << kMantissa) | (1u << (kMantissa - 1)) : (1u << (kExponent + kMantissa)) - 1;
+  constexpr uint32_t kNaN = kInfinity ? (((1u << kExponent) - 1) << kMantissa) | (1u << (kMantissa - 1))
+                                      : (1u << (kExponent + kMantissa)) - 1;
   constexpr uint32_t kOverflow = kInfinity ? ((1u << kExponent) - 1) << kMantissa : kNaN;
   const uint64_t bits = std::bit_cast<uint64_t>(x);
   const uint32_t sign = static_cast<uint32_t>(bits >> 63) << (kExponent + kMantissa);
@@ -67,7 +68,8 @@ struct BFloat16 {
   BFloat16() = default;
   WEFT_HD explicit BFloat16(float x) {
     const uint32_t u = std::bit_cast<uint32_t>(x);
-    bits = (u & 0x7fffffffu) > 0x7f800000u ? static_cast<uint16_t>(u >> 16 | 0x40) : static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
+    bits = (u & 0x7fffffffu) > 0x7f800000u ? static_cast<uint16_t>(u >> 16 | 0x40)
+                                           : static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
   }
   WEFT_HD explicit BFloat16(double x) : bits(static_cast<uint16_t>(from_double(x))) {}
   template <class Integer>
@@ -109,7 +111,8 @@ struct SmallFloat {
   Bits bits = 0;
   SmallFloat() = default;
   template <class Number>
-  WEFT_HD explicit SmallFloat(Number x) : bits(static_cast<Bits>(encode_float<kExponent, kMantissa, kInfinity>(static_cast<double>(x)))) {}
+  WEFT_HD explicit SmallFloat(Number x)
+      : bits(static_cast<Bits>(encode_float<kExponent, kMantissa, kInfinity>(static_cast<double>(x)))) {}
   WEFT_HD explicit operator float() const { return decode_float<kExponent, kMantissa, kInfinity>(bits); }
   WEFT_HD explicit operator double() const { return decode_float<kExponent, kMantissa, kInfinity>(bits); }
 };

@@ -38,7 +38,8 @@ size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * 
 }  // namespace
 
 const char* name(MemoryCategory category) {
-  static constexpr const char* kNames[] = {"parameters", "gradients", "optimizer", "activations", "workspace", "communication", "data"};
+  static constexpr const char* kNames[] = {"parameters", "gradients",     "optimizer", "activations",
+                                           "workspace",  "communication", "data"};
   return kNames[static_cast<size_t>(category)];
 }
 
@@ -77,8 +78,10 @@ struct Allocator::State {
   void mark([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes, [[maybe_unused]] bool usable) const {
 #if defined(__SANITIZE_ADDRESS__)
     if (dry || device.kind != DeviceKind::cpu) return;
-    if (usable) __asan_unpoison_memory_region(data, bytes);
-    else __asan_poison_memory_region(data, bytes);
+    if (usable)
+      __asan_unpoison_memory_region(data, bytes);
+    else
+      __asan_poison_memory_region(data, bytes);
 #endif
   }
 
@@ -162,8 +165,9 @@ void* Allocator::allocate(size_t bytes, MemoryCategory category) {
       block = s.new_segment(size, small);
     }
     if (block == nullptr) {
-      fail(ErrorKind::kMemory, "allocate", grouped(static_cast<int64_t>(bytes)), " bytes (", human_bytes(static_cast<int64_t>(bytes)), ") of ",
-           name(category), " memory on ", s.device, " could not be had. In use:\n", memory_table(s.statistics),
+      fail(ErrorKind::kMemory, "allocate", grouped(static_cast<int64_t>(bytes)), " bytes (",
+           human_bytes(static_cast<int64_t>(bytes)), ") of ", name(category), " memory on ", s.device,
+           " could not be had. In use:\n", memory_table(s.statistics),
            "Hint: a smaller micro-batch, a shorter context or recomputation needs less");
     }
   }
@@ -268,7 +272,8 @@ std::string human_bytes(int64_t bytes) {
 
 std::string memory_table(const MemoryStatistics& statistics) {
   std::string out;
-  const auto line = [&](const char* label, const std::string& now, const std::string& peak, const std::string& at_peak) {
+  const auto line = [&](const char* label, const std::string& now, const std::string& peak,
+                        const std::string& at_peak) {
     char text[128];
     std::snprintf(text, sizeof text, "  %-13s %11s  %11s  %13s\n", label, now.c_str(), peak.c_str(), at_peak.c_str());
     out += text;

@@ -27,8 +27,8 @@ class MemoryScope {
 };
 
 /// While it lives, new tensors of any thread get addresses but no memory, and no kernel runs: a real step can be
-/// replayed to see what it would take. Touching the data of such a tensor is a segmentation fault by construction; reads
-/// through the library (item(), to_vector()) are errors. Must not be mixed with tensors made outside.
+/// replayed to see what it would take. Touching the data of such a tensor is a segmentation fault by construction;
+/// reads through the library (item(), to_vector()) are errors. Must not be mixed with tensors made outside.
 class DryRun {
  public:
   DryRun();
@@ -51,8 +51,8 @@ struct MemoryStatistics {
 };
 
 /// A caching allocator: memory that is given back is kept, split and joined, so that a training step that repeats asks
-/// the system for nothing, as a rule after its second time: best fit may split the blocks of a step otherwise the second
-/// time than the first, but settles. Blocks are 64-byte aligned. Thread-safe.
+/// the system for nothing, as a rule after its second time: best fit may split the blocks of a step otherwise the
+/// second time than the first, but settles. Blocks are 64-byte aligned. Thread-safe.
 class Allocator {
  public:
   /// @throws Error kMemory with the category table if the system has no more.

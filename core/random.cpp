@@ -24,7 +24,8 @@ void fill(const Tensor& tensor, const char* op, Value value) {
          ". Hint: fill on the CPU, then .to(device)");
   }
   if (!tensor.is_contiguous()) {
-    fail(ErrorKind::kValue, op, "fills contiguous tensors, got ", tensor.describe(), " with strides ", tensor.strides());
+    fail(ErrorKind::kValue, op, "fills contiguous tensors, got ", tensor.describe(), " with strides ",
+         tensor.strides());
   }
   tensor.begin_change(op);
   if (DryRun::active()) return;

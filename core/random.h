@@ -26,8 +26,8 @@ WEFT_HD inline std::array<uint32_t, 4> philox(uint64_t key, uint64_t counter_low
   return {c0, c1, c2, c3};
 }
 
-/// A source of random numbers that is a pure function: element `index` of step `step` of stream (seed, name) is the same
-/// on every device, thread, rank and run. Copy it freely; it has no state that moves.
+/// A source of random numbers that is a pure function: element `index` of step `step` of stream (seed, name) is the
+/// same on every device, thread, rank and run. Copy it freely; it has no state that moves.
 class RandomStream {
  public:
   /// The key mixes the seed with a 64-bit FNV-1a hash of the name through splitmix64.

@@ -8,7 +8,8 @@
 namespace weft {
 
 Dims::Dims(std::span<const int64_t> values) {
-  if (values.size() > kMaxRank) fail(ErrorKind::kShape, "shape", values.size(), " dimensions; at most ", kMaxRank, " are supported");
+  if (values.size() > kMaxRank)
+    fail(ErrorKind::kShape, "shape", values.size(), " dimensions; at most ", kMaxRank, " are supported");
   std::copy(values.begin(), values.end(), values_.begin());
   rank_ = static_cast<int>(values.size());
 }
@@ -72,7 +73,8 @@ bool is_contiguous(const Shape& shape, const Strides& strides) {
 int normalize_dim(int64_t dim, int rank, std::string_view where) {
   if (rank == 0) fail(ErrorKind::kIndex, where, "dimension ", dim, " of a tensor with 0 dimensions: a scalar has none");
   if (dim < -rank || dim >= rank) {
-    fail(ErrorKind::kIndex, where, "dimension ", dim, " of a tensor with ", rank, " dimensions; expected one from ", -rank, " to ", rank - 1);
+    fail(ErrorKind::kIndex, where, "dimension ", dim, " of a tensor with ", rank, " dimensions; expected one from ",
+         -rank, " to ", rank - 1);
   }
   return static_cast<int>(dim < 0 ? dim + rank : dim);
 }
@@ -83,7 +85,8 @@ Shape broadcast_shapes(const Shape& a, const Shape& b, std::string_view where) {
   for (int i = 1; i <= rank; ++i) {
     const int64_t x = i <= a.rank() ? a[a.rank() - i] : 1, y = i <= b.rank() ? b[b.rank() - i] : 1;
     if (x != y && x != 1 && y != 1) {
-      fail(ErrorKind::kShape, where, "shapes ", a, " and ", b, " do not broadcast: at dimension -", i, " sizes ", x, " and ", y, " differ and neither is 1");
+      fail(ErrorKind::kShape, where, "shapes ", a, " and ", b, " do not broadcast: at dimension -", i, " sizes ", x,
+           " and ", y, " differ and neither is 1");
     }
     out[rank - i] = x == 1 ? y : x;
   }

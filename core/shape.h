@@ -42,8 +42,8 @@ using Strides = Dims;
 /// "[8, 1024, 768]".
 std::ostream& operator<<(std::ostream& out, const Dims& dims);
 
-/// Number of elements. @throws Error kShape, naming `where`, for a negative size or a product of the non-zero sizes beyond
-/// int64 (which a row-major stride would be, even where a size of 0 makes the number 0).
+/// Number of elements. @throws Error kShape, naming `where`, for a negative size or a product of the non-zero sizes
+/// beyond int64 (which a row-major stride would be, even where a size of 0 makes the number 0).
 int64_t numel(const Shape& shape, std::string_view where = "shape");
 
 /// Strides of a row-major tensor of this shape.

@@ -26,18 +26,22 @@ namespace detail {
 
 void check_count(size_t got, const Shape& shape) {
   if (static_cast<int64_t>(got) != numel(shape, "Tensor::from")) {
-    fail(ErrorKind::kShape, "Tensor::from", got, " values do not fill shape ", shape, ", which has ", numel(shape), " elements");
+    fail(ErrorKind::kShape, "Tensor::from", got, " values do not fill shape ", shape, ", which has ", numel(shape),
+         " elements");
   }
 }
 
 void check_dtype(DType wanted, DType got) {
-  if (wanted != got) fail(ErrorKind::kDType, "Tensor::data", "the tensor is ", got, ", asked for as ", wanted, ". Hint: cast with .to()");
+  if (wanted != got)
+    fail(ErrorKind::kDType, "Tensor::data", "the tensor is ", got, ", asked for as ", wanted,
+         ". Hint: cast with .to()");
 }
 
 }  // namespace detail
 
 Tensor::Impl& Tensor::get() const {
-  if (impl_ == nullptr) fail(ErrorKind::kState, "tensor", "this tensor is undefined (default-constructed or moved from)");
+  if (impl_ == nullptr)
+    fail(ErrorKind::kState, "tensor", "this tensor is undefined (default-constructed or moved from)");
   return *impl_;
 }
 
@@ -135,7 +139,8 @@ std::ostream& operator<<(std::ostream& out, const Tensor& tensor) {
 
 void Tensor::begin_change(const char* op) const {
   if (autograd::grad_mode() && requires_grad()) {
-    fail(ErrorKind::kState, op, "would change in place a tensor (", describe(), ") that takes part in a graph. Hint: change it under NoGrad, ",
+    fail(ErrorKind::kState, op, "would change in place a tensor (", describe(),
+         ") that takes part in a graph. Hint: change it under NoGrad, ",
          "change detach(), or use the form that answers with a new tensor");
   }
   for (int d = 0; d < rank(); ++d) {
@@ -155,12 +160,13 @@ Tensor& Tensor::fill_(double value) {
 
 Tensor& Tensor::copy_(const Tensor& source) {
   if (!(source.shape() == shape())) {
-    fail(ErrorKind::kShape, "copy_", "the source is ", source.describe(), ", the target ", describe(), "; shapes must be equal in place. ",
-         "Hint: expand() the source");
+    fail(ErrorKind::kShape, "copy_", "the source is ", source.describe(), ", the target ", describe(),
+         "; shapes must be equal in place. ", "Hint: expand() the source");
   }
   if (autograd::grad_mode() && source.requires_grad()) {
     fail(ErrorKind::kState, "copy_", "the source (", source.describe(),
-         ") takes part in a graph, and a copy in place records no gradient. Hint: copy under NoGrad, or copy source.detach()");
+         ") takes part in a graph, and a copy in place records no gradient. Hint: copy under NoGrad, or copy "
+         "source.detach()");
   }
   begin_change("copy_");
   if (DryRun::active() || numel() == 0) return *this;
@@ -199,10 +205,12 @@ bool Tensor::is_leaf() const { return get().meta == nullptr || get().meta->node 
 
 Tensor& Tensor::requires_grad_(bool value) {
   if (!is_leaf()) {
-    fail(ErrorKind::kState, "requires_grad_", "only a leaf can be told whether it requires a gradient; this tensor was computed by [",
-         get().meta->node->op, "]. Hint: detach() it first");
+    fail(ErrorKind::kState, "requires_grad_",
+         "only a leaf can be told whether it requires a gradient; this tensor was computed by [", get().meta->node->op,
+         "]. Hint: detach() it first");
   }
-  if (value && !is_float(dtype())) fail(ErrorKind::kDType, "requires_grad_", "only float tensors have gradients, got ", describe());
+  if (value && !is_float(dtype()))
+    fail(ErrorKind::kDType, "requires_grad_", "only float tensors have gradients, got ", describe());
   if (get().meta == nullptr) get().meta = std::make_shared<Meta>();
   get().meta->requires_grad = value;
   return *this;
@@ -212,7 +220,8 @@ Tensor Tensor::grad() const { return get().meta == nullptr ? Tensor() : get().me
 
 void Tensor::set_grad(Tensor grad) const {
   if (grad.defined() && (!(grad.shape() == shape()) || grad.dtype() != dtype() || grad.device() != device())) {
-    fail(ErrorKind::kShape, "set_grad", "the gradient is ", grad.describe(), " on ", grad.device(), ", the tensor ", describe(), " on ", device());
+    fail(ErrorKind::kShape, "set_grad", "the gradient is ", grad.describe(), " on ", grad.device(), ", the tensor ",
+         describe(), " on ", device());
   }
   if (get().meta == nullptr) get().meta = std::make_shared<Meta>();
   get().meta->grad = std::move(grad);
@@ -223,7 +232,8 @@ void Tensor::clear_grad() const {
 }
 
 void Tensor::retain_grad() const {
-  if (!requires_grad()) fail(ErrorKind::kState, "retain_grad", "this tensor (", describe(), ") does not require a gradient");
+  if (!requires_grad())
+    fail(ErrorKind::kState, "retain_grad", "this tensor (", describe(), ") does not require a gradient");
   if (is_leaf() || std::exchange(get().meta->retains_grad, true)) return;
   register_hook([meta = std::weak_ptr<Meta>(get().meta)](const Tensor& gradient) {
     if (const auto alive = meta.lock()) {
@@ -240,15 +250,19 @@ void Tensor::backward(const Tensor& gradient, bool retain_graph) const {
 }
 
 void Tensor::register_hook(std::function<Tensor(const Tensor&)> hook) const {
-  if (!requires_grad()) fail(ErrorKind::kState, "register_hook", "this tensor (", describe(), ") does not require a gradient");
+  if (!requires_grad())
+    fail(ErrorKind::kState, "register_hook", "this tensor (", describe(), ") does not require a gradient");
   Meta& meta = *get().meta;
-  if (meta.node == nullptr) meta.hooks.push_back(std::move(hook));
-  else meta.node->hooks.emplace_back(meta.output, std::move(hook));
+  if (meta.node == nullptr)
+    meta.hooks.push_back(std::move(hook));
+  else
+    meta.node->hooks.emplace_back(meta.output, std::move(hook));
 }
 
 void Tensor::register_grad_ready_hook(std::function<void(const Tensor&)> hook) const {
   if (!requires_grad() || !is_leaf()) {
-    fail(ErrorKind::kState, "register_grad_ready_hook", "only a leaf that requires a gradient adds one up; got ", describe());
+    fail(ErrorKind::kState, "register_grad_ready_hook", "only a leaf that requires a gradient adds one up; got ",
+         describe());
   }
   get().meta->grad_ready_hooks.push_back(std::move(hook));
 }

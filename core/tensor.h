@@ -56,8 +56,12 @@ class Tensor {
   /// Contiguous, contents unspecified. Counted under MemoryScope's category.
   static Tensor empty(const Shape& shape, DType dtype = DType::f32, Device device = Device::cpu());
   static Tensor full(const Shape& shape, double value, DType dtype = DType::f32, Device device = Device::cpu());
-  static Tensor zeros(const Shape& shape, DType dtype = DType::f32, Device device = Device::cpu()) { return full(shape, 0, dtype, device); }
-  static Tensor ones(const Shape& shape, DType dtype = DType::f32, Device device = Device::cpu()) { return full(shape, 1, dtype, device); }
+  static Tensor zeros(const Shape& shape, DType dtype = DType::f32, Device device = Device::cpu()) {
+    return full(shape, 0, dtype, device);
+  }
+  static Tensor ones(const Shape& shape, DType dtype = DType::f32, Device device = Device::cpu()) {
+    return full(shape, 1, dtype, device);
+  }
   static Tensor empty_like(const Tensor& other) { return empty(other.shape(), other.dtype(), other.device()); }
   static Tensor zeros_like(const Tensor& other) { return zeros(other.shape(), other.dtype(), other.device()); }
   /// [0, 1, ..., n-1], cast to dtype.
@@ -124,9 +128,9 @@ class Tensor {
   Tensor to(Device device) const;
 
   // ---- in place ----
-  // Refused, in grad mode, where a gradient would get lost: on a tensor that requires a gradient, or from one. Refused on
-  // an expanded tensor, whose elements share memory. Each counts as a change, so that a backward pass that needs the old
-  // values fails and names this change.
+  // Refused, in grad mode, where a gradient would get lost: on a tensor that requires a gradient, or from one. Refused
+  // on an expanded tensor, whose elements share memory. Each counts as a change, so that a backward pass that needs the
+  // old values fails and names this change.
   Tensor& fill_(double value);
   Tensor& zero_() { return fill_(0); }
   /// Casts; shapes must be equal: no implicit broadcasting in place. The two may overlap.

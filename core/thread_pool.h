@@ -13,8 +13,9 @@ class FunctionRef<R(Args...)> {
   template <class F>
     requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef>)
   FunctionRef(F&& f)  // NOLINT: implicit on purpose, a lambda is passed as it is
-      : object_(const_cast<void*>(static_cast<const void*>(&f))),
-        call_([](void* object, Args... args) -> R { return (*static_cast<std::remove_reference_t<F>*>(object))(args...); }) {}
+      : object_(const_cast<void*>(static_cast<const void*>(&f))), call_([](void* object, Args... args) -> R {
+          return (*static_cast<std::remove_reference_t<F>*>(object))(args...);
+        }) {}
   R operator()(Args... args) const { return call_(object_, args...); }
 
  private:
@@ -22,8 +23,8 @@ class FunctionRef<R(Args...)> {
   R (*call_)(void*, Args...);
 };
 
-/// Threads that kernels use, the calling thread included. First value: WEFT_NUM_THREADS if set, else the processors that
-/// the affinity mask and the cgroup's CPU limit allow.
+/// Threads that kernels use, the calling thread included. First value: WEFT_NUM_THREADS if set, else the processors
+/// that the affinity mask and the cgroup's CPU limit allow.
 int num_threads();
 
 /// Changes it; n >= 1. Must not be called while kernels run. No result depends on it.
@@ -33,9 +34,9 @@ void set_num_threads(int n);
 int available_processors();
 
 /// Calls task(i) for every i in [0, count), each once, on the pool's threads and the calling one; returns when all are
-/// done. Which thread runs a task is not determined: a task's result must depend on i alone, which is what keeps results
-/// bit-equal on any number of threads. The first exception thrown by a task is rethrown here. A call from inside a task,
-/// or while another thread uses the pool, runs inline.
+/// done. Which thread runs a task is not determined: a task's result must depend on i alone, which is what keeps
+/// results bit-equal on any number of threads. The first exception thrown by a task is rethrown here. A call from
+/// inside a task, or while another thread uses the pool, runs inline.
 void parallel_tasks(int64_t count, FunctionRef<void(int64_t)> task);
 
 /// Calls body(begin, end) over consecutive pieces of [0, count) of `grain` elements (the last may be shorter). Pieces

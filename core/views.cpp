@@ -25,7 +25,8 @@ Tensor unslice(const Tensor& part, const Shape& shape, int dim, int64_t start, i
     full.slice(dim, start, stop, step).copy_(part);
   }
   autograd::record(
-      "unslice", {part}, {full}, {}, [=](BackwardContext& context) { context.set(0, context.grad().slice(dim, start, stop, step)); },
+      "unslice", {part}, {full}, {},
+      [=](BackwardContext& context) { context.set(0, context.grad().slice(dim, start, stop, step)); },
       Rule::kDifferentiable);
   return full;
 }
@@ -81,22 +82,24 @@ Tensor Tensor::reshape(const Shape& wanted) const {
   }
   if (unknown >= 0) {
     if (known == 0 || numel() % known != 0) {
-      fail(ErrorKind::kShape, "reshape", describe(), " has ", numel(), " elements, which ", wanted, " cannot hold for any -1");
+      fail(ErrorKind::kShape, "reshape", describe(), " has ", numel(), " elements, which ", wanted,
+           " cannot hold for any -1");
     }
     target[unknown] = numel() / known;
   }
   if (weft::numel(target, "reshape") != numel()) {
-    fail(ErrorKind::kShape, "reshape", describe(), " has ", numel(), " elements, ", target, " has ", weft::numel(target));
+    fail(ErrorKind::kShape, "reshape", describe(), " has ", numel(), " elements, ", target, " has ",
+         weft::numel(target));
   }
   const std::optional<Strides> strides = view_strides(*this, target);
   if (!strides) return contiguous().reshape(target);
-  return recorded_view("reshape", *this, make_view(*this, target, *strides, offset()), [from = shape()](BackwardContext& context) {
-    context.set(0, context.grad().reshape(from));
-  });
+  return recorded_view("reshape", *this, make_view(*this, target, *strides, offset()),
+                       [from = shape()](BackwardContext& context) { context.set(0, context.grad().reshape(from)); });
 }
 
 Tensor Tensor::permute(const Dims& order) const {
-  if (order.rank() != rank()) fail(ErrorKind::kShape, "permute", "order ", order, " must name each of the ", rank(), " dimensions once");
+  if (order.rank() != rank())
+    fail(ErrorKind::kShape, "permute", "order ", order, " must name each of the ", rank(), " dimensions once");
   Shape sizes;
   Strides steps;
   Dims inverse = Dims::filled(rank(), -1);
@@ -123,30 +126,33 @@ Tensor Tensor::slice(int64_t dim_, int64_t start, int64_t stop, int64_t step) co
   const int64_t size = shape()[dim];
   const int64_t first = start < 0 ? start + size : start, last = stop < 0 ? stop + size : stop;
   if (first < 0 || last > size || first > last || step < 1) {
-    fail(ErrorKind::kIndex, "slice", "elements ", start, " to ", stop, " in steps of ", step, " of dimension ", dim, " of ", describe(),
-         "; expected 0 <= start <= stop <= ", size, " and a step of at least 1");
+    fail(ErrorKind::kIndex, "slice", "elements ", start, " to ", stop, " in steps of ", step, " of dimension ", dim,
+         " of ", describe(), "; expected 0 <= start <= stop <= ", size, " and a step of at least 1");
   }
   Shape sizes = shape();
   Strides steps = strides();
   sizes[dim] = (last - first) / step + ((last - first) % step != 0);
   if (sizes[dim] > 1) steps[dim] *= step;  // a step as long as the dimension or longer need not fit in a stride
   const int64_t at = sizes[dim] > 0 ? offset() + first * strides()[dim] : offset();
-  return recorded_view("slice", *this, make_view(*this, sizes, steps, at), [=, full = shape()](BackwardContext& context) {
-    context.set(0, unslice(context.grad(), full, dim, first, last, step));
-  });
+  return recorded_view("slice", *this, make_view(*this, sizes, steps, at),
+                       [=, full = shape()](BackwardContext& context) {
+                         context.set(0, unslice(context.grad(), full, dim, first, last, step));
+                       });
 }
 
 Tensor Tensor::narrow(int64_t dim, int64_t start, int64_t length) const {
   const int64_t size = shape()[normalize_dim(dim, rank(), "narrow")];
   if (start < 0 || length < 0 || start > size - length) {
-    fail(ErrorKind::kIndex, "narrow", length, " elements from ", start, " of dimension ", dim, " of ", describe(), ", which has ", size);
+    fail(ErrorKind::kIndex, "narrow", length, " elements from ", start, " of dimension ", dim, " of ", describe(),
+         ", which has ", size);
   }
   return slice(dim, start, start + length);
 }
 
 Tensor Tensor::select(int64_t dim, int64_t index) const {
   const int64_t size = shape()[normalize_dim(dim, rank(), "select")];
-  if (index < -size || index >= size) fail(ErrorKind::kIndex, "select", "element ", index, " of dimension ", dim, " of ", describe());
+  if (index < -size || index >= size)
+    fail(ErrorKind::kIndex, "select", "element ", index, " of dimension ", dim, " of ", describe());
   return narrow(dim, index < 0 ? index + size : index, 1).squeeze(dim);
 }
 
@@ -159,7 +165,8 @@ Tensor Tensor::expand(const Shape& to) const {
 
 Tensor Tensor::squeeze(int64_t dim_) const {
   const int dim = normalize_dim(dim_, rank(), "squeeze");
-  if (shape()[dim] != 1) fail(ErrorKind::kShape, "squeeze", "dimension ", dim, " of ", describe(), " has size ", shape()[dim], ", not 1");
+  if (shape()[dim] != 1)
+    fail(ErrorKind::kShape, "squeeze", "dimension ", dim, " of ", describe(), " has size ", shape()[dim], ", not 1");
   Shape sizes = shape();
   Strides steps = strides();
   sizes.erase(dim);
@@ -213,13 +220,14 @@ Tensor cat(const std::vector<Tensor>& tensors, int64_t dim_) {
     Shape other = tensor.shape();
     if (other.rank() == sizes.rank()) other[dim] = first.shape()[dim];
     const auto refuse = [&](ErrorKind kind, const char* rule) {
-      fail(kind, "cat", "cannot join ", first.describe(), " on ", first.device(), " and ", tensor.describe(), " on ", tensor.device(),
-           " along dimension ", dim, ": ", rule);
+      fail(kind, "cat", "cannot join ", first.describe(), " on ", first.device(), " and ", tensor.describe(), " on ",
+           tensor.device(), " along dimension ", dim, ": ", rule);
     };
     if (!(other == first.shape())) refuse(ErrorKind::kShape, "all other sizes must be equal");
     if (tensor.dtype() != first.dtype()) refuse(ErrorKind::kDType, "dtypes must be equal. Hint: cast with .to()");
     if (tensor.device() != first.device()) refuse(ErrorKind::kDevice, "devices must be equal");
-    if (__builtin_add_overflow(sizes[dim], tensor.shape()[dim], &sizes[dim])) refuse(ErrorKind::kShape, "the size overflows 64 bits");
+    if (__builtin_add_overflow(sizes[dim], tensor.shape()[dim], &sizes[dim]))
+      refuse(ErrorKind::kShape, "the size overflows 64 bits");
   }
   Tensor out = Tensor::empty(sizes, first.dtype(), first.device());
   std::vector<int64_t> starts;
@@ -247,7 +255,9 @@ Tensor cat(const std::vector<Tensor>& tensors, int64_t dim_) {
 Tensor Tensor::clone() const {
   Tensor out = empty(shape(), dtype(), device());
   if (!DryRun::active()) backend(device()).copy(out.view(), view());
-  autograd::record("clone", {*this}, {out}, {}, [](BackwardContext& context) { context.set(0, context.grad()); }, Rule::kDifferentiable);
+  autograd::record(
+      "clone", {*this}, {out}, {}, [](BackwardContext& context) { context.set(0, context.grad()); },
+      Rule::kDifferentiable);
   return out;
 }
 
@@ -258,8 +268,9 @@ Tensor Tensor::to(DType target) const {
   Tensor out = empty(shape(), target, device());
   if (!DryRun::active()) backend(device()).copy(out.view(), view());
   if (!is_float(target)) return out;
-  autograd::record("to", {*this}, {out}, {}, [from = dtype()](BackwardContext& context) { context.set(0, context.grad().to(from)); },
-                   Rule::kDifferentiable);
+  autograd::record(
+      "to", {*this}, {out}, {}, [from = dtype()](BackwardContext& context) { context.set(0, context.grad().to(from)); },
+      Rule::kDifferentiable);
   return out;
 }
 
@@ -270,8 +281,9 @@ Tensor Tensor::to(Device target) const {
     const autograd::NoGrad no_grad;
     out.copy_(*this);
   }
-  autograd::record("to", {*this}, {out}, {}, [from = device()](BackwardContext& context) { context.set(0, context.grad().to(from)); },
-                   Rule::kDifferentiable);
+  autograd::record(
+      "to", {*this}, {out}, {},
+      [from = device()](BackwardContext& context) { context.set(0, context.grad().to(from)); }, Rule::kDifferentiable);
   return out;
 }
 

@@ -97,11 +97,9 @@ void backward_chunk(const AttentionBackward<S>& a, const AttentionUnits& units, 
       const TileMask mask = {std::min(kK, keys - key), queries, seen - key};
       const Rows<T> k = load_rows<T>(a.k.at(b, kv_head, key), a.k.token, mask.keys, head_size, k_rows);
       const Rows<T> v = load_rows<T>(a.v.at(b, kv_head, key), a.v.token, mask.keys, head_size, v_rows);
-      const auto scores = [&](int64_t row, int64_t, int64_t column, int64_t wide) {
-        return mask.scores(row, column, wide, head_size);
-      };
-      const auto keys_of = [&](int64_t row, int64_t rows, int64_t, int64_t) { return mask.keys_of(row, rows); };
-      const auto queries_of = [&](int64_t row, int64_t, int64_t, int64_t) { return mask.queries_of(row); };
+      const auto scores = [&](int64_t row, int64_t) { return mask.scores(row, head_size, kLanes<T>); };
+      const auto keys_of = [&](int64_t row, int64_t rows) { return mask.keys_of(row, rows); };
+      const auto queries_of = [&](int64_t row, int64_t) { return mask.queries_of(row); };
       product<true>(mask.keys, columns, k.data, k.stride, qt, kQ, static_cast<T>(shape.scale * kLog2E), T(0), s, kQ,
                     scores);
       product<true>(mask.keys, columns, v.data, v.stride, doutt, kQ, T(1), T(0), dp, kQ, scores);

@@ -93,14 +93,12 @@ void forward_chunk(const AttentionForward<S>& a, const AttentionUnits& units, in
       const TileMask mask = {std::min(kK, keys - key), queries, seen - key};
       const Rows<T> k = load_rows<T>(a.k.at(b, kv_head, key), a.k.token, mask.keys, shape.head_size, k_rows);
       product<true>(mask.keys, columns, k.data, k.stride, qt, kQ, static_cast<T>(shape.scale * kLog2E), T(0), s, kQ,
-                    [&](int64_t row, int64_t, int64_t column, int64_t wide) {
-                      return mask.scores(row, column, wide, shape.head_size);
-                    });
+                    [&](int64_t row, int64_t) { return mask.scores(row, shape.head_size, kLanes<T>); });
       softmax_tile(mask, s, max, sum, factors);
       if (key > 0) scale_rows(out, queries, padded, factors);
       const Rows<T> v = load_rows<T>(a.v.at(b, kv_head, key), a.v.token, mask.keys, shape.head_size, v_rows);
       product<false>(queries, padded, s, kQ, v.data, v.stride, T(1), key > 0 ? T(1) : T(0), out, padded,
-                     [&](int64_t row, int64_t rows, int64_t, int64_t) { return mask.keys_of(row, rows); });
+                     [&](int64_t row, int64_t rows) { return mask.keys_of(row, rows); });
     }
     finish_softmax(queries, max, sum, lse);
     std::copy_n(lse, queries, a.lse + (b * shape.heads + head) * shape.queries + first);
@@ -196,7 +194,7 @@ void forward_few(const AttentionForward<S>& a, int64_t b, int64_t kv_head) {
     scale_rows(out, rows, padded, factors);
     const Rows<T> v = load_rows<T>(a.v.at(b, kv_head, key), a.v.token, count, shape.head_size, kv_rows);
     product<true>(rows, padded, s, kK, v.data, v.stride, T(1), T(1), out, padded,
-                  [&](int64_t, int64_t, int64_t, int64_t) { return Span{0, count}; });
+                  [&](int64_t, int64_t) { return Part{0, 0, count}; });
   }
   finish_softmax(rows, max, sum, lse);
   for (int64_t row = 0; row < rows; ++row) {

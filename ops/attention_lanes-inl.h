@@ -173,29 +173,30 @@ HWY_INLINE V exp2(D d, V x) {
 
 // ---- products of tiles ----
 
-/// Sums over [begin, end).
-struct Span {
-  int64_t begin, end;
+/// What is computed of some rows of a product: columns from `column` on (a whole number of vectors), sums over [begin,
+/// end).
+struct Part {
+  int64_t column, begin, end;
 };
 
-/// C = alpha * A B + beta * C by register tiles; span(first row, rows, first column, columns) says over which part of
-/// the inner dimension a register tile sums. One with an empty span is left as it is. a: element (i, p) is a[i *
-/// a_stride + p] if kAlongK, else a[p * a_stride + i]. `columns` is a multiple of the lanes.
-template <bool kAlongK, class T, class SpanOf>
+/// C = alpha * A B + beta * C by register tiles; part_of(first row, rows) says what of their rows is computed. The rest
+/// of C is left as it is. a: element (i, p) is a[i * a_stride + p] if kAlongK, else a[p * a_stride + i]. `columns` is a
+/// whole number of vectors.
+template <bool kAlongK, class T, class PartOf>
 HWY_INLINE void product(int64_t rows, int64_t columns, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
-                        T alpha, T beta, T* c, int64_t ldc, SpanOf span_of) {
-  constexpr int64_t n = kLanes<T>, width = kTileVecs * n;
+                        T alpha, T beta, T* c, int64_t ldc, PartOf part_of) {
+  constexpr int64_t n = kLanes<T>;
   const RowPanels panels(rows);
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     const int64_t first = panels.first(panel), height = panels.rows(panel);
-    for (int64_t j = 0; j < columns; j += width) {
-      const int64_t wide = std::min(width, columns - j);
-      const Span span = span_of(first, height, j, wide);
-      if (span.begin >= span.end) continue;
-      const T* from = kAlongK ? a + first * a_stride + span.begin : a + span.begin * a_stride + first;
+    const Part part = part_of(first, height);
+    if (part.begin >= part.end) continue;
+    const T* from = kAlongK ? a + first * a_stride + part.begin : a + part.begin * a_stride + first;
+    for (int64_t j = part.column; j < columns; j += kTileVecs * n) {
+      const int64_t wide = std::min(kTileVecs * n, columns - j);
       const TileOut<T> out = {c + first * ldc + j, ldc, alpha, beta, nullptr, static_cast<int>(wide)};
       kTileKernels<T>[kAlongK][wide / n - 1][static_cast<size_t>(height - 1)](
-          from, a_stride, b + span.begin * b_stride + j, b_stride, span.end - span.begin, out);
+          from, a_stride, b + part.begin * b_stride + j, b_stride, part.end - part.begin, out);
     }
   }
 }
@@ -204,17 +205,17 @@ HWY_INLINE void product(int64_t rows, int64_t columns, const T* a, int64_t a_str
 struct TileMask {
   int64_t keys, queries, reach;
 
-  /// Scores of keys [first, first + rows) by queries [column, column + columns), sums over `depth`: none if all are
-  /// hidden.
-  Span scores(int64_t first, int64_t column, int64_t columns, int64_t depth) const {
-    return {0, first < reach + column + columns - 1 ? depth : 0};
+  /// Scores of keys from `first` on, sums over `depth`: the vectors of queries of which one at least sees the first
+  /// key.
+  Part scores(int64_t first, int64_t depth, int64_t lanes) const {
+    return {queries_of(first).begin / lanes * lanes, 0, depth};
   }
-  /// Keys that queries [first, first + rows) see, the last one the most.
-  Span keys_of(int64_t first, int64_t rows) const {
-    return {0, std::clamp<int64_t>(reach + first + rows - 1, 0, keys)};
+  /// Sums over the keys that queries [first, first + rows) see, the last one the most.
+  Part keys_of(int64_t first, int64_t rows) const {
+    return {0, 0, std::clamp<int64_t>(reach + first + rows - 1, 0, keys)};
   }
-  /// Queries that see key `first`; later keys are seen by fewer.
-  Span queries_of(int64_t first) const { return {std::max<int64_t>(0, first - reach + 1), queries}; }
+  /// Sums over the queries that see key `first`; later keys are seen by fewer.
+  Part queries_of(int64_t first) const { return {0, std::max<int64_t>(0, first - reach + 1), queries}; }
 
   /// For queries [lane, lane + lanes): keys below `full` are seen by all of them, keys from `none` on by none.
   int64_t full(int64_t lane) const { return std::clamp<int64_t>(reach + lane, 0, keys); }

@@ -1,6 +1,7 @@
 #include "ops/elementwise.h"
 
 #include "core/autograd.h"
+#include "ops/elementwise_checks.h"
 #include "ops/elementwise_kernels.h"
 
 namespace weft {
@@ -8,22 +9,10 @@ namespace {
 
 using autograd::BackwardContext;
 using autograd::Rule;
+using detail::broadcast;
+using detail::check_device;
+using detail::check_float;
 using scalar_math::Saved;
-
-void check_float(const char* op, const Tensor& x) {
-  dispatch_float(x.dtype(), op, []<class T>() {});
-}
-
-void check_device(const char* op, const Tensor& a, const Tensor& b) {
-  if (a.device() == b.device()) return;
-  fail(ErrorKind::kDevice, op, "tensors must be on one device, got ", a.describe(), " on ", a.device(), " and ", b.describe(),
-       " on ", b.device());
-}
-
-/// x read as `shape`.
-StridedView broadcast(const char* op, const Tensor& x, const Shape& shape) {
-  return {x.raw(), shape, broadcast_strides(x.shape(), x.strides(), shape, op), x.dtype()};
-}
 
 // ---- of one element ----
 

@@ -1,6 +1,7 @@
 // Comparison of elements, and choice between them.
 #include "core/autograd.h"
 #include "ops/elementwise.h"
+#include "ops/elementwise_checks.h"
 #include "ops/elementwise_kernels.h"
 
 namespace weft {
@@ -8,17 +9,8 @@ namespace {
 
 using autograd::BackwardContext;
 using autograd::Rule;
-
-void check_device(const char* op, const Tensor& a, const Tensor& b) {
-  if (a.device() == b.device()) return;
-  fail(ErrorKind::kDevice, op, "tensors must be on one device, got ", a.describe(), " on ", a.device(), " and ", b.describe(),
-       " on ", b.device());
-}
-
-/// x read as `shape`.
-StridedView broadcast(const char* op, const Tensor& x, const Shape& shape) {
-  return {x.raw(), shape, broadcast_strides(x.shape(), x.strides(), shape, op), x.dtype()};
-}
+using detail::broadcast;
+using detail::check_device;
 
 void check_ordered(const char* op, DType dtype) {
   if (dtype == DType::f8e4m3 || dtype == DType::f8e5m2) {

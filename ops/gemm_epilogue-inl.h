@@ -82,7 +82,7 @@ struct Target {
   using Half = hn::Rebind<uint16_t, D>;
 
   template <class D>
-  HWY_INLINE static hn::Vec<Half<D>> round(hn::Vec<D> value, D d) {
+  HWY_INLINE static hn::Vec<Half<D>> round(hn::Vec<D> value, [[maybe_unused]] D d) {
     const hn::RebindToUnsigned<D> du;
     const hn::RebindToSigned<D> di;
     const auto bits = hn::BitCast(du, value);

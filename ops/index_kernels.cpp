@@ -8,7 +8,6 @@
 #include <tuple>
 
 #include "core/thread_pool.h"
-#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "ops/index_kernels.h"
 #include "ops/norm_lanes-inl.h"
@@ -18,8 +17,15 @@
 namespace weft::detail {
 template <class T>
 using EmbeddingRows = void (*)(const EmbeddingBackward<T>&, int64_t begin, int64_t end);
-using EmbeddingTable =
-    std::tuple<EmbeddingRows<float>, EmbeddingRows<double>, EmbeddingRows<Half>, EmbeddingRows<BFloat16>>;
+using EmbeddingTable = std::tuple<EmbeddingRows<float>, EmbeddingRows<double>, EmbeddingRows<Half>, EmbeddingRows<BFloat16>>;
+
+/// Rows of bytes: y[i] = table[ids[i]] for i in [begin, end) of `count`.
+struct RowCopy {
+  const int64_t* ids;
+  const uint8_t* table;
+  uint8_t* y;
+  int64_t count, bytes;
+};
 }  // namespace weft::detail
 #endif
 
@@ -47,6 +53,35 @@ void embedding_rows(const EmbeddingBackward<T>& a, int64_t begin, int64_t end) {
   }
 }
 
+template <bool kStream>
+void copy_rows_as(const RowCopy& a, int64_t begin, int64_t end) {
+  [[maybe_unused]] const hn::ScalableTag<uint8_t> d;
+  [[maybe_unused]] const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  // Rows lie anywhere, so the processor cannot guess what comes next: it is told three rows ahead, a line at a time, for a
+  // burst of requests would hold up the copy.
+  constexpr int64_t kAhead = 3, kLine = 64;
+  for (int64_t i = begin; i < end; ++i) {
+    const uint8_t* from = a.table + a.ids[i] * a.bytes;
+    const uint8_t* ahead = a.table + a.ids[std::min(i + kAhead, end - 1)] * a.bytes;
+    uint8_t* to = a.y + i * a.bytes;
+    int64_t line = 0;
+    for (; line + kLine <= a.bytes; line += kLine) {
+      __builtin_prefetch(ahead + line, 0, 2);
+      if constexpr (kStream) {
+        for (int64_t j = line; j < line + kLine; j += lanes) hn::Stream(hn::LoadU(d, from + j), d, to + j);
+      } else {
+        std::memcpy(to + line, from + line, kLine);
+      }
+    }
+    std::memcpy(to + line, from + line, static_cast<size_t>(a.bytes - line));
+  }
+  if constexpr (kStream) hwy::FlushStream();
+}
+
+void copy_rows(const RowCopy& a, int64_t begin, int64_t end) {
+  worth_streaming(a.y, a.count, a.bytes) ? copy_rows_as<true>(a, begin, end) : copy_rows_as<false>(a, begin, end);
+}
+
 const EmbeddingTable* embedding_table() {
   static constexpr EmbeddingTable kTable{embedding_rows<float>, embedding_rows<double>, embedding_rows<Half>,
                                          embedding_rows<BFloat16>};
@@ -61,6 +96,7 @@ HWY_AFTER_NAMESPACE();
 namespace weft {
 namespace detail {
 HWY_EXPORT(embedding_table);
+HWY_EXPORT(copy_rows);
 }
 
 namespace {
@@ -77,17 +113,9 @@ int64_t first_outside(Cpu, const int64_t* ids, int64_t count, int64_t limit) {
 
 void embedding_forward(Cpu, const int64_t* ids, int64_t count, const void* table, int64_t bytes, void* y) {
   if (bytes == 0) return;
-  parallel_for(count, grain(bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      // Rows lie anywhere: the processor cannot guess the next one, so it is named while this one is copied.
-      if (i + 1 < end) {
-        const char* next = static_cast<const char*>(table) + ids[i + 1] * bytes;
-        for (int64_t line = 0; line < bytes; line += 64) hwy::Prefetch(next + line);
-      }
-      std::memcpy(static_cast<char*>(y) + i * bytes, static_cast<const char*>(table) + ids[i] * bytes,
-                  static_cast<size_t>(bytes));
-    }
-  });
+  const detail::RowCopy rows{ids, static_cast<const uint8_t*>(table), static_cast<uint8_t*>(y), count, bytes};
+  const auto copy = HWY_DYNAMIC_DISPATCH(detail::copy_rows);
+  parallel_for(count, grain(bytes), [&](int64_t begin, int64_t end) { copy(rows, begin, end); });
 }
 
 template <class T>

@@ -8,9 +8,9 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <vector>
 
 #include "core/thread_pool.h"
-#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "ops/norm_kernels.h"
 #include "ops/norm_lanes-inl.h"
@@ -31,12 +31,13 @@ HWY_BEFORE_NAMESPACE();
 namespace weft::detail {
 namespace HWY_NAMESPACE {
 
-template <class T, bool kCentered>
+template <class T, bool kCentered, bool kStream>
 void forward_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   const Tag<T> d;
   const int64_t columns = a.columns;
   const A scale = A(1) / static_cast<A>(columns);
+  std::vector<T> kept(kStream && a.residual != nullptr ? static_cast<size_t>(columns) : 0);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = a.x + row * columns;
     T* y = a.y + row * columns;
@@ -48,10 +49,13 @@ void forward_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
       const T* residual = a.residual + row * columns;
       next_residual = residual + ahead;
       T* sum = a.sum + row * columns;
+      T* again = kStream ? kept.data() : sum;  // what went past the caches must not be read again
       for_lanes(d, columns, [&](auto, int64_t j, auto which) HWY_ATTR {
-        store<T>(d, hn::Add(load<T>(d, x + j, which), load<T>(d, residual + j, which)), sum + j, which);
+        const auto v = hn::Add(load<T>(d, x + j, which), load<T>(d, residual + j, which));
+        if constexpr (kStream) put<T, true>(d, v, sum + j, which);
+        store<T>(d, v, again + j, which);
       });
-      x = sum;
+      x = again;
     }
     A mean = 0;
     if constexpr (kCentered) {
@@ -75,17 +79,18 @@ void forward_rows(const NormForward<T>& a, int64_t begin, int64_t end) {
       const auto normal = hn::Mul(hn::Sub(load<T>(d, x + j, which), center), factor);
       const auto weight = load<T>(d, a.weight + j, which);
       if (a.bias != nullptr) {
-        store<T>(d, hn::MulAdd(normal, weight, load<T>(d, a.bias + j, which)), y + j, which);
+        put<T, kStream>(d, hn::MulAdd(normal, weight, load<T>(d, a.bias + j, which)), y + j, which);
       } else {
-        store<T>(d, hn::Mul(normal, weight), y + j, which);
+        put<T, kStream>(d, hn::Mul(normal, weight), y + j, which);
       }
     });
     if constexpr (kCentered) a.mean[row] = mean;
     a.rstd[row] = rstd;
   }
+  if constexpr (kStream) hwy::FlushStream();
 }
 
-template <class T, bool kCentered>
+template <class T, bool kCentered, bool kStream>
 void backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, Accumulate<T>* partial) {
   using A = Accumulate<T>;
   const Tag<T> d;
@@ -125,18 +130,29 @@ void backward_rows(const NormBackward<T>& a, int64_t begin, int64_t end, Accumul
       if constexpr (kCentered) g = hn::Sub(g, mean_plain);
       g = hn::Mul(hn::NegMulAdd(normal, mean_weighted, g), factor);
       if (added != nullptr) g = hn::Add(g, load<T>(d, added + j, which));
-      store<T>(d, g, dx + j, which);
+      put<T, kStream>(d, g, dx + j, which);
     });
   }
+  if constexpr (kStream) hwy::FlushStream();
+}
+
+/// Calls f<kCentered, kStream>().
+template <class F>
+void choose(bool centered, bool stream, F f) {
+  if (centered) return stream ? f.template operator()<true, true>() : f.template operator()<true, false>();
+  return stream ? f.template operator()<false, true>() : f.template operator()<false, false>();
 }
 
 template <class T>
 void forward(const NormForward<T>& a, int64_t begin, int64_t end) {
-  a.mean ? forward_rows<T, true>(a, begin, end) : forward_rows<T, false>(a, begin, end);
+  choose(a.mean != nullptr, worth_streaming(a.y, a.rows, a.columns),
+         [&]<bool kCentered, bool kStream>() { forward_rows<T, kCentered, kStream>(a, begin, end); });
 }
 template <class T>
 void backward(const NormBackward<T>& a, int64_t begin, int64_t end, Accumulate<T>* partial) {
-  a.mean ? backward_rows<T, true>(a, begin, end, partial) : backward_rows<T, false>(a, begin, end, partial);
+  choose(a.mean != nullptr, worth_streaming(a.dx, a.rows, a.columns), [&]<bool kCentered, bool kStream>() {
+    backward_rows<T, kCentered, kStream>(a, begin, end, partial);
+  });
 }
 
 const NormTable* norm_table() {

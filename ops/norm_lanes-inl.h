@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "core/dtype.h"
+#include "hwy/cache_control.h"
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 
@@ -53,26 +54,43 @@ HWY_INLINE Vector<T> load(Tag<T> d, const T* from, Part part) {
   return load<T>(d, padded, Full());
 }
 
+/// The bits of v as bfloat16, rounded to nearest even.
+template <class D>
+HWY_INLINE auto bfloat16_bits(D, hn::Vec<D> v) {
+  const hn::Rebind<uint32_t, D> du;
+  const hn::Rebind<int32_t, D> di;
+  const auto bits = hn::BitCast(du, v);
+  const auto high = hn::ShiftRight<16>(bits);
+  const auto odd = hn::And(high, hn::Set(du, 1));
+  const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7fff))));
+  const auto nan = hn::RebindMask(du, hn::IsNaN(v));
+  const auto result = hn::IfThenElse(nan, hn::Or(high, hn::Set(du, 0x40)), rounded);
+  return hn::DemoteTo(hn::Rebind<uint16_t, D>(), hn::BitCast(di, result));
+}
+
 /// Rounds once, to nearest even.
 template <class T>
 HWY_INLINE void store(Tag<T> d, Vector<T> v, T* to, Full) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const hn::Rebind<uint16_t, Tag<T>> d16;
-    const hn::Rebind<uint32_t, Tag<T>> du;
-    const hn::Rebind<int32_t, Tag<T>> di;
-    const auto bits = hn::BitCast(du, v);
-    const auto high = hn::ShiftRight<16>(bits);
-    const auto odd = hn::And(high, hn::Set(du, 1));
-    const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7fff))));
-    const auto nan = hn::RebindMask(du, hn::IsNaN(v));
-    const auto result = hn::IfThenElse(nan, hn::Or(high, hn::Set(du, 0x40)), rounded);
-    hn::StoreU(hn::DemoteTo(d16, hn::BitCast(di, result)), d16, reinterpret_cast<uint16_t*>(to));
+    hn::StoreU(bfloat16_bits(d, v), hn::Rebind<uint16_t, Tag<T>>(), reinterpret_cast<uint16_t*>(to));
   } else if constexpr (std::is_same_v<T, Half>) {
     HWY_ALIGN float wide[hn::MaxLanes(Tag<T>())];
     hn::Store(v, d, wide);
     for (size_t i = 0; i < hn::Lanes(d); ++i) to[i] = Half(wide[i]);
   } else {
     hn::StoreU(v, d, to);
+  }
+}
+
+/// store() past the caches where the type allows it; `to` is aligned to the vector. FlushStream() must follow.
+template <class T>
+HWY_INLINE void stream(Tag<T> d, Vector<T> v, T* to) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    hn::Stream(bfloat16_bits(d, v), hn::Rebind<uint16_t, Tag<T>>(), reinterpret_cast<uint16_t*>(to));
+  } else if constexpr (std::is_same_v<T, Half>) {
+    store<T>(d, v, to, Full());
+  } else {
+    hn::Stream(v, d, to);
   }
 }
 
@@ -122,6 +140,25 @@ struct Sums {
     return hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(part[0], part[1]), hn::Add(part[2], part[3]))));
   }
 };
+
+/// Where results go: past the caches if they are larger than these, so that they are not read in to be overwritten.
+/// `rows` of `columns` elements of T at `to`, which must be aligned to 64 bytes with every row.
+template <class T>
+bool worth_streaming(const T* to, int64_t rows, int64_t columns) {
+  constexpr int64_t kCache = int64_t{32} << 20;
+  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(T));
+  return rows * row_bytes > kCache && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+}
+
+/// store() or, for a kStream kernel, stream().
+template <class T, bool kStream, class Which>
+HWY_INLINE void put(Tag<T> d, Vector<T> v, T* to, Which which) {
+  if constexpr (kStream && std::is_same_v<Which, Full>) {
+    stream<T>(d, v, to);
+  } else {
+    store<T>(d, v, to, which);
+  }
+}
 
 }  // namespace HWY_NAMESPACE
 }  // namespace weft::detail

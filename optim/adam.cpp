@@ -20,10 +20,12 @@ void check(const AdamOptions& options) {
   };
   require(options.beta1 >= 0 && options.beta1 < 1, "beta1", options.beta1, "in [0, 1)");
   require(options.beta2 >= 0 && options.beta2 < 1, "beta2", options.beta2, "in [0, 1)");
-  require(options.eps >= static_cast<double>(std::numeric_limits<float>::min()) && std::isfinite(options.eps), "eps", options.eps,
-          "at least 1.2e-38");
-  require(options.weight_decay >= 0 && std::isfinite(options.weight_decay), "weight_decay", options.weight_decay, "at least 0");
-  require(options.clip_norm >= 0 && std::isfinite(options.clip_norm), "clip_norm", options.clip_norm, "at least 0 (0 is no clipping)");
+  require(options.eps >= static_cast<double>(std::numeric_limits<float>::min()) && std::isfinite(options.eps), "eps",
+          options.eps, "at least 1.2e-38");
+  require(options.weight_decay >= 0 && std::isfinite(options.weight_decay), "weight_decay", options.weight_decay,
+          "at least 0");
+  require(options.clip_norm >= 0 && std::isfinite(options.clip_norm), "clip_norm", options.clip_norm,
+          "at least 0 (0 is no clipping)");
 }
 
 DType state_dtype(DType parameter) { return parameter == DType::f64 ? DType::f64 : DType::f32; }
@@ -54,7 +56,8 @@ void for_each_piece(const std::vector<Work>& works, const std::vector<Piece>& pi
     if (!filter(work)) return;
     const auto run = [&]<class T>() {
       kernel(static_cast<size_t>(i), work, piece.end - piece.begin, work.weight.data<T>() + piece.begin,
-             work.gradient.data<T>() + piece.begin, work.exp_avg.data<T>() + piece.begin, work.exp_avg_sq.data<T>() + piece.begin);
+             work.gradient.data<T>() + piece.begin, work.exp_avg.data<T>() + piece.begin,
+             work.exp_avg_sq.data<T>() + piece.begin);
     };
     work.weight.dtype() == DType::f64 ? run.template operator()<double>() : run.template operator()<float>();
   });
@@ -70,7 +73,8 @@ Adam::Adam(Parameters parameters, const AdamOptions& options, std::shared_ptr<No
   for (const Parameter& parameter : parameters_) {
     const Tensor& tensor = parameter.tensor;
     if (tensor.device().kind != DeviceKind::cpu) {
-      fail(ErrorKind::kDevice, "adam", "updates parameters on the CPU; ", quoted(parameter.name), " is on ", tensor.device());
+      fail(ErrorKind::kDevice, "adam", "updates parameters on the CPU; ", quoted(parameter.name), " is on ",
+           tensor.device());
     }
     const DType dtype = state_dtype(tensor.dtype());
     Slot slot;
@@ -119,10 +123,11 @@ StepReport Adam::step(double lr) {
   StepReport report;
   report.grad_norm = grad_norm(parameters_, *norms_);
   report.clip_factor = options_.clip_norm > 0 ? clip_factor(report.grad_norm, options_.clip_norm) : 1.0;
-  const bool narrow = std::any_of(parameters_.begin(), parameters_.end(), [](const Parameter& p) { return p.tensor.dtype() != DType::f64; });
+  const bool narrow = std::any_of(parameters_.begin(), parameters_.end(),
+                                  [](const Parameter& p) { return p.tensor.dtype() != DType::f64; });
   if (narrow && report.grad_norm * report.clip_factor > kLargestNorm) {
-    fail(ErrorKind::kValue, "adam", "the gradients have norm ", report.grad_norm, ", and their squares do not fit in the f32 state; the step was ",
-         "not taken. Hint: clip_norm");
+    fail(ErrorKind::kValue, "adam", "the gradients have norm ", report.grad_norm,
+         ", and their squares do not fit in the f32 state; the step was ", "not taken. Hint: clip_norm");
   }
 
   std::vector<Work> works;
@@ -139,7 +144,8 @@ StepReport Adam::step(double lr) {
     work.exp_avg = slot.exp_avg;
     work.exp_avg_sq = slot.exp_avg_sq;
     work.weight_decay = parameter.role == ParameterRole::weight ? options_.weight_decay : 0.0;
-    work.ratio = options_.trust_ratio && (parameter.role == ParameterRole::weight || parameter.role == ParameterRole::embedding);
+    work.ratio =
+        options_.trust_ratio && (parameter.role == ParameterRole::weight || parameter.role == ParameterRole::embedding);
     work.lr = lr;
     for (int64_t begin = 0; begin < gradient.numel(); begin += kPiece) {
       pieces.push_back({works.size(), begin, std::min(gradient.numel(), begin + kPiece)});
@@ -166,16 +172,18 @@ StepReport Adam::step(double lr) {
                             static_cast<T>(work.weight_decay),
                             static_cast<T>(work.lr)};
   };
-  for_each_piece(works, pieces, [](const Work& work) { return !work.ratio; },
-                 [&]<class T>(size_t, const Work& work, int64_t n, T* w, const T* g, T* m, T* v) {
-                   adam_update(n, w, g, m, v, constants.template operator()<T>(work));
-                 });
+  for_each_piece(
+      works, pieces, [](const Work& work) { return !work.ratio; },
+      [&]<class T>(size_t, const Work& work, int64_t n, T* w, const T* g, T* m, T* v) {
+        adam_update(n, w, g, m, v, constants.template operator()<T>(work));
+      });
   if (options_.trust_ratio) {
     std::vector<SquareSums> sums(pieces.size());
-    for_each_piece(works, pieces, [](const Work& work) { return work.ratio; },
-                   [&]<class T>(size_t piece, const Work& work, int64_t n, T* w, const T* g, T* m, T* v) {
-                     sums[piece] = adam_moments<T>(n, w, g, m, v, constants.template operator()<T>(work));
-                   });
+    for_each_piece(
+        works, pieces, [](const Work& work) { return work.ratio; },
+        [&]<class T>(size_t piece, const Work& work, int64_t n, T* w, const T* g, T* m, T* v) {
+          sums[piece] = adam_moments<T>(n, w, g, m, v, constants.template operator()<T>(work));
+        });
     std::vector<double> weights(parameters_.size(), 0.0), updates(parameters_.size(), 0.0);
     for (size_t i = 0; i < pieces.size(); ++i) {
       weights[works[pieces[i].work].parameter] += sums[i].weight;
@@ -187,10 +195,11 @@ StepReport Adam::step(double lr) {
       const double weight = std::sqrt(weights[work.parameter]), update = std::sqrt(updates[work.parameter]);
       if (work.ratio && weight > 0 && update > 0) work.lr *= weight / update;
     }
-    for_each_piece(works, pieces, [](const Work& work) { return work.ratio; },
-                   [&]<class T>(size_t, const Work& work, int64_t n, T* w, const T*, T* m, T* v) {
-                     adam_apply<T>(n, w, m, v, constants.template operator()<T>(work));
-                   });
+    for_each_piece(
+        works, pieces, [](const Work& work) { return work.ratio; },
+        [&]<class T>(size_t, const Work& work, int64_t n, T* w, const T*, T* m, T* v) {
+          adam_apply<T>(n, w, m, v, constants.template operator()<T>(work));
+        });
   }
   for (const Work& work : works) {
     Tensor parameter = parameters_[work.parameter].tensor;

@@ -21,16 +21,18 @@ struct AdamOptions {
 ///   u  = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w
 ///   w -= lr * r * u,   r = ||w|| / ||u|| per tensor with the trust ratio (1 if either norm is 0), else 1
 ///
-/// t counts the steps of the optimizer, also for a parameter that had no gradient in some. The ratio is for tensors of role weight and embedding; biases and norms keep r = 1, as You et al. exclude them.
-/// State per parameter: exp_avg, exp_avg_sq (f32; f64 for f64) and, for bf16 and f16 parameters, master (f32), which
-/// is what is updated: the parameter is the master rounded. Where a parameter was changed by someone else since, the
-/// master takes its values. Computed in the state's type on the pool's threads; no bit depends on their number.
+/// t counts the steps of the optimizer, also for a parameter that had no gradient in some. The ratio is for tensors of
+/// role weight and embedding; biases and norms keep r = 1, as You et al. exclude them. State per parameter: exp_avg,
+/// exp_avg_sq (f32; f64 for f64) and, for bf16 and f16 parameters, master (f32), which is what is updated: the
+/// parameter is the master rounded. Where a parameter was changed by someone else since, the master takes its values.
+/// Computed in the state's type on the pool's threads; no bit depends on their number.
 class Adam final : public Optimizer {
  public:
   /// @throws Error kValue for options outside their range or a missing reducer; kDevice for a parameter not on the CPU.
-  Adam(Parameters parameters, const AdamOptions& options, std::shared_ptr<NormReducer> norms = std::make_shared<LocalNorms>());
-  /// @throws Error kValue, before anything is changed, for a learning rate that is not finite and >= 0, and for gradients
-  /// that are not finite or whose squares do not fit in an f32 state.
+  Adam(Parameters parameters, const AdamOptions& options,
+       std::shared_ptr<NormReducer> norms = std::make_shared<LocalNorms>());
+  /// @throws Error kValue, before anything is changed, for a learning rate that is not finite and >= 0, and for
+  /// gradients that are not finite or whose squares do not fit in an f32 state.
   StepReport step(double lr) override;
 
  protected:

@@ -1,5 +1,6 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "optim/adam_kernel.cpp"
+#define HWY_DISABLED_TARGETS (HWY_AVX3_DL | HWY_SSE4 | HWY_SSSE3)
 #include <hwy/foreach_target.h>  // reads this file again for each target
 #include <hwy/highway.h>
 
@@ -35,8 +36,8 @@ struct Rule {
         slow1(c.rest1 < T{0.5}),
         slow2(c.rest2 < T{0.5}) {}
 
-  /// beta * mean + (1 - beta) * x as mean + (1 - beta)(x - mean): 0.999 in f32 is so far from 0.999 that v would settle 5e-5
-  /// off. With a small beta the same is counted from x: an old mean much larger than x would swallow it.
+  /// beta * mean + (1 - beta) * x as mean + (1 - beta)(x - mean): 0.999 in f32 is so far from 0.999 that v would settle
+  /// 5e-5 off. With a small beta the same is counted from x: an old mean much larger than x would swallow it.
   static HWY_INLINE V blend(bool slow, V beta, V rest, V mean, V x) {
     return slow ? hn::MulAdd(rest, hn::Sub(x, mean), mean) : hn::MulAdd(beta, hn::Sub(mean, x), x);
   }

@@ -6,14 +6,14 @@ namespace weft::optim {
 /// Constants of one Adam step for one tensor, in the state's type.
 template <class T>
 struct AdamConstants {
-  T grad_scale;        ///< clip factor
+  T grad_scale;  ///< clip factor
   T beta1, beta2;
-  T rest1, rest2;      ///< 1 - beta1 and 1 - beta2, subtracted before rounding to T
-  T inverse_bias1;     ///< 1 / (1 - beta1^t)
-  T inverse_bias2;     ///< 1 / (1 - beta2^t)
+  T rest1, rest2;   ///< 1 - beta1 and 1 - beta2, subtracted before rounding to T
+  T inverse_bias1;  ///< 1 / (1 - beta1^t)
+  T inverse_bias2;  ///< 1 / (1 - beta2^t)
   T eps;
   T weight_decay;
-  T lr;                ///< times the trust ratio
+  T lr;  ///< times the trust ratio
 };
 
 // Kernels over a piece of one tensor, on the calling thread; T is float or double.

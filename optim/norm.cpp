@@ -26,7 +26,8 @@ Tensor readable(const Parameter& parameter) {
   const Tensor gradient = parameter.tensor.grad();
   if (!gradient.defined()) return gradient;
   if (gradient.device().kind != DeviceKind::cpu) {
-    fail(ErrorKind::kDevice, "grad_norm", "reads gradients on the CPU; the gradient of ", quoted(parameter.name), " is on ", gradient.device());
+    fail(ErrorKind::kDevice, "grad_norm", "reads gradients on the CPU; the gradient of ", quoted(parameter.name),
+         " is on ", gradient.device());
   }
   const autograd::NoGrad no_grad;
   const MemoryScope scope(MemoryCategory::workspace);
@@ -55,11 +56,13 @@ double careful_squares(const Tensor& gradient, int64_t begin, int64_t end) {
     const std::vector<double> values = gradient.to_vector<double>();
     for (size_t i = 0; i < values.size(); ++i) {
       if (std::isfinite(values[i])) continue;
-      fail(ErrorKind::kValue, "grad_norm", "the gradient of ", quoted(parameter.name), " (", gradient.describe(), ") is ", values[i],
-           " at element ", grouped(static_cast<int64_t>(i)), "; the step was not taken. Hint: a lower learning rate, more warm-up or clipping");
+      fail(ErrorKind::kValue, "grad_norm", "the gradient of ", quoted(parameter.name), " (", gradient.describe(),
+           ") is ", values[i], " at element ", grouped(static_cast<int64_t>(i)),
+           "; the step was not taken. Hint: a lower learning rate, more warm-up or clipping");
     }
   }
-  fail(ErrorKind::kValue, "grad_norm", "the squares of the gradient of ", quoted(parameter.name), " (", parameter.tensor.describe(),
+  fail(ErrorKind::kValue, "grad_norm", "the squares of the gradient of ", quoted(parameter.name), " (",
+       parameter.tensor.describe(),
        ") do not add up to a finite number, here or in another part of it; the step was not taken");
 }
 
@@ -124,7 +127,8 @@ double clip_grad_norm(const Parameters& parameters, double max_norm, NormReducer
     dispatch_float(gradient.dtype(), "clip_grad_norm", [&]<class T>() {
       T* g = gradient.data<T>();
       parallel_for(gradient.numel(), kPiece, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) g[i] = T(static_cast<Accumulate<T>>(g[i]) * static_cast<Accumulate<T>>(factor));
+        for (int64_t i = begin; i < end; ++i)
+          g[i] = T(static_cast<Accumulate<T>>(g[i]) * static_cast<Accumulate<T>>(factor));
       });
     });
   }

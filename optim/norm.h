@@ -23,8 +23,8 @@ class LocalNorms final : public NormReducer {
 /// ||g||_2 over the gradients of all parameters; those without a gradient count as 0. Squares are added in f64, in an
 /// order that does not depend on the number of threads. The reducer is asked even if a gradient is not finite, so that
 /// every process of a group learns of it.
-/// @throws Error kValue, naming the first tensor with a gradient that is NaN or infinite and where in it, or one whose sum
-/// of squares is beyond f64; kDevice for a gradient that is not on the CPU.
+/// @throws Error kValue, naming the first tensor with a gradient that is NaN or infinite and where in it, or one whose
+/// sum of squares is beyond f64; kDevice for a gradient that is not on the CPU.
 double grad_norm(const Parameters& parameters, NormReducer& reducer);
 double grad_norm(const Parameters& parameters);
 
@@ -32,7 +32,8 @@ double grad_norm(const Parameters& parameters);
 double clip_factor(double norm, double max_norm);
 
 /// Scales all gradients in place so that their global norm is at most max_norm (Pascanu et al. 2013); returns the norm
-/// before. Nothing is changed if a gradient is not finite (as in grad_norm) or not contiguous. Optimizers do the same without the extra pass: see AdamOptions::clip_norm.
+/// before. Nothing is changed if a gradient is not finite (as in grad_norm) or not contiguous. Optimizers do the same
+/// without the extra pass: see AdamOptions::clip_norm.
 double clip_grad_norm(const Parameters& parameters, double max_norm, NormReducer& reducer);
 double clip_grad_norm(const Parameters& parameters, double max_norm);
 

@@ -15,8 +15,8 @@ class Optimizer {
  public:
   virtual ~Optimizer() = default;
   /// One update with this learning rate. Gradients stay; parameters without one are left as they are.
-  /// @throws Error kValue, before anything is changed (steps() included), if a gradient is NaN or infinite: it names the
-  /// first such tensor.
+  /// @throws Error kValue, before anything is changed (steps() included), if a gradient is NaN or infinite: it names
+  /// the first such tensor.
   virtual StepReport step(double lr) = 0;
   /// Forgets the gradients; their memory goes back to the allocator.
   void zero_grad();
@@ -26,8 +26,8 @@ class Optimizer {
 
   /// "<parameter>.<name of the state>" tensors that share memory with the state, and "steps" (i64 [1]).
   NamedTensors state() const;
-  /// Copies values into the state. @throws Error kData, before anything is changed, if a tensor is missing, unknown, given
-  /// twice or of another shape or dtype.
+  /// Copies values into the state. @throws Error kData, before anything is changed, if a tensor is missing, unknown,
+  /// given twice or of another shape or dtype.
   void load_state(const NamedTensors& tensors);
 
  protected:

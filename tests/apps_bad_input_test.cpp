@@ -73,8 +73,11 @@ void check(const std::vector<Case>& cases) {
     const auto after = snapshot(scratch.path());
     for (const auto& [name, content] : after) {
       const auto found = before.find(name);
-      EXPECT_TRUE(found != before.end()) << "left behind: " << name;
-      if (found != before.end()) EXPECT_TRUE(found->second == content) << "changed: " << name;
+      if (found == before.end()) {
+        ADD_FAILURE() << "left behind: " << name;
+      } else {
+        EXPECT_TRUE(found->second == content) << "changed: " << name;
+      }
     }
     EXPECT_EQ(before.size(), after.size()) << "something is gone";
   }
@@ -373,7 +376,7 @@ TEST(BadInput, BrokenTokenizersAreRefused) {
       {"an array", kData, encode, {"must hold an object"}, put(file, "[]")},
       {"truncated", kData, encode, {"no valid JSON"}, truncate(file, 0.5)},
       {"nested without end", kData, encode, {"no valid JSON"}, put(file, deep)},
-      {"other model", kData, encode, {"\"WordPiece\""}, replace(file, "\"BPE\"", "\"WordPiece\"")},
+      {"other model", kData, encode, {"WordPiece", "\"BPE\""}, replace(file, "\"BPE\"", "\"WordPiece\"")},
       {"other pre-tokenizer", kData, encode, {"pre_tokenizer"}, replace(file, "\"ByteLevel\"", "\"Whitespace\"")},
       {"byte fallback",
        kData,
@@ -431,7 +434,11 @@ TEST(BadInput, ShapesThatDoNotFitAreRefused) {
       {"more memory than there is",
        kData,
        train + Args{"--width", "1048576", "--heads", "2", "--context", "8"},
-       {"memory"}},
+       {"memory", "--dry-run"}},
+      {"more parameters than can be counted",
+       kData,
+       {"train", "--data", "data", "--dry-run", "--layers", "10000", "--heads", "1", "--width", "16777216"},
+       {"beyond any machine's memory"}},
       {"resume with another width",
        kData,
        {"train", "--resume", "run", "--steps", "3", "--width", "32"},

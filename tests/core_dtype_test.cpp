@@ -43,13 +43,21 @@ struct Format {
 template <class T>
 Format format_of();
 template <>
-Format format_of<Half>() { return {5, 10, true}; }
+Format format_of<Half>() {
+  return {5, 10, true};
+}
 template <>
-Format format_of<BFloat16>() { return {8, 7, true}; }
+Format format_of<BFloat16>() {
+  return {8, 7, true};
+}
 template <>
-Format format_of<Float8E4M3>() { return {4, 3, false}; }
+Format format_of<Float8E4M3>() {
+  return {4, 3, false};
+}
 template <>
-Format format_of<Float8E5M2>() { return {5, 2, true}; }
+Format format_of<Float8E5M2>() {
+  return {5, 2, true};
+}
 
 template <class T>
 T with_bits(uint32_t bits) {
@@ -155,7 +163,8 @@ TYPED_TEST(SmallFloat, TinyValuesGoToZeroWithTheirSign) {
 }
 
 TYPED_TEST(SmallFloat, EveryNaNOfFloatAndDoubleStaysOne) {
-  for (const uint32_t bits : {0x7f800001u, 0x7fbfffffu, 0x7fc00000u, 0x7fffffffu, 0xff800001u, 0xffffffffu, 0x7f80ffffu, 0x7f808000u}) {
+  for (const uint32_t bits :
+       {0x7f800001u, 0x7fbfffffu, 0x7fc00000u, 0x7fffffffu, 0xff800001u, 0xffffffffu, 0x7f80ffffu, 0x7f808000u}) {
     EXPECT_TRUE(std::isnan(static_cast<float>(TypeParam(std::bit_cast<float>(bits))))) << std::hex << bits;
   }
   for (const uint64_t bits : {0x7ff0000000000001u, 0x7ff8000000000000u, 0xfff0000000000001u, 0x7fffffffffffffffu}) {
@@ -217,7 +226,8 @@ TEST(DType, UnknownNameListsTheChoices) {
 
 TEST(DType, SizesAreThoseOfTheTypes) {
   const int64_t sizes[] = {4, 8, 2, 2, 4, 8, 1, 1, 1, 1, 1};
-  for (int i = 0; i < kDTypeCount; ++i) EXPECT_EQ(size_of(static_cast<DType>(i)), sizes[i]) << name(static_cast<DType>(i));
+  for (int i = 0; i < kDTypeCount; ++i)
+    EXPECT_EQ(size_of(static_cast<DType>(i)), sizes[i]) << name(static_cast<DType>(i));
 }
 
 TEST(DType, DispatchGivesTheTypeOfTheDType) {
@@ -232,12 +242,14 @@ TEST(DType, DispatchGivesTheTypeOfTheDType) {
       EXPECT_ERROR(ErrorKind::kDType, concat("[gelu] takes f32, f64, f16 or bf16, got ", dtype), get());
     }
   }
-  EXPECT_ERROR(ErrorKind::kDType, "not an element type: 11", dispatch_all(static_cast<DType>(11), []<class T>() { return 0; }));
+  EXPECT_ERROR(ErrorKind::kDType, "not an element type: 11",
+               dispatch_all(static_cast<DType>(11), []<class T>() { return 0; }));
 }
 
 TEST(DType, FloatsAreTheSixFloatTypes) {
   const std::set<DType> floats = {DType::f32, DType::f64, DType::f16, DType::bf16, DType::f8e4m3, DType::f8e5m2};
-  for (int i = 0; i < kDTypeCount; ++i) EXPECT_EQ(is_float(static_cast<DType>(i)), floats.contains(static_cast<DType>(i)));
+  for (int i = 0; i < kDTypeCount; ++i)
+    EXPECT_EQ(is_float(static_cast<DType>(i)), floats.contains(static_cast<DType>(i)));
 }
 
 bool eight_bit_float(DType dtype) { return dtype == DType::f8e4m3 || dtype == DType::f8e5m2; }
@@ -247,13 +259,22 @@ bool eight_bit_float(DType dtype) { return dtype == DType::f8e4m3 || dtype == DT
 DType promoted(DType a, DType b) {
   const auto level = [](DType dtype) {
     switch (dtype) {
-      case DType::boolean: return 0;
-      case DType::u8: case DType::i8: return 1;
-      case DType::i32: return 2;
-      case DType::i64: return 3;
-      case DType::f16: case DType::bf16: return 4;
-      case DType::f32: return 5;
-      default: return 6;
+      case DType::boolean:
+        return 0;
+      case DType::u8:
+      case DType::i8:
+        return 1;
+      case DType::i32:
+        return 2;
+      case DType::i64:
+        return 3;
+      case DType::f16:
+      case DType::bf16:
+        return 4;
+      case DType::f32:
+        return 5;
+      default:
+        return 6;
     }
   };
   if (a == b) return a;

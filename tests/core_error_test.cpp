@@ -13,12 +13,14 @@ namespace weft {
 namespace {
 
 TEST(Error, MessageBeginsWithTheFunctionAndJoinsItsParts) {
-  EXPECT_EQ(testing::error_of(ErrorKind::kShape, [] { fail(ErrorKind::kShape, "matmul", "got ", 3, " and ", 2.5, ", not ", true); }),
+  EXPECT_EQ(testing::error_of(ErrorKind::kShape,
+                              [] { fail(ErrorKind::kShape, "matmul", "got ", 3, " and ", 2.5, ", not ", true); }),
             "[matmul] got 3 and 2.5, not 1");
 }
 
 TEST(Error, EveryKindHasANameOfItsOwn) {
-  const std::vector<std::string> names = {"shape", "dtype", "device", "value", "index", "state", "memory", "usage", "data", "io"};
+  const std::vector<std::string> names = {"shape", "dtype",  "device", "value", "index",
+                                          "state", "memory", "usage",  "data",  "io"};
   for (size_t i = 0; i < names.size(); ++i) EXPECT_EQ(to_string(static_cast<ErrorKind>(i)), names[i]);
   EXPECT_STREQ(to_string(static_cast<ErrorKind>(names.size())), "unknown");
 }
@@ -42,13 +44,17 @@ TEST(Quoted, KeepsPlainTextAndValidUtf8) {
   EXPECT_EQ(quoted(""), "\"\"");
   EXPECT_EQ(quoted("abc def"), "\"abc def\"");
   EXPECT_EQ(quoted("\xc3\xa9 \xe2\x82\xac \xf0\x9f\x98\x80"), "\"\xc3\xa9 \xe2\x82\xac \xf0\x9f\x98\x80\"");
-  EXPECT_EQ(quoted("\xed\x9f\xbf\xee\x80\x80\xf4\x8f\xbf\xbf"), "\"\xed\x9f\xbf\xee\x80\x80\xf4\x8f\xbf\xbf\"") << "the edges of the valid ranges";
+  EXPECT_EQ(quoted("\xed\x9f\xbf\xee\x80\x80\xf4\x8f\xbf\xbf"), "\"\xed\x9f\xbf\xee\x80\x80\xf4\x8f\xbf\xbf\"")
+      << "the edges of the valid ranges";
 }
 
 TEST(Quoted, EscapesQuotesBackslashesAndControlCharacters) {
   EXPECT_EQ(quoted("a\"b\\c"), R"("a\"b\\c")");
   EXPECT_EQ(quoted(std::string_view("\0\n\x1b[31m\x7f", 8)), R"("\x00\x0a\x1b[31m\x7f")");
-  EXPECT_EQ(quoted("\xc2\x9b" "31m"), R"("\xc2\x9b31m")") << "U+009B begins a terminal command like ESC [ does";
+  EXPECT_EQ(quoted("\xc2\x9b"
+                   "31m"),
+            R"("\xc2\x9b31m")")
+      << "U+009B begins a terminal command like ESC [ does";
 }
 
 TEST(Quoted, EscapesEveryInvalidByteOfUtf8) {
@@ -66,7 +72,10 @@ TEST(Quoted, EscapesEveryInvalidByteOfUtf8) {
 TEST(Quoted, CutsLongTextWithoutSplittingACharacter) {
   EXPECT_EQ(quoted("abcdef", 3), "\"abc\"...");
   EXPECT_EQ(quoted("abc", 3), "\"abc\"");
-  EXPECT_EQ(quoted("ab\xe2\x82\xac" "c", 3), "\"ab\xe2\x82\xac\"...");
+  EXPECT_EQ(quoted("ab\xe2\x82\xac"
+                   "c",
+                   3),
+            "\"ab\xe2\x82\xac\"...");
   EXPECT_EQ(quoted("abc", 0), "\"\"...");
   EXPECT_EQ(weft::quoted(std::string(100, 'x')), "\"" + std::string(80, 'x') + "\"...");
 }

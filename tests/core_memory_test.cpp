@@ -112,7 +112,8 @@ TEST(Memory, TensorsAreCountedUnderTheScopeInWhichTheyWereMade) {
   EXPECT_EQ(use(allocator(Device::cpu()), MemoryCategory::communication).current, before + 448);
   const Tensor view = tensor.slice(0, 5, 10);
   tensor = Tensor();
-  EXPECT_EQ(use(allocator(Device::cpu()), MemoryCategory::communication).current, before + 448) << "a view keeps all of it";
+  EXPECT_EQ(use(allocator(Device::cpu()), MemoryCategory::communication).current, before + 448)
+      << "a view keeps all of it";
 }
 
 TEST(Memory, GivenBackMemoryIsUsedAgain) {
@@ -169,9 +170,11 @@ void stress(Allocator& memory, unsigned seed, int rounds) {
   };
   for (int round = 0; round < rounds; ++round) {
     if (held.empty() || random() % 5 < 3) {
-      const size_t limit = size_t{1} << (4 + random() % 18);  // 16 bytes to 2 MiB, so that both kinds of segments are used
+      const size_t limit =
+          size_t{1} << (4 + random() % 18);  // 16 bytes to 2 MiB, so that both kinds of segments are used
       const size_t bytes = 1 + random() % limit;
-      char* data = static_cast<char*>(memory.allocate(bytes, static_cast<MemoryCategory>(random() % kMemoryCategories)));
+      char* data =
+          static_cast<char*>(memory.allocate(bytes, static_cast<MemoryCategory>(random() % kMemoryCategories)));
       const auto after = held.lower_bound(data);
       if (after != held.end()) {
         ASSERT_LE(data + bytes, after->first);
@@ -366,10 +369,15 @@ TEST(Memory, OutOfMemoryPrintsTheTable) {
   void* weights = memory.allocate(3 * kMiB, MemoryCategory::parameters);
   const std::string text =
       testing::error_of(ErrorKind::kMemory, [&] { memory.allocate(size_t{1} << 60, MemoryCategory::activations); });
-  EXPECT_NE(text.find("[allocate] 1,152,921,504,606,846,976 bytes (1048576.0 TiB) of activations memory on cpu could not be had"),
+  EXPECT_NE(
+      text.find(
+          "[allocate] 1,152,921,504,606,846,976 bytes (1048576.0 TiB) of activations memory on cpu could not be had"),
+      std::string::npos)
+      << text;
+  EXPECT_NE(text.find("  category              now         peak  at total peak\n  parameters        3.0 MiB      3.0 "
+                      "MiB        3.0 MiB"),
             std::string::npos)
       << text;
-  EXPECT_NE(text.find("  category              now         peak  at total peak\n  parameters        3.0 MiB      3.0 MiB        3.0 MiB"), std::string::npos) << text;
   EXPECT_NE(text.find("\n  total             3.0 MiB      3.0 MiB        3.0 MiB\n"), std::string::npos) << text;
   EXPECT_NE(text.find("taken from the system: 32.0 MiB"), std::string::npos) << text;
   EXPECT_NE(text.find("Hint: a smaller micro-batch"), std::string::npos) << text;

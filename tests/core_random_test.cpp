@@ -21,7 +21,8 @@ TEST(Philox, GivesTheKnownAnswers) {
   EXPECT_EQ(philox(0, 0, 0), (Words{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
   EXPECT_EQ(philox(~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}), (Words{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}));
   // Words are little end first: counter 243f6a88 85a308d3 13198a2e 03707344, key a4093822 299f31d0.
-  EXPECT_EQ(philox(0x299f31d0a4093822, 0x85a308d3243f6a88, 0x0370734413198a2e), (Words{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
+  EXPECT_EQ(philox(0x299f31d0a4093822, 0x85a308d3243f6a88, 0x0370734413198a2e),
+            (Words{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
 }
 
 TEST(RandomStream, IsAFunctionOfSeedNameStepAndIndex) {
@@ -49,7 +50,8 @@ TEST(RandomStream, KeysArePinnedSoThatRunsRepeatAcrossVersions) {
   };
   ASSERT_EQ(splitmix(0), 0xE220A8397B1DCDAFu);
   EXPECT_EQ(RandomStream(0, "").key(), splitmix(0xE220A8397B1DCDAFu ^ 0xcbf29ce484222325u));
-  EXPECT_EQ(RandomStream(0, "a").key(), splitmix(0xE220A8397B1DCDAFu ^ 0xaf63dc4c8601ec8cu)) << "fnv1a(\"a\") is published";
+  EXPECT_EQ(RandomStream(0, "a").key(), splitmix(0xE220A8397B1DCDAFu ^ 0xaf63dc4c8601ec8cu))
+      << "fnv1a(\"a\") is published";
 }
 
 TEST(RandomStream, BlocksAreFourConsecutiveWords) {
@@ -196,8 +198,10 @@ TEST(Fill, RoundsEachElementOnceToTheDType) {
 
 TEST(Fill, RefusesWhatItCannotFill) {
   const RandomStream stream(2, "z");
-  EXPECT_ERROR(ErrorKind::kDType, "[fill_normal] takes f32, f64, f16 or bf16, got i64", fill_normal(Tensor::zeros({3}, DType::i64), stream, 0, 1));
-  EXPECT_ERROR(ErrorKind::kValue, "[fill_uniform] fills contiguous tensors", fill_uniform(Tensor::zeros({3, 2}).transpose(0, 1), stream, 0, 1));
+  EXPECT_ERROR(ErrorKind::kDType, "[fill_normal] takes f32, f64, f16 or bf16, got i64",
+               fill_normal(Tensor::zeros({3}, DType::i64), stream, 0, 1));
+  EXPECT_ERROR(ErrorKind::kValue, "[fill_uniform] fills contiguous tensors",
+               fill_uniform(Tensor::zeros({3, 2}).transpose(0, 1), stream, 0, 1));
   Tensor leaf = Tensor::zeros({3});
   leaf.requires_grad_();
   EXPECT_ERROR(ErrorKind::kState, "[fill_normal] would change in place a tensor", fill_normal(leaf, stream, 0, 1));

@@ -100,7 +100,8 @@ TEST(NormalizeDim, CountsNegativeOnesFromTheEnd) {
       EXPECT_EQ(normalize_dim(dim, rank, "x"), dim);
       EXPECT_EQ(normalize_dim(dim - rank, rank, "x"), dim);
     }
-    EXPECT_ERROR(ErrorKind::kIndex, concat("[sum] dimension ", rank, " of a tensor with ", rank, " dimensions; expected one from -", rank),
+    EXPECT_ERROR(ErrorKind::kIndex,
+                 concat("[sum] dimension ", rank, " of a tensor with ", rank, " dimensions; expected one from -", rank),
                  normalize_dim(rank, rank, "sum"));
     EXPECT_ERROR(ErrorKind::kIndex, "[sum] dimension", normalize_dim(-rank - 1, rank, "sum"));
   }
@@ -159,9 +160,11 @@ TEST(Broadcast, AgreesWithTheRuleForEveryPairOfSmallShapes) {
 }
 
 TEST(Broadcast, ErrorNamesShapesAndDimension) {
-  EXPECT_ERROR(ErrorKind::kShape, "[add] shapes [2, 3] and [4, 3] do not broadcast: at dimension -2 sizes 2 and 4 differ",
+  EXPECT_ERROR(ErrorKind::kShape,
+               "[add] shapes [2, 3] and [4, 3] do not broadcast: at dimension -2 sizes 2 and 4 differ",
                broadcast_shapes({2, 3}, {4, 3}, "add"));
-  EXPECT_ERROR(ErrorKind::kShape, "[add] shape [2, 3] does not broadcast to [3]", broadcast_strides({2, 3}, {3, 1}, {3}, "add"));
+  EXPECT_ERROR(ErrorKind::kShape, "[add] shape [2, 3] does not broadcast to [3]",
+               broadcast_strides({2, 3}, {3, 1}, {3}, "add"));
 }
 
 TEST(Broadcast, StridesAreZeroWhereADimensionIsRepeated) {

@@ -77,7 +77,9 @@ std::string random_view(Tensor& tensor, Model& model, Random&& random) {
       Dims order, given;
       for (int d = 0; d < rank; ++d) order.insert(static_cast<int>(random(d + 1)), d);
       Shape to;
-      for (int d = 0; d < rank; ++d) to.push_back(model.shape[static_cast<int>(order[d])]), given.push_back(signed_dim(static_cast<int>(order[d]), rank));
+      for (int d = 0; d < rank; ++d)
+        to.push_back(model.shape[static_cast<int>(order[d])]),
+            given.push_back(signed_dim(static_cast<int>(order[d]), rank));
       tensor = tensor.permute(given);
       model = model.gather(to, [&](const Dims& i) {
         Dims from = i;
@@ -89,7 +91,8 @@ std::string random_view(Tensor& tensor, Model& model, Random&& random) {
     case 2: {
       if (rank == 0) return "";
       const int dim = static_cast<int>(random(rank));
-      const int64_t size = model.shape[dim], start = random(size + 1), stop = start + random(size - start + 1), step = 1 + random(3);
+      const int64_t size = model.shape[dim], start = random(size + 1), stop = start + random(size - start + 1),
+                    step = 1 + random(3);
       Shape to = model.shape;
       to[dim] = 0;
       for (int64_t i = start; i < stop; i += step) ++to[dim];
@@ -257,8 +260,9 @@ TEST(TensorViews, GradientsOfRandomChainsMatchFiniteDifferencesInF64) {
 
 TEST(TensorViews, ShareMemoryWithTheirBase) {
   Tensor x = Tensor::zeros({2, 3, 4});
-  const Tensor views[] = {x.reshape({6, 4}), x.transpose(0, 2),  x.permute({2, 0, 1}), x.slice(1, 0, 3, 2), x.narrow(2, 1, 2),
-                          x.select(0, 1),    x.expand({5, 2, 3, 4}), x.unsqueeze(1),   x.detach(),          x.split(1)[1]};
+  const Tensor views[] = {x.reshape({6, 4}), x.transpose(0, 2), x.permute({2, 0, 1}),   x.slice(1, 0, 3, 2),
+                          x.narrow(2, 1, 2), x.select(0, 1),    x.expand({5, 2, 3, 4}), x.unsqueeze(1),
+                          x.detach(),        x.split(1)[1]};
   for (const Tensor& view : views) EXPECT_EQ(view.storage(), x.storage());
   x.fill_(7);
   for (const Tensor& view : views) {
@@ -325,25 +329,31 @@ TEST(TensorViews, BadArgumentsNameTheFunctionTheValuesAndTheRule) {
   const Tensor x = Tensor::zeros({2, 3, 4});
   EXPECT_ERROR(ErrorKind::kShape, "[reshape] f32 [2, 3, 4] has 24 elements, [5, 5] has 25", x.reshape({5, 5}));
   EXPECT_ERROR(ErrorKind::kShape, "[reshape] at most one size may be -1, got [-1, -1]", x.reshape({-1, -1}));
-  EXPECT_ERROR(ErrorKind::kShape, "[reshape] sizes must not be negative (but for one -1) nor overflow, got [-2, 3]", x.reshape({-2, 3}));
+  EXPECT_ERROR(ErrorKind::kShape, "[reshape] sizes must not be negative (but for one -1) nor overflow, got [-2, 3]",
+               x.reshape({-2, 3}));
   EXPECT_ERROR(ErrorKind::kShape, "which [7, -1] cannot hold for any -1", x.reshape({7, -1}));
   EXPECT_ERROR(ErrorKind::kShape, "cannot hold for any -1", x.reshape({0, -1}));
   EXPECT_ERROR(ErrorKind::kShape, "nor overflow", x.reshape({int64_t{1} << 62, 4}));
-  EXPECT_ERROR(ErrorKind::kIndex, "[transpose] dimension 3 of a tensor with 3 dimensions; expected one from -3 to 2", x.transpose(0, 3));
-  EXPECT_ERROR(ErrorKind::kIndex, "[transpose] dimension 0 of a tensor with 0 dimensions", Tensor::zeros({}).transpose(0, 0));
+  EXPECT_ERROR(ErrorKind::kIndex, "[transpose] dimension 3 of a tensor with 3 dimensions; expected one from -3 to 2",
+               x.transpose(0, 3));
+  EXPECT_ERROR(ErrorKind::kIndex, "[transpose] dimension 0 of a tensor with 0 dimensions",
+               Tensor::zeros({}).transpose(0, 0));
   EXPECT_ERROR(ErrorKind::kShape, "[permute] order [0, 1] must name each of the 3 dimensions once", x.permute({0, 1}));
   EXPECT_ERROR(ErrorKind::kShape, "[permute] order [0, 1, -2] names dimension 1 twice", x.permute({0, 1, -2}));
-  EXPECT_ERROR(ErrorKind::kIndex, "[slice] elements 2 to 1 in steps of 1 of dimension 2 of f32 [2, 3, 4]", x.slice(2, 2, 1));
+  EXPECT_ERROR(ErrorKind::kIndex, "[slice] elements 2 to 1 in steps of 1 of dimension 2 of f32 [2, 3, 4]",
+               x.slice(2, 2, 1));
   EXPECT_ERROR(ErrorKind::kIndex, "[slice] elements 0 to 5", x.slice(2, 0, 5));
   EXPECT_ERROR(ErrorKind::kIndex, "[slice] elements -5 to 2", x.slice(2, -5, 2));
   EXPECT_ERROR(ErrorKind::kIndex, "a step of at least 1", x.slice(2, 0, 2, 0));
-  EXPECT_ERROR(ErrorKind::kIndex, "[narrow] 2 elements from 3 of dimension 2 of f32 [2, 3, 4], which has 4", x.narrow(2, 3, 2));
+  EXPECT_ERROR(ErrorKind::kIndex, "[narrow] 2 elements from 3 of dimension 2 of f32 [2, 3, 4], which has 4",
+               x.narrow(2, 3, 2));
   EXPECT_ERROR(ErrorKind::kIndex, "[narrow]", x.narrow(0, -1, 1));
   EXPECT_ERROR(ErrorKind::kIndex, "[narrow]", x.narrow(0, 0, -1));
   EXPECT_ERROR(ErrorKind::kIndex, "[narrow]", x.narrow(0, 1, std::numeric_limits<int64_t>::max()));
   EXPECT_ERROR(ErrorKind::kIndex, "[select] element 2 of dimension 0 of f32 [2, 3, 4]", x.select(0, 2));
   EXPECT_ERROR(ErrorKind::kIndex, "[select] element -3", x.select(0, -3));
-  EXPECT_ERROR(ErrorKind::kShape, "[expand] shape [2, 3, 4] does not broadcast to [2, 2, 3, 5]", x.expand({2, 2, 3, 5}));
+  EXPECT_ERROR(ErrorKind::kShape, "[expand] shape [2, 3, 4] does not broadcast to [2, 2, 3, 5]",
+               x.expand({2, 2, 3, 5}));
   EXPECT_ERROR(ErrorKind::kShape, "[expand] a size must not be negative, got [-1]", Tensor::zeros({1}).expand({-1}));
   EXPECT_ERROR(ErrorKind::kShape, "[squeeze] dimension 1 of f32 [2, 3, 4] has size 3, not 1", x.squeeze(1));
   EXPECT_ERROR(ErrorKind::kIndex, "[unsqueeze] dimension 4", x.unsqueeze(4));
@@ -355,8 +365,10 @@ TEST(TensorViews, BadArgumentsNameTheFunctionTheValuesAndTheRule) {
 TEST(Cat, RefusesWhatDoesNotFitByKind) {
   const Tensor x = Tensor::zeros({2, 3});
   EXPECT_ERROR(ErrorKind::kValue, "[cat] needs at least one tensor", cat({}));
-  EXPECT_ERROR(ErrorKind::kShape, "[cat] cannot join f32 [2, 3] on cpu and f32 [2, 4] on cpu along dimension 0: all other sizes must be equal",
-               cat({x, Tensor::zeros({2, 4})}));
+  EXPECT_ERROR(
+      ErrorKind::kShape,
+      "[cat] cannot join f32 [2, 3] on cpu and f32 [2, 4] on cpu along dimension 0: all other sizes must be equal",
+      cat({x, Tensor::zeros({2, 4})}));
   EXPECT_ERROR(ErrorKind::kShape, "[cat] cannot join", cat({x, Tensor::zeros({2, 3, 1})}));
   EXPECT_ERROR(ErrorKind::kDType, "dtypes must be equal", cat({x, Tensor::zeros({2, 3}, DType::f64)}));
   EXPECT_ERROR(ErrorKind::kIndex, "[cat] dimension 2", cat({x, x}, 2));
@@ -371,7 +383,8 @@ TEST(Tensor, UndefinedOnesSayWhatTheyAre) {
   EXPECT_FALSE(none.defined());
   EXPECT_EQ(none.describe(), "undefined");
   EXPECT_EQ(concat(none), "undefined");
-  EXPECT_ERROR(ErrorKind::kState, "[tensor] this tensor is undefined (default-constructed or moved from)", none.shape());
+  EXPECT_ERROR(ErrorKind::kState, "[tensor] this tensor is undefined (default-constructed or moved from)",
+               none.shape());
   EXPECT_ERROR(ErrorKind::kState, "undefined", none.to(DType::f32));
   EXPECT_ERROR(ErrorKind::kState, "undefined", Tensor::zeros({1}).copy_(none));
   EXPECT_ERROR(ErrorKind::kState, "undefined", none.requires_grad());
@@ -382,7 +395,8 @@ TEST(Tensor, FactoriesFillEveryDType) {
     const auto dtype = static_cast<DType>(i);
     EXPECT_EQ(Tensor::zeros({2, 3}, dtype).to_vector<double>(), std::vector<double>(6, 0)) << dtype;
     EXPECT_EQ(Tensor::ones({2, 3}, dtype).to_vector<double>(), std::vector<double>(6, 1)) << dtype;
-    EXPECT_EQ(Tensor::full({5}, 6, dtype).to_vector<double>(), std::vector<double>(5, dtype == DType::boolean ? 1 : 6)) << dtype;
+    EXPECT_EQ(Tensor::full({5}, 6, dtype).to_vector<double>(), std::vector<double>(5, dtype == DType::boolean ? 1 : 6))
+        << dtype;
     EXPECT_EQ(Tensor::zeros_like(Tensor::ones({4}, dtype)).dtype(), dtype);
   }
   EXPECT_EQ(Tensor::arange(5).to_vector<int64_t>(), (std::vector<int64_t>{0, 1, 2, 3, 4}));
@@ -393,8 +407,10 @@ TEST(Tensor, FactoriesFillEveryDType) {
 }
 
 TEST(Tensor, FromChecksTheNumberOfValues) {
-  EXPECT_ERROR(ErrorKind::kShape, "[Tensor::from] 3 values do not fill shape [2, 2], which has 4 elements", Tensor::from(std::vector<float>{1, 2, 3}, {2, 2}));
-  EXPECT_ERROR(ErrorKind::kShape, "[Tensor::from] a size must not be negative", Tensor::from(std::vector<float>{1}, {-1, -1}));
+  EXPECT_ERROR(ErrorKind::kShape, "[Tensor::from] 3 values do not fill shape [2, 2], which has 4 elements",
+               Tensor::from(std::vector<float>{1, 2, 3}, {2, 2}));
+  EXPECT_ERROR(ErrorKind::kShape, "[Tensor::from] a size must not be negative",
+               Tensor::from(std::vector<float>{1}, {-1, -1}));
   EXPECT_EQ(Tensor::from(std::vector<int32_t>{4}, {}).item(), 4);
 }
 
@@ -415,12 +431,15 @@ TEST(Tensor, PrintsItsShapeAndFirstValues) {
 }
 
 TEST(Tensor, DevicesThatAreNotThereAreErrors) {
-  EXPECT_ERROR(ErrorKind::kDevice, "[device] there is one CPU device, cpu; got index 1", Tensor::zeros({1}, DType::f32, {DeviceKind::cpu, 1}));
+  EXPECT_ERROR(ErrorKind::kDevice, "[device] there is one CPU device, cpu; got index 1",
+               Tensor::zeros({1}, DType::f32, {DeviceKind::cpu, 1}));
   if (Device::best() == Device::cpu()) {
-    EXPECT_ERROR(ErrorKind::kDevice, "[device] cuda:0 is not available", Tensor::zeros({1}, DType::f32, Device::cuda()));
+    EXPECT_ERROR(ErrorKind::kDevice, "[device] cuda:0 is not available",
+                 Tensor::zeros({1}, DType::f32, Device::cuda()));
     EXPECT_ERROR(ErrorKind::kDevice, "[device] cuda:2 is not available", Tensor::zeros({1}).to(Device::cuda(2)));
   }
-  EXPECT_ERROR(ErrorKind::kDevice, "[device] an index must not be negative, got cuda:-1", Tensor::zeros({1}, DType::f32, Device::cuda(-1)));
+  EXPECT_ERROR(ErrorKind::kDevice, "[device] an index must not be negative, got cuda:-1",
+               Tensor::zeros({1}, DType::f32, Device::cuda(-1)));
   EXPECT_EQ(to_string(Device::cuda(3)), "cuda:3");
   const Tensor x = Tensor::zeros({1});
   EXPECT_TRUE(x.to(Device::cpu()).is_same(x));
@@ -440,19 +459,32 @@ TEST(Tensor, SoleOwnerMeansNoOtherHandleAndNoView) {
 
 /// What a cast should give, in double, which holds every value of these types but large i64.
 double cast_model(double x, DType to) {
-  const auto clamp = [&](double low, double high) { return std::isnan(x) ? 0 : std::trunc(std::min(std::max(x, low), high)); };
+  const auto clamp = [&](double low, double high) {
+    return std::isnan(x) ? 0 : std::trunc(std::min(std::max(x, low), high));
+  };
   switch (to) {
-    case DType::f64: return x;
-    case DType::f32: return static_cast<double>(static_cast<float>(x));
-    case DType::f16: return static_cast<double>(Half(x));
-    case DType::bf16: return static_cast<double>(BFloat16(x));
-    case DType::f8e4m3: return static_cast<double>(Float8E4M3(x));
-    case DType::f8e5m2: return static_cast<double>(Float8E5M2(x));
-    case DType::i32: return clamp(-2147483648.0, 2147483647.0);
-    case DType::i64: return clamp(-0x1p63, 0x1p63);
-    case DType::u8: return clamp(0, 255);
-    case DType::i8: return clamp(-128, 127);
-    case DType::boolean: return x != 0;
+    case DType::f64:
+      return x;
+    case DType::f32:
+      return static_cast<double>(static_cast<float>(x));
+    case DType::f16:
+      return static_cast<double>(Half(x));
+    case DType::bf16:
+      return static_cast<double>(BFloat16(x));
+    case DType::f8e4m3:
+      return static_cast<double>(Float8E4M3(x));
+    case DType::f8e5m2:
+      return static_cast<double>(Float8E5M2(x));
+    case DType::i32:
+      return clamp(-2147483648.0, 2147483647.0);
+    case DType::i64:
+      return clamp(-0x1p63, 0x1p63);
+    case DType::u8:
+      return clamp(0, 255);
+    case DType::i8:
+      return clamp(-128, 127);
+    case DType::boolean:
+      return x != 0;
   }
   return 0;
 }
@@ -460,10 +492,57 @@ double cast_model(double x, DType to) {
 bool equal(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
 
 TEST(Casts, BetweenAllDTypesRoundTruncateAndSaturate) {
-  const std::vector<double> values = {0,    -0.0, 1,     -1,   0.5,   -0.5,  1.5,        2.5,    -2.5,   3.99,   -3.99,   100.25, 127,       128,  -128,
-                                      -129, 255,  256,   300,  448,   464,   465,        57344,  61440,  65504,  65520,   -65520, 1e5,       1e-3, 1e-5,
-                                      6e-8, 1e-8, 1e-40, 1e10, -1e10, 1e20,  -1e20,      3.4e38, 3.5e38, 1e300,  -1e300,  kNaN,   kInfinity, -kInfinity,
-                                      2147483647, 2147483648.0, -2147483649.0, 16777217, 1.00390625, 1.01171875, 1 + 0x1p-8 + 0x1p-40};
+  const std::vector<double> values = {0,
+                                      -0.0,
+                                      1,
+                                      -1,
+                                      0.5,
+                                      -0.5,
+                                      1.5,
+                                      2.5,
+                                      -2.5,
+                                      3.99,
+                                      -3.99,
+                                      100.25,
+                                      127,
+                                      128,
+                                      -128,
+                                      -129,
+                                      255,
+                                      256,
+                                      300,
+                                      448,
+                                      464,
+                                      465,
+                                      57344,
+                                      61440,
+                                      65504,
+                                      65520,
+                                      -65520,
+                                      1e5,
+                                      1e-3,
+                                      1e-5,
+                                      6e-8,
+                                      1e-8,
+                                      1e-40,
+                                      1e10,
+                                      -1e10,
+                                      1e20,
+                                      -1e20,
+                                      3.4e38,
+                                      3.5e38,
+                                      1e300,
+                                      -1e300,
+                                      kNaN,
+                                      kInfinity,
+                                      -kInfinity,
+                                      2147483647,
+                                      2147483648.0,
+                                      -2147483649.0,
+                                      16777217,
+                                      1.00390625,
+                                      1.01171875,
+                                      1 + 0x1p-8 + 0x1p-40};
   const auto n = static_cast<int64_t>(values.size());
   const Tensor source = Tensor::from(values, {n});
   for (int i = 0; i < kDTypeCount; ++i) {
@@ -477,7 +556,8 @@ TEST(Casts, BetweenAllDTypesRoundTruncateAndSaturate) {
       const std::vector<double> got = y.to_vector<double>();
       for (size_t k = 0; k < values.size(); ++k) {
         const double middle = cast_model(values[k], from), want = cast_model(middle, to);
-        EXPECT_TRUE(equal(got[k], want)) << values[k] << ' ' << from << " -> " << to << ": got " << got[k] << ", want " << want;
+        EXPECT_TRUE(equal(got[k], want)) << values[k] << ' ' << from << " -> " << to << ": got " << got[k] << ", want "
+                                         << want;
       }
       // The same through strides, which is other code.
       const Tensor strided = cat({x.unsqueeze(1), x.unsqueeze(1)}, 1).select(1, 1).to(to);
@@ -490,8 +570,10 @@ TEST(Casts, BetweenAllDTypesRoundTruncateAndSaturate) {
 TEST(Casts, LargeWholeNumbersKeepEveryBitAndSaturate) {
   const int64_t most = std::numeric_limits<int64_t>::max(), least = std::numeric_limits<int64_t>::min();
   const Tensor x = Tensor::from(std::vector<int64_t>{most, least, most - 1, (int64_t{1} << 53) + 1}, {4});
-  EXPECT_EQ(x.transpose(0, 0).to_vector<int64_t>(), (std::vector<int64_t>{most, least, most - 1, (int64_t{1} << 53) + 1}));
-  EXPECT_EQ(x.to(DType::i32).to_vector<int32_t>(), (std::vector<int32_t>{2147483647, -2147483647 - 1, 2147483647, 2147483647}));
+  EXPECT_EQ(x.transpose(0, 0).to_vector<int64_t>(),
+            (std::vector<int64_t>{most, least, most - 1, (int64_t{1} << 53) + 1}));
+  EXPECT_EQ(x.to(DType::i32).to_vector<int32_t>(),
+            (std::vector<int32_t>{2147483647, -2147483647 - 1, 2147483647, 2147483647}));
   EXPECT_EQ(x.to(DType::u8).to_vector<uint8_t>(), (std::vector<uint8_t>{255, 0, 255, 255}));
   EXPECT_EQ(x.to(DType::f32).to_vector<float>()[3], 9007199254740992.0f);
   const Tensor bounds = Tensor::from(std::vector<double>{1e19, -1e19}, {2});
@@ -546,7 +628,8 @@ TEST(InPlace, CopyBetweenOverlappingViewsReadsBeforeItWrites) {
 
 TEST(InPlace, NeverBroadcasts) {
   Tensor x = Tensor::zeros({2, 3});
-  EXPECT_ERROR(ErrorKind::kShape, "[copy_] the source is f32 [3], the target f32 [2, 3]; shapes must be equal in place. Hint: expand()",
+  EXPECT_ERROR(ErrorKind::kShape,
+               "[copy_] the source is f32 [3], the target f32 [2, 3]; shapes must be equal in place. Hint: expand()",
                x.copy_(Tensor::ones({3})));
   x.copy_(Tensor::from(std::vector<float>{1, 2, 3}, {3}).expand({2, 3}));
   EXPECT_EQ(x.to_vector<float>(), (std::vector<float>{1, 2, 3, 1, 2, 3}));
@@ -554,7 +637,8 @@ TEST(InPlace, NeverBroadcasts) {
 
 TEST(InPlace, IsRefusedOnExpandedTensors) {
   const Tensor x = Tensor::zeros({3, 1});
-  EXPECT_ERROR(ErrorKind::kState, "[fill_] would change in place a tensor (f32 [3, 4]) whose dimension 1 is expanded", x.expand({3, 4}).fill_(1));
+  EXPECT_ERROR(ErrorKind::kState, "[fill_] would change in place a tensor (f32 [3, 4]) whose dimension 1 is expanded",
+               x.expand({3, 4}).fill_(1));
   EXPECT_ERROR(ErrorKind::kState, "[copy_] would change in place", x.expand({3, 4}).copy_(Tensor::ones({3, 4})));
   EXPECT_EQ(x.to_vector<float>(), std::vector<float>(3, 0));
   x.expand({1, 3, 1}).fill_(2);
@@ -564,7 +648,8 @@ TEST(InPlace, IsRefusedOnExpandedTensors) {
 TEST(InPlace, IsRefusedWhereAGradientWouldGetLost) {
   Tensor leaf = Tensor::zeros({2, 2});
   leaf.requires_grad_();
-  EXPECT_ERROR(ErrorKind::kState, "[fill_] would change in place a tensor (f32 [2, 2]) that takes part in a graph", leaf.fill_(1));
+  EXPECT_ERROR(ErrorKind::kState, "[fill_] would change in place a tensor (f32 [2, 2]) that takes part in a graph",
+               leaf.fill_(1));
   EXPECT_ERROR(ErrorKind::kState, "[copy_] would change in place", leaf.copy_(Tensor::ones({2, 2})));
   EXPECT_ERROR(ErrorKind::kState, "[fill_] would change in place", leaf.transpose(0, 1).fill_(1));
   Tensor plain = Tensor::zeros({2, 2});
@@ -592,21 +677,24 @@ TEST(InPlace, EveryChangeIsCountedAndNamed) {
 
 TEST(Tensor, RequiresGradIsForFloatLeaves) {
   Tensor whole = Tensor::zeros({2}, DType::i64);
-  EXPECT_ERROR(ErrorKind::kDType, "[requires_grad_] only float tensors have gradients, got i64 [2]", whole.requires_grad_());
+  EXPECT_ERROR(ErrorKind::kDType, "[requires_grad_] only float tensors have gradients, got i64 [2]",
+               whole.requires_grad_());
   Tensor leaf = Tensor::zeros({2});
   EXPECT_FALSE(leaf.requires_grad());
   EXPECT_TRUE(leaf.requires_grad_().requires_grad());
   Tensor view = leaf.reshape({1, 2});
   EXPECT_TRUE(view.requires_grad());
   EXPECT_FALSE(view.is_leaf());
-  EXPECT_ERROR(ErrorKind::kState, "this tensor was computed by [reshape]. Hint: detach() it first", view.requires_grad_(false));
+  EXPECT_ERROR(ErrorKind::kState, "this tensor was computed by [reshape]. Hint: detach() it first",
+               view.requires_grad_(false));
   EXPECT_FALSE(leaf.to(DType::i64).requires_grad());
   EXPECT_FALSE(leaf.requires_grad_(false).requires_grad());
 }
 
 TEST(Tensor, SetGradChecksShapeDTypeAndDevice) {
   const Tensor x = Tensor::zeros({2, 3});
-  EXPECT_ERROR(ErrorKind::kShape, "[set_grad] the gradient is f32 [3] on cpu, the tensor f32 [2, 3] on cpu", x.set_grad(Tensor::zeros({3})));
+  EXPECT_ERROR(ErrorKind::kShape, "[set_grad] the gradient is f32 [3] on cpu, the tensor f32 [2, 3] on cpu",
+               x.set_grad(Tensor::zeros({3})));
   EXPECT_ERROR(ErrorKind::kShape, "[set_grad]", x.set_grad(Tensor::zeros({2, 3}, DType::f64)));
   EXPECT_FALSE(x.grad().defined());
   x.set_grad(Tensor::ones({2, 3}));

@@ -117,7 +117,8 @@ TEST_F(ThreadPool, NestedCallsRunInlineAndCompletely) {
 
 TEST_F(ThreadPool, AnExceptionFromANestedCallArrivesToo) {
   set_num_threads(3);
-  EXPECT_THROW(parallel_tasks(4, [](int64_t) { parallel_tasks(4, [](int64_t) { throw std::domain_error("inner"); }); }), std::domain_error);
+  EXPECT_THROW(parallel_tasks(4, [](int64_t) { parallel_tasks(4, [](int64_t) { throw std::domain_error("inner"); }); }),
+               std::domain_error);
 }
 
 TEST_F(ThreadPool, CallersOnManyThreadsAreAllServed) {
@@ -152,8 +153,9 @@ TEST_F(ThreadPool, AtLeastOneProcessorIsAvailable) {
 /// What a fresh process prints for the disabled test below under a setting of WEFT_NUM_THREADS.
 std::string child(const std::string& setting) {
   const std::string self = std::filesystem::read_symlink("/proc/self/exe").string();
-  const std::string command = "env " + setting + " '" + self +
-                              "' --gtest_also_run_disabled_tests --gtest_filter=ThreadPoolChild.DISABLED_PrintsItsThreads 2>&1";
+  const std::string command =
+      "env " + setting + " '" + self +
+      "' --gtest_also_run_disabled_tests --gtest_filter=ThreadPoolChild.DISABLED_PrintsItsThreads 2>&1";
   FILE* pipe = popen(command.c_str(), "r");
   if (pipe == nullptr) return "no child";
   std::string out;
@@ -185,7 +187,9 @@ TEST(ThreadPoolEnvironment, UnsetOrEmptyMeansTheAvailableProcessors) {
 TEST(ThreadPoolEnvironment, NonsenseIsAUsageErrorThatQuotesIt) {
   for (const std::string bad : {"0", "-2", "many", "2x", "1025", "99999999999999999999"}) {
     const std::string out = child("WEFT_NUM_THREADS=" + bad);
-    EXPECT_NE(out.find("kind=usage [WEFT_NUM_THREADS] must be a whole number from 1 to 1024, got \"" + bad + "\""), std::string::npos) << out;
+    EXPECT_NE(out.find("kind=usage [WEFT_NUM_THREADS] must be a whole number from 1 to 1024, got \"" + bad + "\""),
+              std::string::npos)
+        << out;
   }
 }
 

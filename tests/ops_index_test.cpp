@@ -61,6 +61,20 @@ TEST(Embedding, TakesRowsByNumber) {
   for (size_t i = 0; i < got.size(); ++i) EXPECT_EQ(got[i], rows[want[i / 3] * 3 + i % 3]) << i;
 }
 
+TEST(Embedding, CopiesExactlyWhateverTheSizeOfARowAndOfTheResult) {
+  // 12000 rows of 768 f32 are more than the cache: they are written past it.
+  for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{{12000, 768}, {40, 16}, {40, 17}, {40, 33}, {1, 1}}) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      const Tensor table = random({53, columns}, dtype, "table"), ids = random_indices({rows}, 53);
+      const Tensor y = embedding(ids, table);
+      const std::vector<int64_t> numbers = ids.to_vector<int64_t>();
+      for (int64_t i = 0; i < rows; ++i) {
+        ASSERT_TRUE(same_bits(y.narrow(0, i, 1), table.narrow(0, numbers[static_cast<size_t>(i)], 1))) << rows << " x " << columns << ' ' << i;
+      }
+    }
+  }
+}
+
 /// Sums of rows of dy in their order, in the type that the kernel adds in, rounded once.
 template <class A>
 Tensor scatter(const Tensor& dy, const std::vector<int64_t>& ids, int64_t rows, int64_t columns) {

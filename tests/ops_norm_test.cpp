@@ -230,6 +230,26 @@ TEST(Norms, HaveTheSameBitsOnAnyNumberOfThreads) {
   set_num_threads(before);
 }
 
+TEST(Norms, HaveTheSameBitsInATensorLargerThanTheCache) {
+  // Large results are written past the caches by kernels of their own.
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    const int64_t rows = dtype == DType::f32 ? 12000 : 24000;
+    const auto repeated = [&](const char* name) { return random({1, 60, 768}, dtype, name).expand({rows / 60, 60, 768}).reshape({rows, 768}); };
+    const Tensor x = leaf(repeated("x")), residual = repeated("r");
+    const Tensor weight = random({768}, dtype, "w"), bias = random({768}, dtype, "b");
+    const ResidualNorm whole = residual_layer_norm(x, residual, weight, bias);
+    autograd::backward({whole.normed, whole.sum}, {residual, residual});
+    for (const int64_t row : {int64_t{0}, int64_t{5001}, rows - 33}) {
+      const Tensor part = leaf(x.detach().narrow(0, row, 33)), added = residual.narrow(0, row, 33);
+      const ResidualNorm some = residual_layer_norm(part, added, weight, bias);
+      autograd::backward({some.normed, some.sum}, {added, added});
+      EXPECT_TRUE(same_bits(whole.sum.narrow(0, row, 33), some.sum)) << dtype;
+      EXPECT_TRUE(same_bits(whole.normed.narrow(0, row, 33), some.normed)) << dtype;
+      EXPECT_TRUE(same_bits(x.grad().narrow(0, row, 33), part.grad())) << dtype;
+    }
+  }
+}
+
 TEST(Norms, CarryANanToItsRowOnly) {
   Tensor x = random({3, 40}, DType::f32, "x");
   x.data<float>()[40 + 7] = NAN;

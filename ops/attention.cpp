@@ -1,0 +1,212 @@
+#include "ops/attention.h"
+
+#include <cmath>
+
+#include "core/autograd.h"
+#include "ops/attention_kernels.h"
+#include "ops/launch.h"
+
+namespace weft {
+namespace {
+
+using autograd::BackwardContext;
+
+void check_float(const char* op, const Tensor& x) {
+  dispatch_float(x.dtype(), op, []<class T>() {});
+}
+
+/// The tensor with unit stride in its last dimension; a copy only if it has another.
+Tensor with_unit_stride(const Tensor& x) { return x.strides().back() == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
+
+/// A tensor [B, T, H, D], or such columns of a packed one from `column` on, as the kernels take it.
+template <class T>
+HeadView<T> heads_of(const Tensor& x, int64_t column = 0, int64_t head_size = 0) {
+  T* data = static_cast<T*>(x.raw()) + column;
+  const int64_t head = x.rank() == 4 ? x.strides()[2] : head_size;
+  return {data, x.strides()[0], head, x.strides()[1]};
+}
+
+DType sum_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+Tensor empty_lse(const AttentionShape& s, const Tensor& like) {
+  return Tensor::empty({s.batch, s.heads, s.queries}, sum_dtype(like.dtype()), like.device());
+}
+
+/// Memory for sums that are added up afterwards; undefined if the kernel needs none.
+Tensor empty_partials(const AttentionShape& s, const Tensor& like) {
+  const int64_t count = attention_partials(s);
+  const MemoryScope scope(MemoryCategory::workspace);
+  return count == 0 ? Tensor() : Tensor::empty({count}, sum_dtype(like.dtype()), like.device());
+}
+
+template <class T>
+Accumulate<T>* data_or_null(const Tensor& x) {
+  return x.defined() ? x.data<Accumulate<T>>() : nullptr;
+}
+
+/// @throws Error unless [B, T, heads * D] or [B, heads, T, D] with sizes that can be attended to.
+void check_heads(const char* name, const Tensor& x, int64_t heads) {
+  if (x.rank() == 4 ? x.size(1) == heads && x.size(3) > 0 : x.rank() == 3 && x.size(2) > 0 && x.size(2) % heads == 0)
+    return;
+  fail(ErrorKind::kShape, "attention", name, " must be [B, T, heads * D] or [B, heads, T, D] with ", heads,
+       " heads and D > 0, got ", x.describe());
+}
+
+/// [B, T, heads * D] or [B, heads, T, D] as [B, T, heads, D].
+Tensor by_tokens(const Tensor& x, int64_t heads) {
+  if (x.rank() == 4) return with_unit_stride(x.transpose(1, 2));
+  return with_unit_stride(x).reshape({x.size(0), x.size(1), heads, x.size(2) / heads});
+}
+
+void check_options(const AttentionOptions& o, int64_t kv_heads) {
+  constexpr const char* kOp = "attention";
+  if (o.heads < 1 || kv_heads < 1) {
+    fail(ErrorKind::kValue, kOp, "heads and kv_heads must be at least 1, got ", o.heads, " and ", o.kv_heads);
+  }
+  if (o.heads % kv_heads != 0) {
+    fail(ErrorKind::kValue, kOp, "kv_heads must divide heads, got kv_heads = ", kv_heads, " and heads = ", o.heads);
+  }
+  if (o.query_offset < 0) fail(ErrorKind::kValue, kOp, "query_offset must not be negative, got ", o.query_offset);
+  if (o.scale && !std::isfinite(*o.scale)) fail(ErrorKind::kValue, kOp, "scale must be finite, got ", *o.scale);
+}
+
+/// Checks everything about a call of attention() and says what the kernels need to know.
+AttentionShape check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& o) {
+  constexpr const char* kOp = "attention";
+  const int64_t kv_heads = o.kv_heads == 0 ? o.heads : o.kv_heads;
+  check_options(o, kv_heads);
+  check_same(kOp, {&q, &k, &v});
+  check_float(kOp, q);
+  check_heads("q", q, o.heads);
+  check_heads("k", k, kv_heads);
+  const bool packed = q.rank() == 3;
+  const int64_t head_size = packed ? q.size(2) / o.heads : q.size(3), queries = q.size(packed ? 1 : 2);
+  const int64_t keys = k.size(k.rank() - 2);
+  const int64_t k_head_size = k.rank() == 3 ? k.size(2) / kv_heads : k.size(3);
+  if (k.rank() != q.rank() || k.size(0) != q.size(0) || k_head_size != head_size) {
+    fail(ErrorKind::kShape, kOp, "q and k must have the same number of dimensions, batch and head size: q is ",
+         q.describe(), " with ", o.heads, " heads of ", head_size, ", k is ", k.describe(), " with ", kv_heads,
+         " heads of ", k_head_size);
+  }
+  if (!(v.shape() == k.shape())) {
+    fail(ErrorKind::kShape, kOp, "k and v must have the same shape: k is ", k.describe(), ", v is ", v.describe());
+  }
+  if (keys == 0 && queries > 0)
+    fail(ErrorKind::kShape, kOp, "there must be a key to attend to: q is ", q.describe(), ", k is ", k.describe());
+  return {.batch = q.size(0),
+          .heads = o.heads,
+          .kv_heads = kv_heads,
+          .queries = queries,
+          .keys = keys,
+          .head_size = head_size,
+          .causal = o.causal,
+          .query_offset = o.query_offset,
+          .scale = o.scale.value_or(1 / std::sqrt(static_cast<double>(head_size)))};
+}
+
+}  // namespace
+
+Tensor causal_attention(const Tensor& qkv, int64_t heads) {
+  constexpr const char* kOp = "causal_attention";
+  check_float(kOp, qkv);
+  if (heads < 1) fail(ErrorKind::kValue, kOp, "heads must be at least 1, got ", heads);
+  if (qkv.rank() != 3 || qkv.size(2) == 0 || qkv.size(2) % 3 != 0) {
+    fail(ErrorKind::kShape, kOp, "qkv must be [B, T, 3 C], got ", qkv.describe());
+  }
+  const int64_t channels = qkv.size(2) / 3;
+  if (channels % heads != 0) {
+    fail(ErrorKind::kShape, kOp, "heads must divide C: qkv is ", qkv.describe(), ", so C = ", channels,
+         "; heads = ", heads);
+  }
+  const int64_t head_size = channels / heads;
+  const AttentionShape shape = {.batch = qkv.size(0),
+                                .heads = heads,
+                                .kv_heads = heads,
+                                .queries = qkv.size(1),
+                                .keys = qkv.size(1),
+                                .head_size = head_size,
+                                .scale = 1 / std::sqrt(static_cast<double>(head_size))};
+  const Tensor packed = with_unit_stride(qkv);
+  Tensor out = Tensor::empty({shape.batch, shape.queries, channels}, qkv.dtype(), qkv.device());
+  const Tensor lse = empty_lse(shape, qkv);
+  launch(qkv.device(), kOp, [&](auto device) {
+    dispatch_float(qkv.dtype(), kOp, [&]<class T>() {
+      attention_forward<T>(device, {.shape = shape,
+                                    .q = heads_of<const T>(packed, 0, head_size),
+                                    .k = heads_of<const T>(packed, channels, head_size),
+                                    .v = heads_of<const T>(packed, 2 * channels, head_size),
+                                    .out = heads_of<T>(out, 0, head_size),
+                                    .lse = lse.data<Accumulate<T>>()});
+    });
+  });
+  autograd::record(kOp, {packed}, {out}, {packed, out, lse}, [shape](BackwardContext& context) {
+    const Tensor qkv = context.saved(0), out = context.saved(1), lse = context.saved(2);
+    const Tensor dout = with_unit_stride(context.grad());
+    const Tensor dqkv = Tensor::empty(qkv.shape(), qkv.dtype(), qkv.device()), partials = empty_partials(shape, qkv);
+    const int64_t channels = qkv.size(2) / 3, head_size = shape.head_size;
+    launch(qkv.device(), kOp, [&](auto device) {
+      dispatch_float(qkv.dtype(), kOp, [&]<class T>() {
+        attention_backward<T>(device, {.shape = shape,
+                                       .q = heads_of<const T>(qkv, 0, head_size),
+                                       .k = heads_of<const T>(qkv, channels, head_size),
+                                       .v = heads_of<const T>(qkv, 2 * channels, head_size),
+                                       .out = heads_of<const T>(out, 0, head_size),
+                                       .dout = heads_of<const T>(dout, 0, head_size),
+                                       .lse = lse.data<Accumulate<T>>(),
+                                       .dq = heads_of<T>(dqkv, 0, head_size),
+                                       .dk = heads_of<T>(dqkv, channels, head_size),
+                                       .dv = heads_of<T>(dqkv, 2 * channels, head_size),
+                                       .partials = data_or_null<T>(partials)});
+      });
+    });
+    context.set(0, dqkv);
+  });
+  return out;
+}
+
+Tensor attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const AttentionOptions& options) {
+  constexpr const char* kOp = "attention";
+  const AttentionShape shape = check_attention(q_, k_, v_, options);
+  const Tensor q = by_tokens(q_, shape.heads), k = by_tokens(k_, shape.kv_heads), v = by_tokens(v_, shape.kv_heads);
+  const Tensor out = Tensor::empty({shape.batch, shape.queries, shape.heads, shape.head_size}, q.dtype(), q.device());
+  const Tensor lse = empty_lse(shape, q);
+  launch(q.device(), kOp, [&](auto device) {
+    dispatch_float(q.dtype(), kOp, [&]<class T>() {
+      attention_forward<T>(device, {.shape = shape,
+                                    .q = heads_of<const T>(q),
+                                    .k = heads_of<const T>(k),
+                                    .v = heads_of<const T>(v),
+                                    .out = heads_of<T>(out),
+                                    .lse = lse.data<Accumulate<T>>()});
+    });
+  });
+  autograd::record(kOp, {q, k, v}, {out}, {q, k, v, out, lse}, [shape](BackwardContext& context) {
+    const Tensor q = context.saved(0), k = context.saved(1), v = context.saved(2), out = context.saved(3),
+                 lse = context.saved(4);
+    const Tensor dout = with_unit_stride(context.grad());
+    const auto gradient_of = [](const Tensor& x) { return Tensor::empty(x.shape(), x.dtype(), x.device()); };
+    const Tensor dq = gradient_of(q), dk = gradient_of(k), dv = gradient_of(v), partials = empty_partials(shape, q);
+    launch(q.device(), kOp, [&](auto device) {
+      dispatch_float(q.dtype(), kOp, [&]<class T>() {
+        attention_backward<T>(device, {.shape = shape,
+                                       .q = heads_of<const T>(q),
+                                       .k = heads_of<const T>(k),
+                                       .v = heads_of<const T>(v),
+                                       .out = heads_of<const T>(out),
+                                       .dout = heads_of<const T>(dout),
+                                       .lse = lse.data<Accumulate<T>>(),
+                                       .dq = heads_of<T>(dq),
+                                       .dk = heads_of<T>(dk),
+                                       .dv = heads_of<T>(dv),
+                                       .partials = data_or_null<T>(partials)});
+      });
+    });
+    for (int i = 0; i < 3; ++i) {
+      if (context.needs(i)) context.set(i, i == 0 ? dq : i == 1 ? dk : dv);
+    }
+  });
+  return q_.rank() == 4 ? out.transpose(1, 2)
+                        : out.reshape({shape.batch, shape.queries, shape.heads * shape.head_size});
+}
+
+}  // namespace weft
