@@ -37,6 +37,7 @@ class StepBench {
  public:
   explicit StepBench(const StepShape& shape)
       : shape_(shape),
+        bound_(models::step_bound(shape.config, tokens(), models::machine_speed())),
         gpt_(shape.config, Device::cpu(), 1),
         optimizer_(gpt_.parameters(), {.beta2 = 0.95, .weight_decay = 0.1, .clip_norm = 1.0}),
         loader_(random_tokens(shape), {.batch = shape.batch, .context = shape.config.context, .prefetch = 0}),
@@ -44,7 +45,7 @@ class StepBench {
 
   models::StepMetrics step() { return trainer_.step(); }
   int64_t tokens() const { return shape_.batch * shape_.config.context; }
-  models::StepBound bound() const { return models::step_bound(shape_.config, tokens(), models::machine_speed()); }
+  const models::StepBound& bound() const { return bound_; }
 
  private:
   static std::shared_ptr<text::TokenVector> random_tokens(const StepShape& shape) {
@@ -55,6 +56,7 @@ class StepBench {
   }
 
   StepShape shape_;
+  models::StepBound bound_;  // first: it may measure the machine, in memory that is then free
   models::Gpt gpt_;
   optim::Adam optimizer_;
   text::Loader loader_;
@@ -121,7 +123,7 @@ int bench_step(std::span<const std::string> args) {
     optimizer.push_back(t.optimizer);
   }
   const double seconds = median(total);
-  const models::StepBound bound = bench.bound();
+  const models::StepBound& bound = bench.bound();
   std::printf("shape %s, %d threads, median of %lld steps: %.2f ms (forward %.2f, backward %.2f, optimizer %.2f), best %.2f ms\n", shape.c_str(), num_threads(),
               static_cast<long long>(steps), seconds * 1e3, median(forward) * 1e3, median(backward) * 1e3, median(optimizer) * 1e3,
               *std::min_element(total.begin(), total.end()) * 1e3);

@@ -54,6 +54,10 @@ std::string grouped(int64_t value);
 
 /// `text` in double quotes with control characters and invalid UTF-8 escaped, cut after `limit` bytes: for messages.
 std::string quoted(std::string_view text, size_t limit = 80);
+// For std::string arguments, argument-dependent lookup also finds std::quoted, which would be the better match.
+inline std::string quoted(const std::string& text, size_t limit = 80) { return quoted(std::string_view(text), limit); }
+inline std::string quoted(std::string& text, size_t limit = 80) { return quoted(std::string_view(text), limit); }
+inline std::string quoted(const char* text, size_t limit = 80) { return quoted(std::string_view(text), limit); }
 
 /// The member of `candidates` closest to `word` in edit distance, as "; did you mean \"...\"?", or "" if none is close.
 template <class Strings>

@@ -164,7 +164,9 @@ HWY_INLINE V exp2(D d, V x) {
     p = hn::MulAdd(p, f, hn::Set(d, 0x1.ebfbe4p-3f));
     p = hn::MulAdd(p, f, hn::Set(d, 0x1.62e43p-1f));
     p = hn::MulAdd(p, f, hn::Set(d, 1.0f));
-    return hn::IfThenZeroElse(tiny, hn::BitCast(d, hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(n))));
+    // A product, not an addition to the exponent: that could turn a NaN into a number.
+    const V power = hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(n, hn::Set(di, 127))));
+    return hn::IfThenZeroElse(tiny, hn::Mul(p, power));
   } else {
     const V y = hn::Exp(d, hn::Mul(x, hn::Set(d, T(kLn2))));
     return hn::IfThenElse(hn::IsNaN(x), x, hn::IfThenZeroElse(tiny, y));

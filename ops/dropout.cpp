@@ -105,7 +105,8 @@ void dropout_piece(const T* x, T* y, int64_t count, uint64_t threshold, Accumula
 }
 
 const DropoutTable* dropout_table() {
-  static constexpr DropoutTable kTable{dropout_piece<float>, dropout_piece<double>, dropout_piece<Half>, dropout_piece<BFloat16>};
+  static constexpr DropoutTable kTable{dropout_piece<float>, dropout_piece<double>, dropout_piece<Half>,
+                                       dropout_piece<BFloat16>};
   return &kTable;
 }
 
@@ -152,7 +153,9 @@ Tensor dropout(const Tensor& x, double p, RandomStream stream, bool training, ui
   }
   autograd::record(
       kOp, {x}, {out}, {},
-      [p, stream, first](autograd::BackwardContext& context) { context.set(0, dropout(context.grad(), p, stream, true, first)); },
+      [p, stream, first](autograd::BackwardContext& context) {
+        context.set(0, dropout(context.grad(), p, stream, true, first));
+      },
       autograd::Rule::kDifferentiable);
   return out;
 }

@@ -25,10 +25,10 @@ class Traced {
   /// dy times this.
   Tensor times(const Tensor& dy) const { return tensor_.defined() ? mul(dy, tensor_) : mul(dy, number_); }
 
-#define WEFT_TRACED_BINARY(op, function)                                                         \
-  friend Traced operator op(const Traced& a, const Traced& b) {                                  \
-    if (!a.tensor_.defined() && !b.tensor_.defined()) return Traced(a.number_ op b.number_);     \
-    if (!a.tensor_.defined()) return Traced(a.number_ op b.tensor_);                             \
+#define WEFT_TRACED_BINARY(op, function)                                                                  \
+  friend Traced operator op(const Traced& a, const Traced& b) {                                           \
+    if (!a.tensor_.defined() && !b.tensor_.defined()) return Traced(a.number_ op b.number_);              \
+    if (!a.tensor_.defined()) return Traced(a.number_ op b.tensor_);                                      \
     return Traced(b.tensor_.defined() ? function(a.tensor_, b.tensor_) : function(a.tensor_, b.number_)); \
   }
   WEFT_TRACED_BINARY(+, add)
@@ -36,9 +36,7 @@ class Traced {
   WEFT_TRACED_BINARY(*, mul)
   WEFT_TRACED_BINARY(/, div)
 #undef WEFT_TRACED_BINARY
-  friend Traced operator-(const Traced& x) {
-    return x.tensor_.defined() ? Traced(neg(x.tensor_)) : Traced(-x.number_);
-  }
+  friend Traced operator-(const Traced& x) { return x.tensor_.defined() ? Traced(neg(x.tensor_)) : Traced(-x.number_); }
   friend Traced exp(const Traced& x) { return Traced(weft::exp(x.tensor_)); }
   friend Traced sin(const Traced& x) { return Traced(weft::sin(x.tensor_)); }
   friend Traced cos(const Traced& x) { return Traced(weft::cos(x.tensor_)); }
@@ -161,7 +159,8 @@ template <class Op>
 Tensor extreme(const Tensor& a, double b, Tensor (*first)(const Tensor&, double)) {
   return with_number<Op>(
       a, b,
-      [b, first](BackwardContext& context) { context.set(0, where(first(context.saved(0), b), context.grad(), 0)); }, true);
+      [b, first](BackwardContext& context) { context.set(0, where(first(context.saved(0), b), context.grad(), 0)); },
+      true);
 }
 
 void pass(BackwardContext& context) { context.set(0, context.grad()); }
@@ -189,8 +188,9 @@ Tensor sub(const Tensor& a, const Tensor& b) {
 Tensor sub(const Tensor& a, double b) { return with_number<scalar_math::Sub>(a, b, pass); }
 Tensor sub(double a, const Tensor& b) {
   Tensor y = apply<scalar_math::Sub>(a, b);
-  autograd::record("sub", {b}, {y}, {}, [](BackwardContext& context) { context.set(0, neg(context.grad())); },
-                   Rule::kDifferentiable);
+  autograd::record(
+      "sub", {b}, {y}, {}, [](BackwardContext& context) { context.set(0, neg(context.grad())); },
+      Rule::kDifferentiable);
   return y;
 }
 
@@ -255,9 +255,7 @@ Tensor source_of_change(const char* op, const Tensor& x, const Tensor& y) {
 }
 
 /// A tensor that reads `y` after x has been written must not share memory with x in another order.
-bool same_elements(const Tensor& x, const Tensor& y) {
-  return x.raw() == y.raw() && x.strides() == y.strides();
-}
+bool same_elements(const Tensor& x, const Tensor& y) { return x.raw() == y.raw() && x.strides() == y.strides(); }
 
 Tensor apart(const Tensor& x, const Tensor& y) {
   return x.storage() == y.storage() && !same_elements(x, y) ? y.clone() : y;

@@ -13,8 +13,8 @@ inline void check_float(const char* op, const Tensor& x) {
 /// @throws Error kDevice.
 inline void check_device(const char* op, const Tensor& a, const Tensor& b) {
   if (a.device() == b.device()) return;
-  fail(ErrorKind::kDevice, op, "tensors must be on one device, got ", a.describe(), " on ", a.device(), " and ", b.describe(),
-       " on ", b.device());
+  fail(ErrorKind::kDevice, op, "tensors must be on one device, got ", a.describe(), " on ", a.device(), " and ",
+       b.describe(), " on ", b.device());
 }
 
 /// x read as `shape`.

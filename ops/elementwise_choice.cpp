@@ -49,7 +49,8 @@ struct Choice {
 
 Tensor chosen(const Tensor& condition, const Choice& a, const Choice& b) {
   if (condition.dtype() != DType::boolean) {
-    fail(ErrorKind::kDType, "where", "the condition must be bool, got ", condition.describe(), ". Hint: compare it, as in gt(x, 0)");
+    fail(ErrorKind::kDType, "where", "the condition must be bool, got ", condition.describe(),
+         ". Hint: compare it, as in gt(x, 0)");
   }
   Shape shape = condition.shape();
   for (const Tensor* tensor : {&a.tensor, &b.tensor}) {
@@ -74,7 +75,7 @@ Tensor chosen(const Tensor& condition, const Choice& a, const Choice& b) {
 
 }  // namespace
 
-#define WEFT_COMPARISON(function, comparison)                                                                   \
+#define WEFT_COMPARISON(function, comparison)                                                                     \
   Tensor function(const Tensor& a, const Tensor& b) { return compared(#function, Comparison::comparison, a, b); } \
   Tensor function(const Tensor& a, double b) { return compared(#function, Comparison::comparison, a, b); }
 WEFT_COMPARISON(eq, kEq)
@@ -99,7 +100,8 @@ Tensor where(const Tensor& condition, double a, const Tensor& b) {
 
 Tensor masked_fill(const Tensor& x, const Tensor& mask, double value) {
   if (!broadcastable_to(mask.shape(), x.shape())) {
-    fail(ErrorKind::kShape, "masked_fill", "the mask must broadcast to x: x is ", x.describe(), ", the mask ", mask.describe());
+    fail(ErrorKind::kShape, "masked_fill", "the mask must broadcast to x: x is ", x.describe(), ", the mask ",
+         mask.describe());
   }
   return where(mask, value, x);
 }

@@ -97,7 +97,8 @@ void rows_f64(const StridedView& y, const std::array<const Operand*, N>& operand
   walk.run([&](const auto& at, int64_t n) {
     std::array<const double*, N> from;
     for (size_t i = 0; i < N; ++i) {
-      from[i] = operands[i]->is_number ? &operands[i]->number : static_cast<const double*>(operands[i]->view.data) + at[i + 1];
+      from[i] = operands[i]->is_number ? &operands[i]->number
+                                       : static_cast<const double*>(operands[i]->view.data) + at[i + 1];
     }
     double* to = static_cast<double*>(y.data) + at[0];
     for (int64_t k = 0; k < n; ++k) {
@@ -157,8 +158,8 @@ void add_scaled(Cpu, const StridedView& y, const Operand& a, const Operand& b, d
       [alpha](const auto& in) { return in[0] + alpha * in[1]; });
 }
 
-#define WEFT_UNARY(Op, function)                                                        \
-  template void unary<scalar_math::Op>(Cpu, const StridedView&, const Operand&);        \
+#define WEFT_UNARY(Op, function)                                                 \
+  template void unary<scalar_math::Op>(Cpu, const StridedView&, const Operand&); \
   template void unary_backward<scalar_math::Op>(Cpu, const StridedView&, const Operand&, const Operand&);
 #define WEFT_BINARY(Op, function) \
   template void binary<scalar_math::Op>(Cpu, const StridedView&, const Operand&, const Operand&);
@@ -186,7 +187,8 @@ void compare_rows(const StridedView& y, const Operand& a, const Operand& b, Comp
     bool* to = static_cast<bool*>(y.data) + at[0];
     const T* x = static_cast<const T*>(a.view.data) + at[1];
     if (b.is_number) {
-      for (int64_t i = 0; i < n; ++i) to[i * steps[0]] = holds(static_cast<double>(comparable(x[i * steps[1]])), b.number);
+      for (int64_t i = 0; i < n; ++i)
+        to[i * steps[0]] = holds(static_cast<double>(comparable(x[i * steps[1]])), b.number);
       return;
     }
     const T* z = static_cast<const T*>(b.view.data) + at[2];
@@ -199,12 +201,18 @@ void compare_rows(const StridedView& y, const Operand& a, const Operand& b, Comp
 void compare(Cpu, Comparison comparison, const StridedView& y, const Operand& a, const Operand& b) {
   dispatch_all(a.view.dtype, [&]<class T>() {
     switch (comparison) {
-      case Comparison::kEq: return compare_rows<T>(y, a, b, [](auto p, auto q) { return p == q; });
-      case Comparison::kNe: return compare_rows<T>(y, a, b, [](auto p, auto q) { return p != q; });
-      case Comparison::kLt: return compare_rows<T>(y, a, b, [](auto p, auto q) { return p < q; });
-      case Comparison::kLe: return compare_rows<T>(y, a, b, [](auto p, auto q) { return p <= q; });
-      case Comparison::kGt: return compare_rows<T>(y, a, b, [](auto p, auto q) { return p > q; });
-      case Comparison::kGe: return compare_rows<T>(y, a, b, [](auto p, auto q) { return p >= q; });
+      case Comparison::kEq:
+        return compare_rows<T>(y, a, b, [](auto p, auto q) { return p == q; });
+      case Comparison::kNe:
+        return compare_rows<T>(y, a, b, [](auto p, auto q) { return p != q; });
+      case Comparison::kLt:
+        return compare_rows<T>(y, a, b, [](auto p, auto q) { return p < q; });
+      case Comparison::kLe:
+        return compare_rows<T>(y, a, b, [](auto p, auto q) { return p <= q; });
+      case Comparison::kGt:
+        return compare_rows<T>(y, a, b, [](auto p, auto q) { return p > q; });
+      case Comparison::kGe:
+        return compare_rows<T>(y, a, b, [](auto p, auto q) { return p >= q; });
     }
   });
 }

@@ -11,7 +11,7 @@ namespace weft {
 
 /// What a kernel reads: an array, or one number for all elements.
 struct Operand {
-  Operand(const StridedView& array) : view(array) {}  // NOLINT: implicit on purpose
+  Operand(const StridedView& array) : view(array) {}         // NOLINT: implicit on purpose
   Operand(double value) : is_number(true), number(value) {}  // NOLINT
   StridedView view;
   bool is_number = false;

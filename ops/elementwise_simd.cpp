@@ -28,9 +28,7 @@ struct Repeated {
 struct Consecutive {
   const float* data;
   HWY_INLINE F32 at(int64_t i) const { return F32::load(data + i); }
-  HWY_INLINE F32 tail(int64_t i, int64_t count) const {
-    return F32(load<float>(F32::D(), data + i, Part{count}));
-  }
+  HWY_INLINE F32 tail(int64_t i, int64_t count) const { return F32(load<float>(F32::D(), data + i, Part{count})); }
 };
 
 /// y[i] = function(a[i], b[i]), b ignored by functions of one element.
@@ -69,15 +67,15 @@ struct AddScaled {
   HWY_INLINE F32 operator()(F32 a, F32 b) const { return F32(hn::MulAdd(alpha.v, b.v, a.v)); }
 };
 
-#define WEFT_UNARY(Op, function)                                            \
-  void map_##Op(Run x, float* y, int64_t n) {                               \
-    const Repeated unused{F32(0.0)};                                        \
-    const Value<scalar_math::Op> value;                                     \
+#define WEFT_UNARY(Op, function)                                              \
+  void map_##Op(Run x, float* y, int64_t n) {                                 \
+    const Repeated unused{F32(0.0)};                                          \
+    const Value<scalar_math::Op> value;                                       \
     if (x.repeated) return loop(value, Repeated{F32(*x.data)}, unused, y, n); \
-    loop(value, Consecutive{x.data}, unused, y, n);                         \
-  }                                                                         \
-  void map_backward_##Op(Run dy, Run saved, float* dx, int64_t n) {         \
-    map2(Backward<scalar_math::Op>(), dy, saved, dx, n);                    \
+    loop(value, Consecutive{x.data}, unused, y, n);                           \
+  }                                                                           \
+  void map_backward_##Op(Run dy, Run saved, float* dx, int64_t n) {           \
+    map2(Backward<scalar_math::Op>(), dy, saved, dx, n);                      \
   }
 #define WEFT_BINARY(Op, function) \
   void map2_##Op(Run a, Run b, float* y, int64_t n) { map2(Value2<scalar_math::Op>(), a, b, y, n); }
@@ -141,22 +139,22 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace weft::detail {
 
-#define WEFT_UNARY(Op, function)                                                        \
-  HWY_EXPORT(map_##Op);                                                                 \
-  HWY_EXPORT(map_backward_##Op);                                                        \
-  template <>                                                                           \
-  void map_f32<scalar_math::Op>(Run x, float* y, int64_t n) {                           \
-    HWY_DYNAMIC_DISPATCH(map_##Op)(x, y, n);                                            \
-  }                                                                                     \
-  template <>                                                                           \
-  void map_backward_f32<scalar_math::Op>(Run dy, Run saved, float* dx, int64_t n) {     \
-    HWY_DYNAMIC_DISPATCH(map_backward_##Op)(dy, saved, dx, n);                          \
+#define WEFT_UNARY(Op, function)                                                    \
+  HWY_EXPORT(map_##Op);                                                             \
+  HWY_EXPORT(map_backward_##Op);                                                    \
+  template <>                                                                       \
+  void map_f32<scalar_math::Op>(Run x, float* y, int64_t n) {                       \
+    HWY_DYNAMIC_DISPATCH(map_##Op)(x, y, n);                                        \
+  }                                                                                 \
+  template <>                                                                       \
+  void map_backward_f32<scalar_math::Op>(Run dy, Run saved, float* dx, int64_t n) { \
+    HWY_DYNAMIC_DISPATCH(map_backward_##Op)(dy, saved, dx, n);                      \
   }
-#define WEFT_BINARY(Op, function)                                                       \
-  HWY_EXPORT(map2_##Op);                                                                \
-  template <>                                                                           \
-  void map2_f32<scalar_math::Op>(Run a, Run b, float* y, int64_t n) {                   \
-    HWY_DYNAMIC_DISPATCH(map2_##Op)(a, b, y, n);                                        \
+#define WEFT_BINARY(Op, function)                                     \
+  HWY_EXPORT(map2_##Op);                                              \
+  template <>                                                         \
+  void map2_f32<scalar_math::Op>(Run a, Run b, float* y, int64_t n) { \
+    HWY_DYNAMIC_DISPATCH(map2_##Op)(a, b, y, n);                      \
   }
 #include "ops/op_list.def"
 

@@ -185,8 +185,9 @@ bool set_gemm_isa(const char* name) {
 template <class TA, class TB, class TC>
 void gemm_batched(const Gemm<TA, TB, TC>& product, const GemmBatch& batch) {
   if (batch.count < 0) fail(ErrorKind::kShape, "gemm_batched", "count must not be negative, got ", batch.count);
+  if (batch.count == 0) return;  // then there need be no matrices
   detail::check(product, "gemm");
-  if (product.m == 0 || product.n == 0 || batch.count == 0) return;
+  if (product.m == 0 || product.n == 0) return;
   const auto& kernels = detail::kernels<TA, TB, TC>();
   const detail::Grid grid = detail::plan(kernels.shape, detail::uses_dot_kernel(product), product.a.col_stride != 1,
                                          product.b.col_stride != 1, product.m, product.n, product.k, batch.count);

@@ -20,8 +20,8 @@ namespace hn = hwy::HWY_NAMESPACE;
 
 // AVX-512 has 32 registers: 14 x 2 sums, 2 vectors of B and the broadcast element of A. AVX2 has 16: 6 x 2 sums. More
 // rows than that spill; fewer leave the load ports, not the multipliers, as the limit.
-// (Built with AddressSanitizer, whose checks make the large tiles take minutes to compile, all tiles are small. The order
-// of the sums, and so every bit, is the same.)
+// (Built with AddressSanitizer, whose checks make the large tiles take minutes to compile, all tiles are small. The
+// order of the sums, and so every bit, is the same.)
 #if defined(__SANITIZE_ADDRESS__) || HWY_TARGET > HWY_AVX2
 inline constexpr int kTileRows = 4;
 #elif HWY_TARGET <= HWY_AVX3

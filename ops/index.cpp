@@ -22,8 +22,8 @@ Tensor checked_indices(const char* op, const char* what, const Tensor& indices) 
 
 void check_device(const char* op, const Tensor& a, const Tensor& b) {
   if (a.device() != b.device()) {
-    fail(ErrorKind::kDevice, op, "tensors must be on one device, got ", a.describe(), " on ", a.device(), " and ", b.describe(),
-         " on ", b.device());
+    fail(ErrorKind::kDevice, op, "tensors must be on one device, got ", a.describe(), " on ", a.device(), " and ",
+         b.describe(), " on ", b.device());
   }
 }
 
@@ -34,12 +34,13 @@ std::string place(int64_t flat, const Shape& shape) {
   return concat(at);
 }
 
-void check_range(const char* op, const char* what, Cpu device, const Tensor& indices, int64_t limit, const std::string& owner) {
+void check_range(const char* op, const char* what, Cpu device, const Tensor& indices, int64_t limit,
+                 const std::string& owner) {
   const int64_t* values = indices.data<int64_t>();
   const int64_t found = first_outside(device, values, indices.numel(), limit);
   if (found < 0) return;
-  fail(ErrorKind::kIndex, op, what, place(found, indices.shape()), " is ", values[found], " but must be from 0 to ", limit - 1, ": ",
-       owner);
+  fail(ErrorKind::kIndex, op, what, place(found, indices.shape()), " is ", values[found], " but must be from 0 to ",
+       limit - 1, ": ", owner);
 }
 
 }  // namespace
@@ -60,7 +61,8 @@ Tensor embedding(const Tensor& ids_, const Tensor& table_) {
     const Tensor table = table_.contiguous();
     launch(table.device(), kOp, [&](auto device) {
       check_range(kOp, "ids", device, ids, vocabulary, concat("the table is ", table.describe()));
-      embedding_forward(device, ids.data<int64_t>(), ids.numel(), table.raw(), columns * size_of(table.dtype()), out.raw());
+      embedding_forward(device, ids.data<int64_t>(), ids.numel(), table.raw(), columns * size_of(table.dtype()),
+                        out.raw());
     });
   }
   const DType dtype = table_.dtype();
@@ -105,7 +107,11 @@ GatherPlan plan_gather(const Shape& shape, int dim, const Tensor& index) {
   const Shape& count = index.shape();
   const Strides strides = contiguous_strides(shape);
   GatherPlan plan;
-  plan.lines = {.index = index.data<int64_t>(), .line_starts = nullptr, .outer = 1, .count = count[dim], .inner = 1,
+  plan.lines = {.index = index.data<int64_t>(),
+                .line_starts = nullptr,
+                .outer = 1,
+                .count = count[dim],
+                .inner = 1,
                 .stride = strides[dim]};
   for (int d = 0; d < dim; ++d) plan.lines.outer *= count[d];
   for (int d = dim + 1; d < count.rank(); ++d) plan.lines.inner *= count[d];
@@ -132,8 +138,8 @@ Tensor gather(const Tensor& x_, int64_t dim_, const Tensor& index_) {
   bool fits = x_.rank() == index_.rank();
   for (int d = 0; fits && d < x_.rank(); ++d) fits = d == dim || index_.shape()[d] <= x_.shape()[d];
   if (!fits) {
-    fail(ErrorKind::kShape, kOp, "index must have the rank of x, and at most its sizes except along dimension ", dim, "; x is ",
-         x_.describe(), ", index is ", index_.describe());
+    fail(ErrorKind::kShape, kOp, "index must have the rank of x, and at most its sizes except along dimension ", dim,
+         "; x is ", x_.describe(), ", index is ", index_.describe());
   }
   Tensor out = Tensor::empty(index_.shape(), x_.dtype(), x_.device());
   Tensor index;
@@ -142,7 +148,8 @@ Tensor gather(const Tensor& x_, int64_t dim_, const Tensor& index_) {
     index = checked_indices(kOp, "index", index_);
     const Tensor x = x_.contiguous();
     launch(x.device(), kOp, [&](auto device) {
-      check_range(kOp, "index", device, index, x.size(dim), concat("dimension ", dim, " of x, which is ", x.describe()));
+      check_range(kOp, "index", device, index, x.size(dim),
+                  concat("dimension ", dim, " of x, which is ", x.describe()));
       const GatherPlan plan = plan_gather(x.shape(), dim, index);
       gather_forward(device, plan.lines, x.raw(), static_cast<int>(size_of(x.dtype())), out.raw());
     });

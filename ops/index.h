@@ -13,8 +13,8 @@ namespace weft {
 /// @throws Error  kIndex naming the first id outside the table and its place; kShape if the table has no two dimensions
 ///                or the result more than six; kDType if ids are no i64 or i32 or the table no float.
 /// Saved for backward: ids. The gradient of a row is the sum over its ids in their order, in f32 (f64 for f64), rounded
-/// once: ids are sorted first, and the bits do not depend on the number of threads. It is written where a leaf keeps its
-/// gradient: with one there already, rows that no id names are not touched.
+/// once: ids are sorted first, and the bits do not depend on the number of threads. It is written where a leaf keeps
+/// its gradient: with one there already, rows that no id names are not touched.
 Tensor embedding(const Tensor& ids, const Tensor& table);
 
 /// Elements of x by an index along one dimension. For three dimensions and dim = 1:
@@ -26,8 +26,8 @@ Tensor embedding(const Tensor& ids, const Tensor& table);
 /// @param index  i64 or i32, the rank of x; sizes at most those of x except along dim; each in [0, x.size(dim))
 /// @return       shape of index, dtype of x
 /// @throws Error  kIndex naming the first index outside x and its place; kShape, kDType, as above.
-/// Differentiable in x. Saved for backward: index. Elements taken several times get the sum of their gradients in row-major
-/// order, in f32 (f64 for f64), rounded once.
+/// Differentiable in x. Saved for backward: index. Elements taken several times get the sum of their gradients in
+/// row-major order, in f32 (f64 for f64), rounded once.
 Tensor gather(const Tensor& x, int64_t dim, const Tensor& index);
 
 }  // namespace weft

@@ -17,7 +17,8 @@
 namespace weft::detail {
 template <class T>
 using EmbeddingRows = void (*)(const EmbeddingBackward<T>&, int64_t begin, int64_t end);
-using EmbeddingTable = std::tuple<EmbeddingRows<float>, EmbeddingRows<double>, EmbeddingRows<Half>, EmbeddingRows<BFloat16>>;
+using EmbeddingTable =
+    std::tuple<EmbeddingRows<float>, EmbeddingRows<double>, EmbeddingRows<Half>, EmbeddingRows<BFloat16>>;
 
 /// Rows of bytes: y[i] = table[ids[i]] for i in [begin, end) of `count`.
 struct RowCopy {
@@ -46,7 +47,8 @@ void embedding_rows(const EmbeddingBackward<T>& a, int64_t begin, int64_t end) {
     }
     for_lanes(d, a.columns, [&](auto, int64_t j, auto which) HWY_ATTR {
       auto sum = load<T>(d, a.dy + a.order[first] * a.columns + j, which);
-      for (int64_t i = first + 1; i < last; ++i) sum = hn::Add(sum, load<T>(d, a.dy + a.order[i] * a.columns + j, which));
+      for (int64_t i = first + 1; i < last; ++i)
+        sum = hn::Add(sum, load<T>(d, a.dy + a.order[i] * a.columns + j, which));
       if (a.accumulate) sum = hn::Add(load<T>(d, out + j, which), sum);
       store<T>(d, sum, out + j, which);
     });
@@ -57,8 +59,8 @@ template <bool kStream>
 void copy_rows_as(const RowCopy& a, int64_t begin, int64_t end) {
   [[maybe_unused]] const hn::ScalableTag<uint8_t> d;
   [[maybe_unused]] const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  // Rows lie anywhere, so the processor cannot guess what comes next: it is told three rows ahead, a line at a time, for a
-  // burst of requests would hold up the copy.
+  // Rows lie anywhere, so the processor cannot guess what comes next: it is told three rows ahead, a line at a time,
+  // for a burst of requests would hold up the copy.
   constexpr int64_t kAhead = 3, kLine = 64;
   for (int64_t i = begin; i < end; ++i) {
     const uint8_t* from = a.table + a.ids[i] * a.bytes;
@@ -97,7 +99,7 @@ namespace weft {
 namespace detail {
 HWY_EXPORT(embedding_table);
 HWY_EXPORT(copy_rows);
-}
+}  // namespace detail
 
 namespace {
 /// Bytes of a piece of work: small enough to share evenly, large enough to be worth a hand-over.
@@ -120,8 +122,8 @@ void embedding_forward(Cpu, const int64_t* ids, int64_t count, const void* table
 
 template <class T>
 void embedding_backward(Cpu, const EmbeddingBackward<T>& a) {
-  // A stable counting sort: order[starts[v]] to order[starts[v + 1] - 1] are the places of id v, in order. While places are
-  // handed out starts[v] moves to where starts[v + 1] was, so the counts go in one further on.
+  // A stable counting sort: order[starts[v]] to order[starts[v + 1] - 1] are the places of id v, in order. While places
+  // are handed out starts[v] moves to where starts[v + 1] was, so the counts go in one further on.
   std::fill(a.starts, a.starts + a.vocabulary + 1, int64_t{0});
   for (int64_t i = 0; i < a.count; ++i) ++a.starts[a.ids[i] + 1];
   for (int64_t v = 0; v < a.vocabulary; ++v) a.starts[v + 1] += a.starts[v];
@@ -160,10 +162,14 @@ void gather_forward(Cpu, const GatherLines& lines, const void* x, int size, void
     });
   };
   switch (size) {
-    case 1: return copy.template operator()<uint8_t>();
-    case 2: return copy.template operator()<uint16_t>();
-    case 4: return copy.template operator()<uint32_t>();
-    default: return copy.template operator()<uint64_t>();
+    case 1:
+      return copy.template operator()<uint8_t>();
+    case 2:
+      return copy.template operator()<uint16_t>();
+    case 4:
+      return copy.template operator()<uint32_t>();
+    default:
+      return copy.template operator()<uint64_t>();
   }
 }
 

@@ -26,11 +26,11 @@ struct EmbeddingBackward {
 template <class T>
 void embedding_backward(Cpu, const EmbeddingBackward<T>& arguments);
 
-/// An array [outer, length, inner] and an index [.., count, ..] over its middle. `outer` and `inner` run over the index's
-/// own sizes; `line` maps a line of the index to where its line of x starts.
+/// An array [outer, length, inner] and an index [.., count, ..] over its middle. `outer` and `inner` run over the
+/// index's own sizes; `line` maps a line of the index to where its line of x starts.
 struct GatherLines {
-  const int64_t* index;       ///< row-major [outer, count, inner]
-  const int64_t* line_starts; ///< [outer, inner]: offset in x of index 0 along dim
+  const int64_t* index;        ///< row-major [outer, count, inner]
+  const int64_t* line_starts;  ///< [outer, inner]: offset in x of index 0 along dim
   int64_t outer, count, inner;
   int64_t stride;  ///< in x, along dim
 };

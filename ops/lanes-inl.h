@@ -29,8 +29,8 @@ HWY_INLINE V fast_exp(D d, V x) {
     const V clipped = hn::IfThenElse(hn::Le(x, hn::Set(d, T(700))), y, hn::Add(x, hn::Inf(d)));
     return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, T(-700))), clipped);
   } else {
-    // x = q ln 2 + r with |r| <= ln(2) / 2 (Cody and Waite); e^r by a polynomial (Cephes expf). Adding 1.5 * 2^23 leaves
-    // round(x / ln 2) in the low bits of t.
+    // x = q ln 2 + r with |r| <= ln(2) / 2 (Cody and Waite); e^r by a polynomial (Cephes expf). Adding 1.5 * 2^23
+    // leaves round(x / ln 2) in the low bits of t.
     const V shift = hn::Set(d, 12582912.0f);
     const V t = hn::MulAdd(x, hn::Set(d, 1.44269504f), shift);
     const V q = hn::Sub(t, shift);
@@ -107,12 +107,12 @@ struct Lanes {
   friend HWY_INLINE Lanes ln(Lanes a) { return Lanes(safe_ln(D(), a.v)); }
   friend HWY_INLINE Lanes tanh(Lanes a) { return Lanes(fast_tanh(D(), a.v)); }
   friend HWY_INLINE Lanes sin(Lanes a) {
-    return Lanes(in_range_or(
-        D(), a.v, [](D d, V x) HWY_ATTR { return hn::Sin(d, x); }, [](F x) { return std::sin(x); }));
+    return Lanes(
+        in_range_or(D(), a.v, [](D d, V x) HWY_ATTR { return hn::Sin(d, x); }, [](F x) { return std::sin(x); }));
   }
   friend HWY_INLINE Lanes cos(Lanes a) {
-    return Lanes(in_range_or(
-        D(), a.v, [](D d, V x) HWY_ATTR { return hn::Cos(d, x); }, [](F x) { return std::cos(x); }));
+    return Lanes(
+        in_range_or(D(), a.v, [](D d, V x) HWY_ATTR { return hn::Cos(d, x); }, [](F x) { return std::cos(x); }));
   }
   friend HWY_INLINE Lanes larger(Lanes a, Lanes b) {
     return Lanes(hn::IfThenElse(hn::Or(hn::Gt(a.v, b.v), hn::IsNaN(a.v)), a.v, b.v));

@@ -26,7 +26,8 @@ Tensor cross_entropy(const Tensor& logits_, const Tensor& targets_, const CrossE
   {
     const autograd::NoGrad no_grad;
     targets = checked_targets(kOp, logits_, targets_, options);
-    if (logits_.shape().back() == 0) fail(ErrorKind::kShape, kOp, "needs at least one class, got logits ", logits_.describe());
+    if (logits_.shape().back() == 0)
+      fail(ErrorKind::kShape, kOp, "needs at least one class, got logits ", logits_.describe());
     const Tensor logits = logits_.contiguous();
     lse = Tensor::empty(targets.shape(), wide(logits.dtype()), logits.device());
     {
@@ -52,8 +53,8 @@ Tensor cross_entropy(const Tensor& logits_, const Tensor& targets_, const CrossE
       const double denominator = loss_denominator(kOp, rows, options);
       dispatch_float(logits.dtype(), kOp, [&]<class T>() {
         using A = Accumulate<T>;
-        loss_backward(device, rows, logits.data<T>(), lse.data<A>(), static_cast<double>(*gradient.data<A>()) / denominator,
-                      dlogits.data<T>());
+        loss_backward(device, rows, logits.data<T>(), lse.data<A>(),
+                      static_cast<double>(*gradient.data<A>()) / denominator, dlogits.data<T>());
       });
     });
     context.set(0, dlogits);

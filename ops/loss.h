@@ -36,10 +36,10 @@ struct LinearCrossEntropyOptions : CrossEntropyOptions {
 
 /// The language-model head: cross_entropy(x W^T, targets) without a tensor of all logits.
 ///
-/// Rows are taken in chunks. A chunk's logits become its gradient in the place where they are; with it the products that
-/// give dx and dW are formed at once, in the forward pass (as in Liger-Kernel, Hsu et al. 2024), so that nothing is
-/// computed twice and the backward pass only scales by the incoming gradient. If all rows fit one chunk, the gradient of
-/// the logits is kept instead, and the backward pass forms the products straight into the leaf's gradient.
+/// Rows are taken in chunks. A chunk's logits become its gradient in the place where they are; with it the products
+/// that give dx and dW are formed at once, in the forward pass (as in Liger-Kernel, Hsu et al. 2024), so that nothing
+/// is computed twice and the backward pass only scales by the incoming gradient. If all rows fit one chunk, the
+/// gradient of the logits is kept instead, and the backward pass forms the products straight into the leaf's gradient.
 ///
 /// @param x        [..., C], any float dtype
 /// @param weight   [V, C], dtype of x, V >= 1

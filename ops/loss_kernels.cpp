@@ -1,5 +1,5 @@
-// Softmax cross-entropy by rows. A row of f32 logits of a 50,257-word vocabulary is 200 KB: the passes over it after the
-// first find it in the L2 cache.
+// Softmax cross-entropy by rows. A row of f32 logits of a 50,257-word vocabulary is 200 KB: the passes over it after
+// the first find it in the L2 cache.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ops/loss_kernels.cpp"
 #define HWY_DISABLED_TARGETS (HWY_AVX3_DL | HWY_SSE4 | HWY_SSSE3)
@@ -12,6 +12,7 @@
 
 #include "core/thread_pool.h"
 #include "hwy/highway.h"
+#include "ops/lanes-inl.h"
 #include "ops/loss_kernels.h"
 #include "ops/norm_lanes-inl.h"
 
@@ -34,12 +35,6 @@ HWY_BEFORE_NAMESPACE();
 namespace weft::detail {
 namespace HWY_NAMESPACE {
 
-/// e^x for x <= 0. A NaN stays one, which hn::Exp does not promise: a lost NaN would hide that training has failed.
-template <class D, class V>
-HWY_INLINE V exponential(D d, V x) {
-  return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, x));
-}
-
 template <class T>
 Accumulate<T> row_max(const T* row, int64_t n) {
   const Tag<T> d;
@@ -58,7 +53,7 @@ double log_sum(const T* logits, int64_t classes) {
   const auto shift = hn::Set(d, max);
   Sums sums(d);
   for_lanes(d, classes, [&](auto k, int64_t i, auto which) HWY_ATTR {
-    const auto e = exponential(d, hn::Sub(load<T>(d, logits + i, which), shift));
+    const auto e = fast_exp(d, hn::Sub(load<T>(d, logits + i, which), shift));
     sums.part[k] = hn::Add(sums.part[k], existing(d, e, which));
   });
   return static_cast<double>(max) + std::log(static_cast<double>(sums.total(d)));
@@ -69,7 +64,7 @@ void gradient(const T* logits, int64_t classes, Accumulate<T> lse, Accumulate<T>
   const Tag<T> d;
   const auto shift = hn::Set(d, lse), factor = hn::Set(d, scale);
   for_lanes(d, classes, [&](auto, int64_t i, auto which) HWY_ATTR {
-    store<T>(d, hn::Mul(exponential(d, hn::Sub(load<T>(d, logits + i, which), shift)), factor), out + i, which);
+    store<T>(d, hn::Mul(fast_exp(d, hn::Sub(load<T>(d, logits + i, which), shift)), factor), out + i, which);
   });
 }
 
@@ -82,7 +77,7 @@ double in_place(Accumulate<T>* logits, int64_t classes, Accumulate<T> scale, T* 
   const auto shift = hn::Set(d, max);
   Sums sums(d);
   for_lanes(d, classes, [&](auto k, int64_t i, auto which) HWY_ATTR {
-    const auto e = exponential(d, hn::Sub(load<A>(d, logits + i, which), shift));
+    const auto e = fast_exp(d, hn::Sub(load<A>(d, logits + i, which), shift));
     store<A>(d, e, logits + i, which);
     sums.part[k] = hn::Add(sums.part[k], existing(d, e, which));
   });
@@ -211,10 +206,10 @@ void scale_to(Cpu, const Accumulate<T>* x, int64_t count, double scale, T* out, 
   });
 }
 
-#define WEFT_LOSS_INSTANCE(T)                                                                                             \
-  template void loss_forward(Cpu, const LossTargets&, const T*, Accumulate<T>*, double*);                                \
-  template void loss_backward(Cpu, const LossTargets&, const T*, const Accumulate<T>*, double, T*);                      \
-  template void loss_in_place<T>(Cpu, const LossTargets&, Accumulate<T>*, double, double*);                              \
+#define WEFT_LOSS_INSTANCE(T)                                                                       \
+  template void loss_forward(Cpu, const LossTargets&, const T*, Accumulate<T>*, double*);           \
+  template void loss_backward(Cpu, const LossTargets&, const T*, const Accumulate<T>*, double, T*); \
+  template void loss_in_place<T>(Cpu, const LossTargets&, Accumulate<T>*, double, double*);         \
   template void scale_to(Cpu, const Accumulate<T>*, int64_t, double, T*, bool);
 WEFT_LOSS_INSTANCE(float)
 WEFT_LOSS_INSTANCE(double)

@@ -13,14 +13,15 @@ struct LossTargets {
   int64_t ignored;
 };
 
-/// lse[n] = ln(sum_v exp(logits[n, v])), loss[n] = lse[n] - logits[n, target]; both 0 for ignored rows. lse may be null. A NaN
-/// among the logits gives NaN.
+/// lse[n] = ln(sum_v exp(logits[n, v])), loss[n] = lse[n] - logits[n, target]; both 0 for ignored rows. lse may be
+/// null. A NaN among the logits gives NaN.
 template <class T>
 void loss_forward(Cpu, const LossTargets& targets, const T* logits, Accumulate<T>* lse, double* loss);
 
 /// dlogits[n, v] = (exp(logits[n, v] - lse[n]) - [v = target]) * scale; 0 for ignored rows.
 template <class T>
-void loss_backward(Cpu, const LossTargets& targets, const T* logits, const Accumulate<T>* lse, double scale, T* dlogits);
+void loss_backward(Cpu, const LossTargets& targets, const T* logits, const Accumulate<T>* lse, double scale,
+                   T* dlogits);
 
 /// Both in one, in place: f32 or f64 logits are overwritten with their gradient as elements of T, which is as wide or
 /// narrower: row n starts where the logits' row n does.

@@ -21,9 +21,12 @@ using GemmType = std::conditional_t<std::is_same_v<T, BFloat16>, uint16_t, T>;
 template <class F>
 void dispatch_head(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::f64: return f.template operator()<double>();
-    case DType::bf16: return f.template operator()<BFloat16>();
-    default: return f.template operator()<float>();
+    case DType::f64:
+      return f.template operator()<double>();
+    case DType::bf16:
+      return f.template operator()<BFloat16>();
+    default:
+      return f.template operator()<float>();
   }
 }
 
@@ -45,19 +48,20 @@ struct Head {
 
   /// logits = x W^T
   void forward(const T* x, int64_t rows, A* logits) const {
-    gemm(make_gemm<G, G, A>(false, true, rows, classes, channels, bits(x), channels, bits(weight), channels, logits, classes));
+    gemm(make_gemm<G, G, A>(false, true, rows, classes, channels, bits(x), channels, bits(weight), channels, logits,
+                            classes));
   }
   /// dx = scale * gradient W, as A or rounded to G.
   template <class Out>
   void input_gradient(const A* logits, int64_t rows, A scale, Out* dx) const {
-    gemm(make_gemm<G, G, Out>(false, false, rows, channels, classes, gradient(logits), kWiden * classes, bits(weight), channels,
-                              dx, channels, scale));
+    gemm(make_gemm<G, G, Out>(false, false, rows, channels, classes, gradient(logits), kWiden * classes, bits(weight),
+                              channels, dx, channels, scale));
   }
   /// dW = scale * gradient^T x (+ dW), as A or rounded to G.
   template <class Out>
   void weight_gradient(const A* logits, const T* x, int64_t rows, A scale, Out* dw, bool accumulate) const {
-    gemm(make_gemm<G, G, Out>(true, false, classes, channels, rows, gradient(logits), kWiden * classes, bits(x), channels, dw,
-                              channels, scale, accumulate ? 1 : 0));
+    gemm(make_gemm<G, G, Out>(true, false, classes, channels, rows, gradient(logits), kWiden * classes, bits(x),
+                              channels, dw, channels, scale, accumulate ? 1 : 0));
   }
 };
 
@@ -120,15 +124,16 @@ Tensor linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tenso
   check_same(kOp, {&x_, &weight_});
   dispatch_float(x_.dtype(), kOp, []<class T>() {});
   if (x_.rank() < 1 || weight_.rank() != 2 || weight_.size(1) != x_.size(-1) || weight_.size(0) == 0) {
-    fail(ErrorKind::kShape, kOp, "needs x [..., C] and weight [V, C] with V >= 1, got x ", x_.describe(), " and weight ",
-         weight_.describe());
+    fail(ErrorKind::kShape, kOp, "needs x [..., C] and weight [V, C] with V >= 1, got x ", x_.describe(),
+         " and weight ", weight_.describe());
   }
   if (options.chunk_rows < 0) fail(ErrorKind::kValue, kOp, "chunk_rows must not be negative, got ", options.chunk_rows);
   if (x_.dtype() == DType::f16) {
     return linear_cross_entropy(x_.to(DType::f32), weight_.to(DType::f32), targets_, options);
   }
   const int64_t classes = weight_.size(0), channels = weight_.size(1);
-  const bool needs_dx = autograd::needed({&x_}), needs_dw = autograd::needed({&weight_}), training = needs_dx || needs_dw;
+  const bool needs_dx = autograd::needed({&x_}), needs_dw = autograd::needed({&weight_}),
+             training = needs_dx || needs_dw;
   const DType wide = x_.dtype() == DType::f64 ? DType::f64 : DType::f32;
   const Device device = x_.device();
   Tensor targets, losses, logits, dx, dw;
@@ -139,7 +144,8 @@ Tensor linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tenso
     targets = checked_targets(kOp, x_, targets_, options);
     const Tensor x = x_.contiguous(), weight = weight_.contiguous();
     const int64_t rows = targets.numel();
-    const int64_t chunk = std::min(rows, options.chunk_rows > 0 ? options.chunk_rows : linear_cross_entropy_rows(rows, channels, classes));
+    const int64_t chunk = std::min(
+        rows, options.chunk_rows > 0 ? options.chunk_rows : linear_cross_entropy_rows(rows, channels, classes));
     one_chunk = chunk == rows;
     const bool form_gradients = training && !one_chunk;
     if (form_gradients && needs_dx) dx = Tensor::empty(x.shape(), wide, device);

@@ -9,19 +9,21 @@ Tensor checked_targets(const char* op, const Tensor& x, const Tensor& targets, c
     fail(ErrorKind::kDType, op, "targets must be i64 or i32, got ", targets.describe());
   }
   if (targets.device() != x.device()) {
-    fail(ErrorKind::kDevice, op, "tensors must be on one device, got ", x.describe(), " on ", x.device(), " and targets ",
-         targets.describe(), " on ", targets.device());
+    fail(ErrorKind::kDevice, op, "tensors must be on one device, got ", x.describe(), " on ", x.device(),
+         " and targets ", targets.describe(), " on ", targets.device());
   }
   Shape rows = x.shape();
   if (x.rank() > 0) rows.erase(x.rank() - 1);
   if (x.rank() < 1 || !(targets.shape() == rows)) {
-    fail(ErrorKind::kShape, op, "needs [..., n] and targets [...], got ", x.describe(), " and targets ", targets.describe());
+    fail(ErrorKind::kShape, op, "needs [..., n] and targets [...], got ", x.describe(), " and targets ",
+         targets.describe());
   }
   if (!(options.valid_tokens >= 0) || !std::isfinite(options.valid_tokens)) {
     fail(ErrorKind::kValue, op, "valid_tokens must be a finite number >= 0, got ", options.valid_tokens);
   }
   if (options.reduction == Reduction::kSum && options.valid_tokens > 0) {
-    fail(ErrorKind::kValue, op, "valid_tokens (", options.valid_tokens, ") is what a mean divides by; the reduction is a sum");
+    fail(ErrorKind::kValue, op, "valid_tokens (", options.valid_tokens,
+         ") is what a mean divides by; the reduction is a sum");
   }
   return targets.to(DType::i64).contiguous();
 }
@@ -40,8 +42,9 @@ double loss_denominator(const char* op, const LossTargets& t, const CrossEntropy
   if (options.reduction == Reduction::kSum) return 1;
   if (options.valid_tokens > 0) return options.valid_tokens;
   if (valid == 0) {
-    fail(ErrorKind::kValue, op, "the mean is over valid tokens, but none of the ", t.rows, " targets is valid (ignore_index is ",
-         t.ignored, "). Hint: Reduction::kSum, or valid_tokens of the whole batch");
+    fail(ErrorKind::kValue, op, "the mean is over valid tokens, but none of the ", t.rows,
+         " targets is valid (ignore_index is ", t.ignored,
+         "). Hint: Reduction::kSum, or valid_tokens of the whole batch");
   }
   return static_cast<double>(valid);
 }

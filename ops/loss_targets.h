@@ -6,7 +6,8 @@
 
 namespace weft {
 
-/// Targets as the kernels take them: i64, row-major. `x` is [..., columns] and has their shape but for the last dimension.
+/// Targets as the kernels take them: i64, row-major. `x` is [..., columns] and has their shape but for the last
+/// dimension.
 /// @throws Error kShape, kDType, kDevice; kValue for bad options.
 Tensor checked_targets(const char* op, const Tensor& x, const Tensor& targets, const CrossEntropyOptions& options);
 

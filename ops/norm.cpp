@@ -44,7 +44,8 @@ void set_parameter_gradient(BackwardContext& context, int i, const Tensor& parti
   const Tensor out = sink ? sink->tensor : Tensor::empty({columns}, partials.dtype(), partials.device());
   launch(out.device(), context.op(), [&](Cpu) {
     const auto sum = [&]<class A>() {
-      column_sum(partials.data<A>() + which * columns, blocks, columns, 2 * columns, out.data<A>(), sink && sink->accumulate);
+      column_sum(partials.data<A>() + which * columns, blocks, columns, 2 * columns, out.data<A>(),
+                 sink && sink->accumulate);
     };
     out.dtype() == DType::f64 ? sum.template operator()<double>() : sum.template operator()<float>();
   });
@@ -91,8 +92,8 @@ struct Outputs {
 };
 
 /// All three forward passes; without residual there is no sum, and RMS norm has no mean.
-Outputs norm_outputs(const char* op, const Tensor& x_, const Tensor& residual_, const Tensor& weight_, const Tensor& bias_,
-                     double eps, bool centered = true) {
+Outputs norm_outputs(const char* op, const Tensor& x_, const Tensor& residual_, const Tensor& weight_,
+                     const Tensor& bias_, double eps, bool centered = true) {
   const autograd::NoGrad no_grad;
   const auto row_major = [](const Tensor& tensor) { return tensor.defined() ? tensor.contiguous() : tensor; };
   const Tensor x = row_major(x_), residual = row_major(residual_), weight = row_major(weight_), bias = row_major(bias_);
@@ -127,23 +128,26 @@ Outputs norm_outputs(const char* op, const Tensor& x_, const Tensor& residual_, 
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
   check_norm("layer_norm", x, weight, bias, eps);
   const Outputs out = norm_outputs("layer_norm", x, {}, weight, bias, eps);
-  autograd::record("layer_norm", {x, weight, bias}, {out.y}, {x, weight, out.mean, out.rstd}, [](BackwardContext& context) {
-    const Tensor weight = context.saved(1);
-    const Gradients gradients = norm_gradients("layer_norm", context.grad(), context.saved(0), weight, context.saved(2),
-                                               context.saved(3), {}, context.needs(0));
-    if (context.needs(0)) context.set(0, gradients.dx);
-    set_parameter_gradient(context, 1, gradients.partials, 0, weight);
-    set_parameter_gradient(context, 2, gradients.partials, 1, weight);
-  });
+  autograd::record(
+      "layer_norm", {x, weight, bias}, {out.y}, {x, weight, out.mean, out.rstd}, [](BackwardContext& context) {
+        const Tensor weight = context.saved(1);
+        const Gradients gradients = norm_gradients("layer_norm", context.grad(), context.saved(0), weight,
+                                                   context.saved(2), context.saved(3), {}, context.needs(0));
+        if (context.needs(0)) context.set(0, gradients.dx);
+        set_parameter_gradient(context, 1, gradients.partials, 0, weight);
+        set_parameter_gradient(context, 2, gradients.partials, 1, weight);
+      });
   return out.y;
 }
 
-ResidualNorm residual_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, double eps) {
+ResidualNorm residual_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
+                                 double eps) {
   constexpr const char* kOp = "residual_layer_norm";
   check_norm(kOp, x, weight, bias, eps);
   check_same(kOp, {&x, &residual});
   if (!(x.shape() == residual.shape())) {
-    fail(ErrorKind::kShape, kOp, "x is ", x.describe(), ", residual is ", residual.describe(), "; their shapes must be equal");
+    fail(ErrorKind::kShape, kOp, "x is ", x.describe(), ", residual is ", residual.describe(),
+         "; their shapes must be equal");
   }
   const Outputs out = norm_outputs(kOp, x, residual, weight, bias, eps);
   autograd::record(kOp, {x, residual, weight, bias}, {out.sum, out.y}, {out.sum, weight, out.mean, out.rstd},
@@ -154,8 +158,8 @@ ResidualNorm residual_layer_norm(const Tensor& x, const Tensor& residual, const 
                      Tensor dx = dsum;
                      if (dnormed.defined()) {
                        const Tensor weight = context.saved(1);
-                       const Gradients gradients = norm_gradients(kOp, dnormed, context.saved(0), weight, context.saved(2),
-                                                                  context.saved(3), dsum, needs_dx);
+                       const Gradients gradients = norm_gradients(kOp, dnormed, context.saved(0), weight,
+                                                                  context.saved(2), context.saved(3), dsum, needs_dx);
                        dx = gradients.dx;
                        set_parameter_gradient(context, 2, gradients.partials, 0, weight);
                        set_parameter_gradient(context, 3, gradients.partials, 1, weight);
@@ -171,8 +175,8 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const Outputs out = norm_outputs("rms_norm", x, {}, weight, {}, eps, false);
   autograd::record("rms_norm", {x, weight}, {out.y}, {x, weight, out.rstd}, [](BackwardContext& context) {
     const Tensor weight = context.saved(1);
-    const Gradients gradients =
-        norm_gradients("rms_norm", context.grad(), context.saved(0), weight, {}, context.saved(2), {}, context.needs(0));
+    const Gradients gradients = norm_gradients("rms_norm", context.grad(), context.saved(0), weight, {},
+                                               context.saved(2), {}, context.needs(0));
     if (context.needs(0)) context.set(0, gradients.dx);
     set_parameter_gradient(context, 1, gradients.partials, 0, weight);
   });

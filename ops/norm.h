@@ -14,8 +14,8 @@ namespace weft {
 /// @param eps     added to the variance; > 0
 /// @return        [..., C], dtype of x. Mean and variance in two passes, accumulated in f32 (f64 for f64).
 /// @throws Error  kShape if weight or bias is not [C] or C is 0; kDType if dtypes differ; kValue for eps.
-/// Saved for backward: x, weight, mean and 1/sqrt(var + eps) per row (f32; f64 for f64). The gradients of weight and bias
-/// are summed over blocks of rows in an order that depends on the shape alone.
+/// Saved for backward: x, weight, mean and 1/sqrt(var + eps) per row (f32; f64 for f64). The gradients of weight and
+/// bias are summed over blocks of rows in an order that depends on the shape alone.
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps = 1e-5);
 
 struct ResidualNorm {
@@ -31,8 +31,8 @@ struct ResidualNorm {
 /// @param residual  same shape and dtype as x; nothing is broadcast
 /// Others as for layer_norm(). Same bits as the sum followed by layer_norm(): the sum is rounded to the dtype first.
 /// @throws Error  kShape, kDType, kValue.
-/// Saved for backward: sum, weight, mean, 1/sqrt(var + eps). Both inputs have one gradient: that of the norm plus that of
-/// `sum`; either output may be unused.
+/// Saved for backward: sum, weight, mean, 1/sqrt(var + eps). Both inputs have one gradient: that of the norm plus that
+/// of `sum`; either output may be unused.
 ResidualNorm residual_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
                                  double eps = 1e-5);
 

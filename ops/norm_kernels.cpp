@@ -150,9 +150,8 @@ void forward(const NormForward<T>& a, int64_t begin, int64_t end) {
 }
 template <class T>
 void backward(const NormBackward<T>& a, int64_t begin, int64_t end, Accumulate<T>* partial) {
-  choose(a.mean != nullptr, worth_streaming(a.dx, a.rows, a.columns), [&]<bool kCentered, bool kStream>() {
-    backward_rows<T, kCentered, kStream>(a, begin, end, partial);
-  });
+  choose(a.mean != nullptr, worth_streaming(a.dx, a.rows, a.columns),
+         [&]<bool kCentered, bool kStream>() { backward_rows<T, kCentered, kStream>(a, begin, end, partial); });
 }
 
 const NormTable* norm_table() {
@@ -203,7 +202,7 @@ void norm_backward(Cpu, const NormBackward<T>& arguments) {
   });
 }
 
-#define WEFT_NORM_INSTANCE(T)                                \
+#define WEFT_NORM_INSTANCE(T)                             \
   template void norm_forward(Cpu, const NormForward<T>&); \
   template void norm_backward(Cpu, const NormBackward<T>&);
 WEFT_NORM_INSTANCE(float)

@@ -28,9 +28,9 @@ struct NormBackward {
   const T* weight;
   const Accumulate<T>* mean;  ///< null: RMS norm
   const Accumulate<T>* rstd;
-  const T* added;            ///< null, or a gradient to add to dx
-  T* dx;                     ///< null: not wanted
-  Accumulate<T>* partials;   ///< [norm_blocks(rows), 2, columns]: sums over a block's rows for weight and bias
+  const T* added;           ///< null, or a gradient to add to dx
+  T* dx;                    ///< null: not wanted
+  Accumulate<T>* partials;  ///< [norm_blocks(rows), 2, columns]: sums over a block's rows for weight and bias
   int64_t rows, columns;
 };
 

@@ -21,13 +21,15 @@ struct Plan {
       mark = 1;
     }
     for (int d = 0; d < x.rank(); ++d) {
-      if (reduced[d]) terms *= x.shape()[d];
-      else outputs *= x.shape()[d], without.push_back(x.shape()[d]);
+      if (reduced[d])
+        terms *= x.shape()[d];
+      else
+        outputs *= x.shape()[d], without.push_back(x.shape()[d]);
       with.push_back(reduced[d] ? 1 : x.shape()[d]);
     }
   }
-  Dims reduced;          ///< 1 where a dimension is reduced
-  Shape with, without;   ///< the result's shape with the reduced dimensions as 1, and without them
+  Dims reduced;         ///< 1 where a dimension is reduced
+  Shape with, without;  ///< the result's shape with the reduced dimensions as 1, and without them
   int64_t terms = 1, outputs = 1;
 };
 
@@ -62,7 +64,8 @@ Tensor summed(const char* op, const Tensor& x, const Dims& dims, bool keepdim, b
 /// x as rows of what is reduced to one element each: [outputs, terms], kept dimensions first. Differentiable.
 Tensor as_rows(const char* op, const Tensor& x, const Plan& plan) {
   if (plan.terms == 0) {
-    fail(ErrorKind::kShape, op, "there is no element to choose along a reduced dimension of size 0: x is ", x.describe());
+    fail(ErrorKind::kShape, op, "there is no element to choose along a reduced dimension of size 0: x is ",
+         x.describe());
   }
   Dims order;
   for (const int64_t reduced : {0, 1}) {
@@ -90,9 +93,8 @@ Tensor extreme(const char* op, const Tensor& x, const Dims& dims, bool keepdim, 
       [n = plan.terms](BackwardContext& context) {
         const Tensor index = context.saved(0), dy = context.grad();
         const Tensor mask = Tensor::empty({index.numel(), n}, DType::boolean, index.device());
-        launch(index.device(), context.op(), [&](auto device) {
-          mark(device, index.data<int64_t>(), mask.data<bool>(), index.numel(), n);
-        });
+        launch(index.device(), context.op(),
+               [&](auto device) { mark(device, index.data<int64_t>(), mask.data<bool>(), index.numel(), n); });
         context.set(0, where(mask, dy.unsqueeze(1), 0));
       },
       Rule::kDifferentiable);

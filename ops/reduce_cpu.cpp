@@ -59,13 +59,14 @@ class Sum {
   void rows(const Walk<2>& out, const Walk<1>& in, int64_t outputs, int64_t terms) const {
     const T* x = static_cast<const T*>(x_.data);
     if (terms <= kTask) {
-      return parallel_for(outputs, std::max<int64_t>(1, kTask / std::max<int64_t>(1, terms)), [&](int64_t begin, int64_t end) {
-        out.visit_elements(begin, end, [&](const auto& at, int64_t n) {
-          for (int64_t i = 0; i < n; ++i) {
-            put<T>(at[0] + i * out.steps()[0], sum_terms(x + at[1] + i * out.steps()[1], in, 0, terms));
-          }
-        });
-      });
+      return parallel_for(
+          outputs, std::max<int64_t>(1, kTask / std::max<int64_t>(1, terms)), [&](int64_t begin, int64_t end) {
+            out.visit_elements(begin, end, [&](const auto& at, int64_t n) {
+              for (int64_t i = 0; i < n; ++i) {
+                put<T>(at[0] + i * out.steps()[0], sum_terms(x + at[1] + i * out.steps()[1], in, 0, terms));
+              }
+            });
+          });
     }
     const int64_t pieces = (terms + kTask - 1) / kTask;
     std::vector<double> parts(static_cast<size_t>(outputs * pieces));
@@ -131,7 +132,8 @@ class Sum {
       const int64_t first = strip * kWidth, width = std::min(kWidth, n - first);
       double totals[kWidth] = {};
       out.visit(row, row + 1, first, width, [&](const auto& at, int64_t) {
-        sum_strip(static_cast<const T*>(x_.data) + at[1], in, piece * most, std::min(terms, (piece + 1) * most), width, totals);
+        sum_strip(static_cast<const T*>(x_.data) + at[1], in, piece * most, std::min(terms, (piece + 1) * most), width,
+                  totals);
         if (pieces > 1) {
           std::copy_n(totals, width, parts.data() + (piece * rows + row) * n + first);
         } else {

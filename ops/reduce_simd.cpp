@@ -39,7 +39,8 @@ double dot(const float* a, const float* b, int64_t n) {
   for (int64_t begin = 0; begin < n; begin += kStretch) {
     Sums sums(d);
     for_lanes(d, std::min(kStretch, n - begin), [&](auto k, int64_t i, auto which) HWY_ATTR {
-      sums.part[k] = hn::MulAdd(load<float>(d, a + begin + i, which), load<float>(d, b + begin + i, which), sums.part[k]);
+      sums.part[k] =
+          hn::MulAdd(load<float>(d, a + begin + i, which), load<float>(d, b + begin + i, which), sums.part[k]);
     });
     total += static_cast<double>(sums.total(d));
   }

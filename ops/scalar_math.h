@@ -18,10 +18,10 @@ using std::tanh;
 WEFT_HD inline float ln(float x) { return std::log(x); }
 WEFT_HD inline double ln(double x) { return std::log(x); }
 
-#define WEFT_SCALAR(T)                                                                 \
-  WEFT_HD inline T larger(T a, T b) { return a > b || a != a ? a : b; }                \
-  WEFT_HD inline T smaller(T a, T b) { return a < b || a != a ? a : b; }               \
-  WEFT_HD inline T where_positive(T x, T a, T b) { return x > 0 ? a : b; }             \
+#define WEFT_SCALAR(T)                                                     \
+  WEFT_HD inline T larger(T a, T b) { return a > b || a != a ? a : b; }    \
+  WEFT_HD inline T smaller(T a, T b) { return a < b || a != a ? a : b; }   \
+  WEFT_HD inline T where_positive(T x, T a, T b) { return x > 0 ? a : b; } \
   WEFT_HD inline T where_negative(T x, T a, T b) { return x < 0 ? a : b; }
 WEFT_SCALAR(float)
 WEFT_SCALAR(double)

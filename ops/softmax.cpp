@@ -28,7 +28,8 @@ Tensor softmax(const Tensor& x, int64_t dim_) {
         const Tensor y = context.saved(0), dy = context.grad();
         if (autograd::grad_mode()) return context.set(0, y * (dy - sum(dy * y, {dim}, true)));
         Tensor dx = Tensor::empty_like(y);
-        launch(y.device(), "softmax", [&](auto device) { softmax_backward(device, dx.view(), dy.view(), y.view(), dim); });
+        launch(y.device(), "softmax",
+               [&](auto device) { softmax_backward(device, dx.view(), dy.view(), y.view(), dim); });
         context.set(0, dx);
       },
       Rule::kDifferentiable);
@@ -45,9 +46,8 @@ Tensor log_softmax(const Tensor& x, int64_t dim_) {
         const Tensor y = context.saved(0), dy = context.grad();
         if (autograd::grad_mode()) return context.set(0, dy - exp(y) * sum(dy, {dim}, true));
         Tensor dx = Tensor::empty_like(y);
-        launch(y.device(), "log_softmax", [&](auto device) {
-          log_softmax_backward(device, dx.view(), dy.view(), y.view(), dim);
-        });
+        launch(y.device(), "log_softmax",
+               [&](auto device) { log_softmax_backward(device, dx.view(), dy.view(), y.view(), dim); });
         context.set(0, dx);
       },
       Rule::kDifferentiable);

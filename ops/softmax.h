@@ -9,7 +9,8 @@ namespace weft {
 ///
 /// @param x    f32, f64, f16 or bf16; any strides. Fastest along a contiguous last dimension.
 /// @param dim  negative counts from the end
-/// @return     shape and dtype of x. f64 is computed in f64, the rest in f32 (the sum as in ops/reduce.h), rounded once.
+/// @return     shape and dtype of x. f64 is computed in f64, the rest in f32 (the sum as in ops/reduce.h), rounded
+/// once.
 ///             A row that is -inf throughout, or holds +inf or NaN, gives NaN.
 /// @throws Error  kDType for other dtypes; kIndex for a dimension that is not there.
 /// Differentiable any number of times. Saved for backward: y.

@@ -89,7 +89,8 @@ void rows(const StridedView& y, const std::array<StridedView, N>& inputs, int di
 
 /// Calls rows() with the kernel's overload for the dtype.
 template <size_t N, class Kernel>
-void dispatch_rows(const char* op, const StridedView& y, const std::array<StridedView, N>& inputs, int dim, const Kernel& kernel) {
+void dispatch_rows(const char* op, const StridedView& y, const std::array<StridedView, N>& inputs, int dim,
+                   const Kernel& kernel) {
   dispatch_float(y.dtype, op, [&]<class T>() { rows<T>(y, inputs, dim, kernel); });
 }
 

@@ -2,7 +2,8 @@
 #include "core/backend.h"
 #include "ops/launch.h"
 
-// Kernels of softmax and log_softmax along dimension `dim`; all views have one shape and dtype. Numerics: ops/softmax.h.
+// Kernels of softmax and log_softmax along dimension `dim`; all views have one shape and dtype. Numerics:
+// ops/softmax.h.
 
 namespace weft {
 

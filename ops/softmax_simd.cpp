@@ -75,8 +75,12 @@ HWY_EXPORT(exp_sum);
 HWY_EXPORT(subtract);
 HWY_EXPORT(softmax_backward_row);
 HWY_EXPORT(log_softmax_backward_row);
-double exp_sum_f32(const float* x, float shift, float* y, int64_t n) { return HWY_DYNAMIC_DISPATCH(exp_sum)(x, shift, y, n); }
-void subtract_f32(const float* x, float a, float b, float* y, int64_t n) { HWY_DYNAMIC_DISPATCH(subtract)(x, a, b, y, n); }
+double exp_sum_f32(const float* x, float shift, float* y, int64_t n) {
+  return HWY_DYNAMIC_DISPATCH(exp_sum)(x, shift, y, n);
+}
+void subtract_f32(const float* x, float a, float b, float* y, int64_t n) {
+  HWY_DYNAMIC_DISPATCH(subtract)(x, a, b, y, n);
+}
 void softmax_backward_f32(const float* dy, const float* y, float shift, float* dx, int64_t n) {
   HWY_DYNAMIC_DISPATCH(softmax_backward_row)(dy, y, shift, dx, n);
 }

@@ -494,6 +494,8 @@ TEST(Gradients, OfUnrelatedLeavesAreNeverMixedUp) {
     ASSERT_FALSE(got[0].defined());
     ASSERT_EQ(got[1].item(), 6);
     ASSERT_FALSE(got[2].defined());
+    // The start is a leaf whose node is made only now.
+    ASSERT_FALSE(autograd::gradients({leaf(1)}, {stranger}, {tensor({1}, {1})})[0].defined());
   }
 }
 
@@ -811,6 +813,17 @@ TEST(Order, GradientsAreAddedInReverseOrderOfRecordingWhateverTheThreads) {
   for (const auto& run : runs) EXPECT_EQ(run, runs[0]);
   for (const auto& log : logs) EXPECT_EQ(log, logs[0]);
   EXPECT_EQ(logs[0].size(), 20u);
+}
+
+TEST(Order, LeavesThatAreReadyTogetherComeInTheOrderOfTheInputs) {
+  std::vector<int> log;
+  Tensors leaves;
+  for (int i = 0; i < 9; ++i) {
+    leaves.push_back(leaf(i));
+    leaves.back().register_grad_ready_hook([&log, i](const Tensor&) { log.push_back(i); });
+  }
+  sum(cat(leaves)).backward();
+  EXPECT_EQ(log, (std::vector<int>{0, 1, 2, 3, 4, 5, 6, 7, 8}));
 }
 
 TEST(Size, ALongTapeIsWalkedAndFreedWithoutDeepRecursion) {

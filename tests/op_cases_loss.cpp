@@ -21,17 +21,19 @@ constexpr CrossEntropyOptions kMeanOptions = {.ignore_index = kIgnored};
 constexpr CrossEntropyOptions kSumOptions = {.ignore_index = kIgnored, .reduction = Reduction::kSum};
 constexpr CrossEntropyOptions kGivenOptions = {.ignore_index = kIgnored, .valid_tokens = 7.5};
 constexpr const char* kReason =
-    "the loss is f32 for bf16 too: inputs are rounded, the sum of V exponentials in f32 has a relative error of a few 2^-24";
+    "the loss is f32 for bf16 too: inputs are rounded, the sum of V exponentials in f32 has a relative error of a few "
+    "2^-24";
 
 OpCase loss_case(const char* name, const Shape& logits, const CrossEntropyOptions& options = kMeanOptions) {
   Shape rows = logits;
   rows.erase(rows.rank() - 1);
-  return {.op = "cross_entropy",
-          .name = name,
-          .arguments = {{logits, -4, 4}, {rows, -1, static_cast<double>(logits.back()), true}},
-          .run = [options](const Tensors& in) -> Tensors { return {cross_entropy(in[0], in[1], options)}; },
-          .composed = [options](const Tensors& in) -> Tensors { return {composed_cross_entropy(in[0], in[1], options)}; },
-          .reason = kReason};
+  return {
+      .op = "cross_entropy",
+      .name = name,
+      .arguments = {{logits, -4, 4}, {rows, -1, static_cast<double>(logits.back()), true}},
+      .run = [options](const Tensors& in) -> Tensors { return {cross_entropy(in[0], in[1], options)}; },
+      .composed = [options](const Tensors& in) -> Tensors { return {composed_cross_entropy(in[0], in[1], options)}; },
+      .reason = kReason};
 }
 
 OpCase head_case(const char* name, const Shape& x, int64_t classes, int64_t chunk_rows,

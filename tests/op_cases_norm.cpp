@@ -6,7 +6,8 @@
 namespace weft::testing {
 namespace {
 
-constexpr double kEps = 1e-2;  // so large that rows of nearly equal elements have a derivative which differences can see
+constexpr double kEps =
+    1e-2;  // so large that rows of nearly equal elements have a derivative which differences can see
 
 Tensor composed_rms_norm(const Tensor& x, const Tensor& weight) {
   return x * rsqrt(mean(square(x), {-1}, true) + kEps) * weight;
@@ -27,8 +28,12 @@ OpCase norm_case(const char* name, const Shape& x, bool bias = true) {
   return {.op = "layer_norm",
           .name = name,
           .arguments = arguments,
-          .run = [](const Tensors& in) -> Tensors { return {layer_norm(in[0], in[1], in.size() > 2 ? in[2] : Tensor(), kEps)}; },
-          .composed = [](const Tensors& in) -> Tensors { return {composed_layer_norm(in[0], in[1], in.size() > 2 ? in[2] : Tensor())}; },
+          .run = [](const Tensors& in) -> Tensors {
+            return {layer_norm(in[0], in[1], in.size() > 2 ? in[2] : Tensor(), kEps)};
+          },
+          .composed = [](const Tensors& in) -> Tensors {
+            return {composed_layer_norm(in[0], in[1], in.size() > 2 ? in[2] : Tensor())};
+          },
           .reason = kReason};
 }
 
@@ -45,16 +50,14 @@ OpCase residual_case(const char* name, const Shape& x) {
   return {.op = "residual_layer_norm",
           .name = name,
           .arguments = {{x}, {x}, {{x.back()}}, {{x.back()}}},
-          .run =
-              [](const Tensors& in) -> Tensors {
-                const ResidualNorm out = residual_layer_norm(in[0], in[1], in[2], in[3], kEps);
-                return {out.sum, out.normed};
-              },
-          .composed =
-              [](const Tensors& in) -> Tensors {
-                const Tensor sum = in[0] + in[1];
-                return {sum, composed_layer_norm(sum, in[2], in[3])};
-              },
+          .run = [](const Tensors& in) -> Tensors {
+            const ResidualNorm out = residual_layer_norm(in[0], in[1], in[2], in[3], kEps);
+            return {out.sum, out.normed};
+          },
+          .composed = [](const Tensors& in) -> Tensors {
+            const Tensor sum = in[0] + in[1];
+            return {sum, composed_layer_norm(sum, in[2], in[3])};
+          },
           .tolerance_bf16 = 4e-2,
           .reason = "as layer_norm; the sum is rounded to bf16 before it is normalised, a second rounding"};
 }

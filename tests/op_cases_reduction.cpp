@@ -53,15 +53,17 @@ double fold_max(const std::vector<double>& x) { return x[first_extreme(x, 1)]; }
 double fold_min(const std::vector<double>& x) { return x[first_extreme(x, -1)]; }
 double fold_argmax(const std::vector<double>& x) { return static_cast<double>(first_extreme(x, 1)); }
 
-OpCase reduce_case(const char* op, const char* name, Reduce run, Fold fold, const Shape& shape, const Dims& dims, bool keepdim = false) {
-  OpCase made = {.op = op,
-                 .name = name,
-                 .arguments = {{shape}},
-                 .run = [=](const Tensors& in) -> Tensors { return {run(in[0], dims, keepdim)}; },
-                 .composed = [=](const Tensors& in) -> Tensors { return {reduce_plainly(in[0], dims, keepdim, fold)}; },
-                 .tolerance_f32 = 1e-5,
-                 .tolerance_bf16 = 2.1e-3,
-                 .reason = "70 * 2^-24 of the sum of magnitudes, here at most 2 * 1000 over some 20; bf16 is rounded once"};
+OpCase reduce_case(const char* op, const char* name, Reduce run, Fold fold, const Shape& shape, const Dims& dims,
+                   bool keepdim = false) {
+  OpCase made = {
+      .op = op,
+      .name = name,
+      .arguments = {{shape}},
+      .run = [=](const Tensors& in) -> Tensors { return {run(in[0], dims, keepdim)}; },
+      .composed = [=](const Tensors& in) -> Tensors { return {reduce_plainly(in[0], dims, keepdim, fold)}; },
+      .tolerance_f32 = 1e-5,
+      .tolerance_bf16 = 3.95e-3,
+      .reason = "70 * 2^-24 of the sum of magnitudes, here at most 2 * 1000 over some 20; bf16 is rounded once, 2^-8"};
   return made;
 }
 
@@ -97,17 +99,17 @@ OpCase softmax_case(const char* name, const Shape& shape, int64_t dim, bool log,
           .name = name,
           .arguments = {{shape, -range, range}},
           .run = [=](const Tensors& in) -> Tensors { return {log ? log_softmax(in[0], dim) : softmax(in[0], dim)}; },
-          .composed =
-              [=](const Tensors& in) -> Tensors {
-                const Tensor y = composed_softmax(in[0], dim);
-                return {log ? ln(y) : y};
-              },
+          .composed = [=](const Tensors& in) -> Tensors {
+            const Tensor y = composed_softmax(in[0], dim);
+            return {log ? ln(y) : y};
+          },
           .tolerance_f32 = 1e-6,
-          .tolerance_bf16 = 2.1e-3,
-          .reason = "f32: two ulp of the exponential and the bound of the sum; bf16: rounded once"};
+          .tolerance_bf16 = 3.95e-3,
+          .reason = "f32: two ulp of the exponential and the bound of the sum; bf16: rounded once, 2^-8"};
 }
 
-OpCase large(const char* op, const char* name, const Shape& shape, std::function<Tensors(const Tensors&)> run, double arrays) {
+OpCase large(const char* op, const char* name, const Shape& shape, std::function<Tensors(const Tensors&)> run,
+             double arrays) {
   return {.op = op,
           .name = name,
           .arguments = {{shape}},
@@ -126,10 +128,14 @@ std::vector<OpCase> reduction_cases() {
   std::erase_if(cases, [](const OpCase& made) { return made.op == "mean" && made.name == "no_terms"; });  // that is NaN
   add_reduce(cases, "max", max, fold_max, false);
   add_reduce(cases, "min", min, fold_min, false);
-  for (const auto& [name, shape, dim] : {std::tuple("last", Shape{5, 19}, 1), {"first", {19, 5}, 0}, {"middle", {2, 7, 3}, 1},
-                                         {"beyond_one_vector", {3, 67}, 1}, {"no_rows", {0, 3}, 1}}) {
-    OpCase made = reduce_case("argmax", name, [](const Tensor& x, const Dims& dims, bool keepdim) { return argmax(x, dims[0], keepdim); },
-                              fold_argmax, shape, {dim}, dim == 0);
+  for (const auto& [name, shape, dim] : {std::tuple("last", Shape{5, 19}, 1),
+                                         {"first", {19, 5}, 0},
+                                         {"middle", {2, 7, 3}, 1},
+                                         {"beyond_one_vector", {3, 67}, 1},
+                                         {"no_rows", {0, 3}, 1}}) {
+    OpCase made = reduce_case(
+        "argmax", name, [](const Tensor& x, const Dims& dims, bool keepdim) { return argmax(x, dims[0], keepdim); },
+        fold_argmax, shape, {dim}, dim == 0);
     made.differentiable = false;
     made.tolerance_f32 = made.tolerance_bf16 = 0;
     made.reason = "an index";
@@ -152,10 +158,12 @@ std::vector<OpCase> reduction_cases() {
     const Shape shape = in_cache ? Shape{512, 768} : Shape{65536, 768};
     const char* name = in_cache ? "in_cache" : "beyond_cache";
     cases.push_back(large("softmax", name, shape, [](const Tensors& in) -> Tensors { return {softmax(in[0])}; }, 2));
-    cases.push_back(large("log_softmax", name, shape, [](const Tensors& in) -> Tensors { return {log_softmax(in[0])}; }, 2));
+    cases.push_back(
+        large("log_softmax", name, shape, [](const Tensors& in) -> Tensors { return {log_softmax(in[0])}; }, 2));
     cases.push_back(large("sum", name, shape, [](const Tensors& in) -> Tensors { return {sum(in[0])}; }, 1));
-    cases.push_back(large("sum", in_cache ? "columns_in_cache" : "columns_beyond_cache", shape,
-                          [](const Tensors& in) -> Tensors { return {sum(in[0], {0})}; }, 1));
+    cases.push_back(large(
+        "sum", in_cache ? "columns_in_cache" : "columns_beyond_cache", shape,
+        [](const Tensors& in) -> Tensors { return {sum(in[0], {0})}; }, 1));
     cases.push_back(large("argmax", name, shape, [](const Tensors& in) -> Tensors { return {argmax(in[0])}; }, 1));
   }
   return cases;

@@ -18,7 +18,8 @@ Tensors make_arguments(const OpCase& made, DType dtype) {
     if (argument.index) {
       std::vector<int64_t> values(static_cast<size_t>(numel(argument.shape)));
       const auto low = static_cast<int64_t>(argument.low), high = static_cast<int64_t>(argument.high);
-      for (size_t i = 0; i < values.size(); ++i) values[i] = low + static_cast<int64_t>(stream.below(i, static_cast<uint64_t>(high - low)));
+      for (size_t i = 0; i < values.size(); ++i)
+        values[i] = low + static_cast<int64_t>(stream.below(i, static_cast<uint64_t>(high - low)));
       out.push_back(Tensor::from(values, argument.shape));
     } else {
       const Tensor x = Tensor::empty(argument.shape, DType::f64);
@@ -79,7 +80,7 @@ std::vector<size_t> differentiable_arguments(const OpCase& made) {
   return out;
 }
 
-Tensors gradients_of(const OpCase& made, const Run& run, const Tensors& arguments, const Tensors& cotangents) {
+Tensors gradients_of(const OpCase& made, const OpFunction& run, const Tensors& arguments, const Tensors& cotangents) {
   Tensors leaves, wanted;
   for (const Tensor& argument : arguments) leaves.push_back(argument.detach());
   for (const size_t i : differentiable_arguments(made)) wanted.push_back(leaves[i].requires_grad_());
@@ -110,8 +111,8 @@ Tensor planted(const Tensor& x, Plant plant) {
     if (plant == Plant::kScaled) {
       for (double& value : values) value *= 1.01;
     } else {
-      const auto largest = std::max_element(values.begin(), values.end(),
-                                            [](double a, double b) { return std::abs(a) < std::abs(b); });
+      const auto largest =
+          std::max_element(values.begin(), values.end(), [](double a, double b) { return std::abs(a) < std::abs(b); });
       if (largest != values.end()) *largest = -*largest;
     }
     context.set(0, Tensor::from(values, context.grad().shape()).to(context.grad().dtype()));

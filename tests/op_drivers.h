@@ -33,10 +33,10 @@ Placed place(const Tensor& x, Layout layout);
 /// Which arguments a gradient is asked for.
 std::vector<size_t> differentiable_arguments(const OpCase& made);
 
-using Run = std::function<Tensors(const Tensors&)>;
+using OpFunction = std::function<Tensors(const Tensors&)>;
 
 /// Gradients of sum(outputs * cotangents) with respect to the differentiable arguments.
-Tensors gradients_of(const OpCase& made, const Run& run, const Tensors& arguments, const Tensors& cotangents);
+Tensors gradients_of(const OpCase& made, const OpFunction& run, const Tensors& arguments, const Tensors& cotangents);
 
 /// Largest |got - want| / (1 + |want|); infinity where one is NaN and the other is not. Equal infinities agree.
 double worst_error(const std::vector<double>& got, const std::vector<double>& want);

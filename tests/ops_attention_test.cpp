@@ -273,13 +273,19 @@ TEST(Attention, HugeScoresDoNotOverflow) {
 }
 
 TEST(Attention, ANaNReachesEveryQueryThatSeesItAndNoOther) {
-  for (const int64_t tokens : {4, 100}) {
-    const Tensor qkv = random({1, tokens, 3 * 16}, DType::f32, "qkv");
-    qkv.select(1, 2).narrow(1, 16, 1).fill_(std::numeric_limits<double>::quiet_NaN());  // a key's first element
-    const Tensor y = causal_attention(qkv, 1);
-    for (int64_t i = 0; i < tokens; ++i) {
-      const Values row = y.select(1, i).to_vector<double>();
-      for (const double value : row) ASSERT_EQ(std::isnan(value), i >= 2) << "query " << i << " of " << tokens;
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (const DType dtype : {DType::f32, DType::f64}) {
+    for (const int64_t tokens : {4, 100}) {
+      for (const double value : {nan, -nan}) {  // both signs: exponent arithmetic treats them differently
+        const Tensor qkv = random({1, tokens, 3 * 16}, dtype, "qkv");
+        qkv.select(1, 2).narrow(1, 16, 1).fill_(value);  // a key's first element
+        const Tensor y = causal_attention(qkv, 1);
+        for (int64_t i = 0; i < tokens; ++i) {
+          for (const double got : y.select(1, i).to_vector<double>()) {
+            ASSERT_EQ(std::isnan(got), i >= 2) << "query " << i << " of " << tokens << ", " << dtype;
+          }
+        }
+      }
     }
   }
 }

@@ -63,13 +63,15 @@ TEST(Embedding, TakesRowsByNumber) {
 
 TEST(Embedding, CopiesExactlyWhateverTheSizeOfARowAndOfTheResult) {
   // 12000 rows of 768 f32 are more than the cache: they are written past it.
-  for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{{12000, 768}, {40, 16}, {40, 17}, {40, 33}, {1, 1}}) {
+  for (const auto& [rows, columns] :
+       std::vector<std::pair<int64_t, int64_t>>{{12000, 768}, {40, 16}, {40, 17}, {40, 33}, {1, 1}}) {
     for (const DType dtype : {DType::f32, DType::bf16}) {
       const Tensor table = random({53, columns}, dtype, "table"), ids = random_indices({rows}, 53);
       const Tensor y = embedding(ids, table);
       const std::vector<int64_t> numbers = ids.to_vector<int64_t>();
       for (int64_t i = 0; i < rows; ++i) {
-        ASSERT_TRUE(same_bits(y.narrow(0, i, 1), table.narrow(0, numbers[static_cast<size_t>(i)], 1))) << rows << " x " << columns << ' ' << i;
+        ASSERT_TRUE(same_bits(y.narrow(0, i, 1), table.narrow(0, numbers[static_cast<size_t>(i)], 1)))
+            << rows << " x " << columns << ' ' << i;
       }
     }
   }
@@ -94,14 +96,16 @@ TEST(Embedding, AddsGradientsInTheOrderOfTheIds) {
       const Tensor dy = random({3, 41, columns}, dtype, "dy");
       autograd::backward({embedding(ids, table)}, {dy});
       const std::vector<int64_t> flat = ids.to_vector<int64_t>();
-      const Tensor want = dtype == DType::f64 ? scatter<double>(dy, flat, 23, columns) : scatter<float>(dy, flat, 23, columns);
+      const Tensor want =
+          dtype == DType::f64 ? scatter<double>(dy, flat, 23, columns) : scatter<float>(dy, flat, 23, columns);
       EXPECT_TRUE(same_bits(table.grad(), want)) << dtype << ' ' << columns;
     }
   }
 }
 
 TEST(Embedding, AddsToAGradientThatIsThereAlready) {
-  const Tensor table = leaf(random({9, 4}, DType::f32, "table")), ids = Tensor::from(std::vector<int64_t>{2, 7, 2}, {3});
+  const Tensor table = leaf(random({9, 4}, DType::f32, "table")),
+               ids = Tensor::from(std::vector<int64_t>{2, 7, 2}, {3});
   Tensor held = Tensor::zeros({9, 4});
   held.narrow(0, 5, 1).fill_(3);
   held.narrow(0, 7, 1).fill_(10);
@@ -139,18 +143,23 @@ TEST(Embedding, TakesNothing) {
 TEST(Embedding, NamesTheIdThatIsOutside) {
   const Tensor table = Tensor::zeros({50257, 2});
   const auto with = [&](std::vector<int64_t> ids) { return embedding(Tensor::from(ids, {2, 3}), table); };
-  expect_error(ErrorKind::kIndex, "[embedding] ids[1, 2] is 50257 but must be from 0 to 50256: the table is f32 [50257, 2]",
+  expect_error(ErrorKind::kIndex,
+               "[embedding] ids[1, 2] is 50257 but must be from 0 to 50256: the table is f32 [50257, 2]",
                [&] { with({0, 1, 2, 3, 4, 50257}); });
   expect_error(ErrorKind::kIndex, "ids[0, 1] is -1", [&] { with({0, -1, 2, 3, 4, 99999}); });
   expect_error(ErrorKind::kDType, "ids must be i64 or i32", [&] { embedding(Tensor::zeros({2}), table); });
-  expect_error(ErrorKind::kShape, "the table must be [V, C]", [&] { embedding(Tensor::zeros({2}, DType::i64), Tensor::zeros({3})); });
-  expect_error(ErrorKind::kDType, "takes f32", [&] { embedding(Tensor::zeros({2}, DType::i64), Tensor::zeros({3, 2}, DType::i64)); });
+  expect_error(ErrorKind::kShape, "the table must be [V, C]",
+               [&] { embedding(Tensor::zeros({2}, DType::i64), Tensor::zeros({3})); });
+  expect_error(ErrorKind::kDType, "takes f32",
+               [&] { embedding(Tensor::zeros({2}, DType::i64), Tensor::zeros({3, 2}, DType::i64)); });
 }
 
 // ---- gather ----
 
 /// Index in a row-major array.
-size_t at(const Shape& shape, int64_t i, int64_t j, int64_t k) { return static_cast<size_t>((i * shape[1] + j) * shape[2] + k); }
+size_t at(const Shape& shape, int64_t i, int64_t j, int64_t k) {
+  return static_cast<size_t>((i * shape[1] + j) * shape[2] + k);
+}
 
 TEST(Gather, MatchesItsDefinitionAndDerivativeAlongEachDimension) {
   const Shape shape = {5, 4, 6};
@@ -182,7 +191,8 @@ TEST(Gather, MatchesItsDefinitionAndDerivativeAlongEachDimension) {
 
 TEST(Gather, CopiesEveryType) {
   const Tensor index = Tensor::from(std::vector<int64_t>{2, 0, 1, 1}, {4});
-  for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16, DType::i32, DType::i64, DType::u8, DType::boolean}) {
+  for (const DType dtype :
+       {DType::f32, DType::f64, DType::f16, DType::bf16, DType::i32, DType::i64, DType::u8, DType::boolean}) {
     const Tensor x = Tensor::from(std::vector<int64_t>{0, 1, 5}, {3}).to(dtype);
     const Values values = x.to_vector<double>();
     EXPECT_EQ(gather(x, 0, index).to_vector<double>(), (Values{values[2], values[0], values[1], values[1]})) << dtype;
@@ -191,10 +201,13 @@ TEST(Gather, CopiesEveryType) {
 
 TEST(Gather, NamesWhatDoesNotFit) {
   const Tensor x = Tensor::zeros({3, 4});
-  expect_error(ErrorKind::kIndex, "[gather] index[1, 0] is 4 but must be from 0 to 3: dimension 1 of x, which is f32 [3, 4]",
+  expect_error(ErrorKind::kIndex,
+               "[gather] index[1, 0] is 4 but must be from 0 to 3: dimension 1 of x, which is f32 [3, 4]",
                [&] { gather(x, 1, Tensor::from(std::vector<int64_t>{3, 4}, {2, 1})); });
-  expect_error(ErrorKind::kShape, "index must have the rank of x", [&] { gather(x, 1, Tensor::zeros({4, 1}, DType::i64)); });
-  expect_error(ErrorKind::kShape, "index must have the rank of x", [&] { gather(x, 1, Tensor::zeros({3}, DType::i64)); });
+  expect_error(ErrorKind::kShape, "index must have the rank of x",
+               [&] { gather(x, 1, Tensor::zeros({4, 1}, DType::i64)); });
+  expect_error(ErrorKind::kShape, "index must have the rank of x",
+               [&] { gather(x, 1, Tensor::zeros({3}, DType::i64)); });
   expect_error(ErrorKind::kDType, "index must be i64 or i32", [&] { gather(x, 1, x); });
   expect_error(ErrorKind::kIndex, "gather", [&] { gather(x, 2, Tensor::zeros({3, 1}, DType::i64)); });
 }
@@ -212,7 +225,8 @@ TEST(Dropout, KeepsExactlyTheElementsThatTheStreamNames) {
         std::vector<double> want;
         for (size_t i = 0; i < from.size(); ++i) {
           const bool kept = stream.bits(first + i) >= p * 0x1p32;
-          const double exact = from[i] * (dtype == DType::f64 ? 1 / (1 - p) : static_cast<double>(static_cast<float>(1 / (1 - p))));
+          const double exact =
+              from[i] * (dtype == DType::f64 ? 1 / (1 - p) : static_cast<double>(static_cast<float>(1 / (1 - p))));
           want.push_back(kept ? exact : 0);
         }
         Tensor rounded = Tensor::from(want, {17, 301});
@@ -228,7 +242,8 @@ TEST(Dropout, GivesPartsTheMaskOfTheWhole) {
   const Tensor x = random({30, 7}, DType::f32, "x");
   const Tensor whole = dropout(x, 0.4, stream);
   for (const int64_t row : {0, 1, 10, 29}) {
-    EXPECT_TRUE(same_bits(dropout(x.narrow(0, row, 1), 0.4, stream, true, static_cast<uint64_t>(row * 7)), whole.narrow(0, row, 1)));
+    EXPECT_TRUE(same_bits(dropout(x.narrow(0, row, 1), 0.4, stream, true, static_cast<uint64_t>(row * 7)),
+                          whole.narrow(0, row, 1)));
   }
 }
 
@@ -238,7 +253,8 @@ TEST(Dropout, DropsTheShareThatIsAskedFor) {
   double previous = 0;
   for (const double p : {0.05, 0.3, 0.9}) {
     double kept = 0, sum = 0;
-    for (const double value : dropout(x, p, RandomStream(3, "dropout")).to_vector<double>()) kept += value != 0, sum += value;
+    for (const double value : dropout(x, p, RandomStream(3, "dropout")).to_vector<double>())
+      kept += value != 0, sum += value;
     const double deviation = std::sqrt(p * (1 - p) / static_cast<double>(n));
     EXPECT_NEAR(kept / static_cast<double>(n), 1 - p, 5 * deviation);
     EXPECT_NEAR(sum / static_cast<double>(n), 1, 5 * deviation / (1 - p));
@@ -271,7 +287,8 @@ TEST(Dropout, AnswersWithItsInputWhenThereIsNothingToDrop) {
   EXPECT_TRUE(dropout(x, 0, RandomStream(1, "d")).is_same(x));
   EXPECT_TRUE(dropout(x, 0.5, RandomStream(1, "d"), false).is_same(x));
   for (const double p : {-0.1, 1.0, 1.5, static_cast<double>(NAN)}) {
-    expect_error(ErrorKind::kValue, "[dropout] p must be in [0, 1)", [&] { dropout(x, p, RandomStream(1, "d"), false); });
+    expect_error(ErrorKind::kValue, "[dropout] p must be in [0, 1)",
+                 [&] { dropout(x, p, RandomStream(1, "d"), false); });
   }
   expect_error(ErrorKind::kDType, "takes f32", [&] { dropout(x.to(DType::i32), 0.5, RandomStream(1, "d")); });
 }

@@ -31,7 +31,8 @@ Tensor some_targets(int64_t rows, int64_t classes, int64_t every = 5, int64_t ig
   std::vector<int64_t> values;
   for (int64_t i = 0; i < rows; ++i) {
     values.push_back(i % every == every - 1 ? ignored
-                                            : static_cast<int64_t>(stream.below(static_cast<uint64_t>(i), static_cast<uint64_t>(classes))));
+                                            : static_cast<int64_t>(stream.below(static_cast<uint64_t>(i),
+                                                                                static_cast<uint64_t>(classes))));
   }
   return Tensor::from(values, {rows});
 }
@@ -89,25 +90,29 @@ Reference reference(const Values& logits, const std::vector<int64_t>& targets, s
   return out;
 }
 
-// f32: exponentials and a sum of up to a thousand of them. f16 and bf16: computed in f32 from rounded logits; the loss is
-// f32, the gradient is rounded once.
+// f32: exponentials and a sum of up to a thousand of them. f16 and bf16: computed in f32 from rounded logits; the loss
+// is f32, the gradient is rounded once.
 struct Precision {
   DType dtype;
   double loss, gradient;
 };
-const Precision kPrecisions[] = {{DType::f64, 1e-14, 1e-14}, {DType::f32, 1e-6, 1e-6}, {DType::f16, 1e-6, 5e-4}, {DType::bf16, 1e-6, 4e-3}};
+const Precision kPrecisions[] = {
+    {DType::f64, 1e-14, 1e-14}, {DType::f32, 1e-6, 1e-6}, {DType::f16, 1e-6, 5e-4}, {DType::bf16, 1e-6, 4e-3}};
 
 TEST(CrossEntropy, MatchesItsDefinitionAndDerivativeInEveryFloatType) {
   for (const auto& [dtype, loss_tolerance, gradient_tolerance] : kPrecisions) {
-    for (const auto& [rows, classes] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {7, 2}, {13, 31}, {33, 64}, {6, 1009}}) {
+    for (const auto& [rows, classes] :
+         std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {7, 2}, {13, 31}, {33, 64}, {6, 1009}}) {
       SCOPED_TRACE(concat(dtype, ' ', rows, " x ", classes));
       const Tensor logits = leaf(random({rows, classes}, dtype, "logits", -8, 8));
       const Tensor targets = some_targets(rows, classes);
-      const Reference want = reference(logits.to_vector<double>(), targets.to_vector<int64_t>(), static_cast<size_t>(classes));
+      const Reference want =
+          reference(logits.to_vector<double>(), targets.to_vector<int64_t>(), static_cast<size_t>(classes));
       const Tensor mean = cross_entropy(logits, targets);
       EXPECT_EQ(mean.dtype(), dtype == DType::f64 ? DType::f64 : DType::f32);
       EXPECT_LE(distance(mean, {want.sum / want.valid}), loss_tolerance);
-      EXPECT_LE(distance(cross_entropy(logits, targets.to(DType::i32), {.reduction = Reduction::kSum}), {want.sum}), 2 * loss_tolerance);
+      EXPECT_LE(distance(cross_entropy(logits, targets.to(DType::i32), {.reduction = Reduction::kSum}), {want.sum}),
+                2 * loss_tolerance);
       autograd::backward({mean}, {Tensor::full({}, 2.5, mean.dtype())});
       Values scaled = want.dlogits;
       for (double& value : scaled) value *= 2.5 / want.valid;
@@ -129,7 +134,8 @@ TEST(CrossEntropy, TakesAnyLeadingDimensionsAndStrides) {
 TEST(CrossEntropy, StaysFiniteForExtremeLogits) {
   const float inf = std::numeric_limits<float>::infinity();
   const Tensor logits = leaf(Tensor::from(std::vector<float>{1e30f, -1e30f, 0, -inf, 3, 3, -200, 0, 100}, {3, 3}));
-  const Tensor loss = cross_entropy(logits, Tensor::from(std::vector<int64_t>{0, 1, 2}, {3}), {.reduction = Reduction::kSum});
+  const Tensor loss =
+      cross_entropy(logits, Tensor::from(std::vector<int64_t>{0, 1, 2}, {3}), {.reduction = Reduction::kSum});
   EXPECT_NEAR(loss.item(), std::log(2.0), 1e-7);
   loss.backward();
   EXPECT_LE(distance(logits.grad(), {0, 0, 0, 0, -0.5, 0.5, 0, 0, 0}), 1e-7);
@@ -149,18 +155,25 @@ TEST(CrossEntropy, DoesNotHideANan) {
 TEST(CrossEntropy, NamesBadTargetsAndOptions) {
   const Tensor logits = Tensor::zeros({3, 5});
   const auto with = [&](std::vector<int64_t> targets) { return cross_entropy(logits, Tensor::from(targets, {3})); };
-  expect_error(ErrorKind::kIndex, "[cross_entropy] the target of row 2 is 5 but must be from 0 to 4 (or ignore_index, -100)",
+  expect_error(ErrorKind::kIndex,
+               "[cross_entropy] the target of row 2 is 5 but must be from 0 to 4 (or ignore_index, -100)",
                [&] { with({0, 4, 5}); });
   expect_error(ErrorKind::kIndex, "the target of row 1 is -1", [&] { with({0, -1, 9}); });
   expect_error(ErrorKind::kValue, "none of the 3 targets is valid", [&] { with({-100, -100, -100}); });
-  expect_error(ErrorKind::kShape, "needs [..., n] and targets [...]", [&] { cross_entropy(logits, Tensor::zeros({4}, DType::i64)); });
-  expect_error(ErrorKind::kShape, "needs [..., n] and targets [...]", [&] { cross_entropy(Tensor::zeros({}), Tensor::zeros({}, DType::i64)); });
-  expect_error(ErrorKind::kShape, "at least one class", [&] { cross_entropy(Tensor::zeros({3, 0}), Tensor::zeros({3}, DType::i64)); });
+  expect_error(ErrorKind::kShape, "needs [..., n] and targets [...]",
+               [&] { cross_entropy(logits, Tensor::zeros({4}, DType::i64)); });
+  expect_error(ErrorKind::kShape, "needs [..., n] and targets [...]",
+               [&] { cross_entropy(Tensor::zeros({}), Tensor::zeros({}, DType::i64)); });
+  expect_error(ErrorKind::kShape, "at least one class",
+               [&] { cross_entropy(Tensor::zeros({3, 0}), Tensor::zeros({3}, DType::i64)); });
   expect_error(ErrorKind::kDType, "targets must be i64 or i32", [&] { cross_entropy(logits, Tensor::zeros({3})); });
-  expect_error(ErrorKind::kDType, "takes f32", [&] { cross_entropy(logits.to(DType::i64), Tensor::zeros({3}, DType::i64)); });
+  expect_error(ErrorKind::kDType, "takes f32",
+               [&] { cross_entropy(logits.to(DType::i64), Tensor::zeros({3}, DType::i64)); });
   const Tensor targets = Tensor::zeros({3}, DType::i64);
-  expect_error(ErrorKind::kValue, "valid_tokens must be", [&] { cross_entropy(logits, targets, {.valid_tokens = -1}); });
-  expect_error(ErrorKind::kValue, "valid_tokens must be", [&] { cross_entropy(logits, targets, {.valid_tokens = NAN}); });
+  expect_error(ErrorKind::kValue, "valid_tokens must be",
+               [&] { cross_entropy(logits, targets, {.valid_tokens = -1}); });
+  expect_error(ErrorKind::kValue, "valid_tokens must be",
+               [&] { cross_entropy(logits, targets, {.valid_tokens = NAN}); });
   expect_error(ErrorKind::kValue, "the reduction is a sum",
                [&] { cross_entropy(logits, targets, {.reduction = Reduction::kSum, .valid_tokens = 3}); });
 }
@@ -187,8 +200,8 @@ struct HeadResult {
   Tensor loss, dx, dweight;
 };
 
-HeadResult run_head(const Tensor& x_, const Tensor& weight_, const Tensor& targets, const LinearCrossEntropyOptions& options,
-                    double gradient = 1) {
+HeadResult run_head(const Tensor& x_, const Tensor& weight_, const Tensor& targets,
+                    const LinearCrossEntropyOptions& options, double gradient = 1) {
   const Tensor x = leaf(x_), weight = leaf(weight_);
   const Tensor loss = linear_cross_entropy(x, weight, targets, options);
   autograd::backward({loss}, {Tensor::full({}, gradient, loss.dtype())});
@@ -285,7 +298,8 @@ TEST(LinearCrossEntropy, RaggedMicroBatchesAddUpToTheFullBatch) {
     double loss = 0, plain_loss = 0;
     for (int64_t begin = 0; begin < 24; begin += 8) {
       const Tensor part = targets.narrow(0, begin, 8);
-      const Tensor micro = linear_cross_entropy(leaf_x.narrow(0, begin, 8), leaf_weight, part, {{.valid_tokens = valid}, chunk});
+      const Tensor micro =
+          linear_cross_entropy(leaf_x.narrow(0, begin, 8), leaf_weight, part, {{.valid_tokens = valid}, chunk});
       micro.backward();
       loss += micro.item();
       const Tensor plain = cross_entropy(linear(logits_x.narrow(0, begin, 8), weight), part, {.valid_tokens = valid});
@@ -301,7 +315,8 @@ TEST(LinearCrossEntropy, RaggedMicroBatchesAddUpToTheFullBatch) {
 }
 
 TEST(LinearCrossEntropy, AnswersOnlyWhatIsAsked) {
-  const Tensor x = random({7, 5}, DType::f64, "x"), weight = random({11, 5}, DType::f64, "w"), targets = some_targets(7, 11);
+  const Tensor x = random({7, 5}, DType::f64, "x"), weight = random({11, 5}, DType::f64, "w"),
+               targets = some_targets(7, 11);
   for (const int64_t chunk : {0, 2}) {
     const HeadResult both = run_head(x, weight, targets, {{}, chunk});
     const Tensor only_x = leaf(x), only_weight = leaf(weight);
@@ -321,20 +336,23 @@ TEST(LinearCrossEntropy, HoldsAllLogitsOnlyIfTheyAreSmallerThanTheGradientOfTheW
 
   const DryRun dry;
   const int64_t rows = 65536, channels = 64, classes = 32768;
-  const Tensor x = Tensor::empty({rows, channels}).requires_grad_(), weight = Tensor::empty({classes, channels}).requires_grad_();
+  const Tensor x = Tensor::empty({rows, channels}).requires_grad_(),
+               weight = Tensor::empty({classes, channels}).requires_grad_();
   const Tensor targets = Tensor::empty({rows}, DType::i64);
   Allocator& memory = allocator(Device::cpu());
   memory.reset_peak();
   const int64_t before = memory.statistics().total.current;
   linear_cross_entropy(x, weight, targets).backward();
   const int64_t taken = memory.statistics().total.peak - before;
-  // 256 rows of logits, dx and dW twice (made forwards, scaled backwards) and small change: 8 GiB of logits are not there.
+  // 256 rows of logits, dx and dW twice (made forwards, scaled backwards) and small change: 8 GiB of logits are not
+  // there.
   EXPECT_LE(taken, 4 * (256 * classes + 2 * (rows + classes) * channels) + (int64_t{2} << 20));
   EXPECT_GE(taken, 4 * 256 * classes);
 }
 
 TEST(LinearCrossEntropy, HasTheSameBitsOnAnyNumberOfThreads) {
-  const Tensor x = random({300, 40}, DType::f32, "x"), weight = random({1009, 40}, DType::f32, "w"), targets = some_targets(300, 1009);
+  const Tensor x = random({300, 40}, DType::f32, "x"), weight = random({1009, 40}, DType::f32, "w"),
+               targets = some_targets(300, 1009);
   const int before = num_threads();
   for (const int64_t chunk : {0, 128}) {
     set_num_threads(1);
@@ -359,12 +377,16 @@ TEST(LinearCrossEntropy, RefusesAWeightThatChangedBeforeBackward) {
 
 TEST(LinearCrossEntropy, NamesWhatDoesNotFit) {
   const Tensor x = Tensor::zeros({3, 4}), weight = Tensor::zeros({5, 4}), targets = Tensor::zeros({3}, DType::i64);
-  expect_error(ErrorKind::kShape, "needs x [..., C] and weight [V, C] with V >= 1, got x f32 [3, 4] and weight f32 [4, 5]",
+  expect_error(ErrorKind::kShape,
+               "needs x [..., C] and weight [V, C] with V >= 1, got x f32 [3, 4] and weight f32 [4, 5]",
                [&] { linear_cross_entropy(x, Tensor::zeros({4, 5}), targets); });
   expect_error(ErrorKind::kShape, "V >= 1", [&] { linear_cross_entropy(x, Tensor::zeros({0, 4}), targets); });
-  expect_error(ErrorKind::kDType, "dtypes must be equal", [&] { linear_cross_entropy(x, weight.to(DType::f64), targets); });
-  expect_error(ErrorKind::kShape, "and targets", [&] { linear_cross_entropy(x, weight, Tensor::zeros({4}, DType::i64)); });
-  expect_error(ErrorKind::kValue, "chunk_rows must not be negative", [&] { linear_cross_entropy(x, weight, targets, {{}, -1}); });
+  expect_error(ErrorKind::kDType, "dtypes must be equal",
+               [&] { linear_cross_entropy(x, weight.to(DType::f64), targets); });
+  expect_error(ErrorKind::kShape, "and targets",
+               [&] { linear_cross_entropy(x, weight, Tensor::zeros({4}, DType::i64)); });
+  expect_error(ErrorKind::kValue, "chunk_rows must not be negative",
+               [&] { linear_cross_entropy(x, weight, targets, {{}, -1}); });
   expect_error(ErrorKind::kIndex, "[linear_cross_entropy] the target of row 0 is 5",
                [&] { linear_cross_entropy(x, weight, Tensor::full({3}, 5, DType::i32)); });
 }

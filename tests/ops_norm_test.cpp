@@ -47,8 +47,8 @@ struct Reference {
 };
 
 /// The definition and its derivative, element by element in f64.
-Reference reference(const Values& x, const Values& weight, const Values& bias, const Values& dy, size_t columns, double eps,
-                    bool centered) {
+Reference reference(const Values& x, const Values& weight, const Values& bias, const Values& dy, size_t columns,
+                    double eps, bool centered) {
   const size_t rows = x.size() / columns;
   const double n = static_cast<double>(columns);
   Reference out{Values(x.size()), Values(x.size()), Values(columns), Values(columns)};
@@ -80,7 +80,8 @@ struct Precision {
   DType dtype;
   double tolerance;  ///< of values; sums over rows and divisions by a small deviation get a multiple of it
 };
-// f64 and f32: a few roundings of numbers around 1 to 10. f16 and bf16: computed in f32 from rounded inputs, one rounding.
+// f64 and f32: a few roundings of numbers around 1 to 10. f16 and bf16: computed in f32 from rounded inputs, one
+// rounding.
 const Precision kPrecisions[] = {{DType::f64, 1e-13}, {DType::f32, 5e-6}, {DType::f16, 1e-3}, {DType::bf16, 8e-3}};
 const Shape kShapes[] = {{1, 1}, {3, 7}, {2, 3, 16}, {5, 64}, {17, 131}, {131, 17}, {2, 768}, {0, 5}};
 
@@ -187,7 +188,8 @@ TEST(ResidualLayerNorm, AddsTheGradientsOfBothOutputs) {
 
 TEST(Norms, AddToAGradientThatIsThereAlready) {
   for (const DType dtype : {DType::f32, DType::bf16}) {
-    const Tensor x = random({37, 24}, dtype, "x"), weight = leaf(random({24}, dtype, "w")), bias = leaf(random({24}, dtype, "b"));
+    const Tensor x = random({37, 24}, dtype, "x"), weight = leaf(random({24}, dtype, "w")),
+                 bias = leaf(random({24}, dtype, "b"));
     const Tensor dy = random({37, 24}, dtype, "dy");
     for (int pass = 0; pass < 2; ++pass) autograd::backward({layer_norm(x, weight, bias)}, {dy});
     const Tensor twice = weight.grad().clone();
@@ -195,7 +197,8 @@ TEST(Norms, AddToAGradientThatIsThereAlready) {
     autograd::backward({layer_norm(x, weight, bias)}, {dy});
     Values want = weight.grad().to_vector<double>();
     for (double& value : want) value *= 2;
-    EXPECT_LE(distance(twice, want), dtype == DType::f32 ? 0 : 4e-3);  // doubling is exact; bf16 rounds the sum, also exactly
+    EXPECT_LE(distance(twice, want),
+              dtype == DType::f32 ? 0 : 4e-3);  // doubling is exact; bf16 rounds the sum, also exactly
   }
 }
 
@@ -225,7 +228,8 @@ TEST(Norms, HaveTheSameBitsOnAnyNumberOfThreads) {
   const std::vector<Tensor> one = run(1);
   for (const int threads : {2, 3, 5}) {
     const std::vector<Tensor> many = run(threads);
-    for (size_t i = 0; i < one.size(); ++i) EXPECT_TRUE(same_bits(one[i], many[i])) << threads << " threads, tensor " << i;
+    for (size_t i = 0; i < one.size(); ++i)
+      EXPECT_TRUE(same_bits(one[i], many[i])) << threads << " threads, tensor " << i;
   }
   set_num_threads(before);
 }
@@ -234,7 +238,9 @@ TEST(Norms, HaveTheSameBitsInATensorLargerThanTheCache) {
   // Large results are written past the caches by kernels of their own.
   for (const DType dtype : {DType::f32, DType::bf16}) {
     const int64_t rows = dtype == DType::f32 ? 12000 : 24000;
-    const auto repeated = [&](const char* name) { return random({1, 60, 768}, dtype, name).expand({rows / 60, 60, 768}).reshape({rows, 768}); };
+    const auto repeated = [&](const char* name) {
+      return random({1, 60, 768}, dtype, name).expand({rows / 60, 60, 768}).reshape({rows, 768});
+    };
     const Tensor x = leaf(repeated("x")), residual = repeated("r");
     const Tensor weight = random({768}, dtype, "w"), bias = random({768}, dtype, "b");
     const ResidualNorm whole = residual_layer_norm(x, residual, weight, bias);
@@ -269,9 +275,10 @@ void expect_error(ErrorKind kind, const std::string& text, const std::function<v
 
 TEST(Norms, NameWhatDoesNotFit) {
   const Tensor x = Tensor::zeros({2, 8}), c = Tensor::zeros({8});
-  expect_error(ErrorKind::kShape,
-               "[rms_norm] weight must match the last dimension of x: x is f32 [2, 8], weight is f32 [5]; expected weight [8]",
-               [&] { rms_norm(x, Tensor::zeros({5})); });
+  expect_error(
+      ErrorKind::kShape,
+      "[rms_norm] weight must match the last dimension of x: x is f32 [2, 8], weight is f32 [5]; expected weight [8]",
+      [&] { rms_norm(x, Tensor::zeros({5})); });
   expect_error(ErrorKind::kShape, "bias must match", [&] { layer_norm(x, c, Tensor::zeros({1})); });
   expect_error(ErrorKind::kDType, "[layer_norm] dtypes must be equal", [&] { layer_norm(x, c.to(DType::bf16), c); });
   expect_error(ErrorKind::kDType, "takes f32", [&] { rms_norm(x.to(DType::i32), c.to(DType::i32)); });
@@ -279,7 +286,8 @@ TEST(Norms, NameWhatDoesNotFit) {
   expect_error(ErrorKind::kShape, "must have an element", [&] { rms_norm(Tensor::zeros({}), c); });
   expect_error(ErrorKind::kValue, "eps must be positive", [&] { layer_norm(x, c, c, 0); });
   expect_error(ErrorKind::kValue, "eps must be positive", [&] { layer_norm(x, c, c, NAN); });
-  expect_error(ErrorKind::kShape, "their shapes must be equal", [&] { residual_layer_norm(x, Tensor::zeros({1, 8}), c, c); });
+  expect_error(ErrorKind::kShape, "their shapes must be equal",
+               [&] { residual_layer_norm(x, Tensor::zeros({1, 8}), c, c); });
 }
 
 TEST(Norms, RunDry) {

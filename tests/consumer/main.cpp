@@ -8,7 +8,7 @@ int main() {
   using namespace weft;
   std::string words;
   for (int i = 0; i < 400; ++i) words += "the cat sat on the mat and the dog sat on the log. ";
-  const text::Tokenizer tokenizer = text::Tokenizer::train(words, 300);
+  const text::Tokenizer tokenizer = text::Tokenizer::train(words, 270);
   const auto tokens = std::make_shared<text::TokenVector>(tokenizer.encode(words), tokenizer.vocab_size());
 
   const Device device = Device::best();  // CUDA if there is one, else the CPU
