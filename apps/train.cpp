@@ -60,6 +60,13 @@ class MetricsFile {
   std::string path_;
 };
 
+/// Three digits that count: "4.00e-03".
+std::string significant(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2e", value);
+  return text;
+}
+
 std::string run_id() {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   char text[64];
@@ -130,7 +137,7 @@ class Run {
                             {"backward", m.times.backward},
                             {"optimizer", m.times.optimizer}}}});
       if (progress.due(done)) {
-        fields = concat("loss ", fixed(m.loss, 4), "  |g| ", fixed(m.grad_norm, 3), "  lr ", shortest(m.lr), "  ",
+        fields = concat("loss ", fixed(m.loss, 4), "  |g| ", fixed(m.grad_norm, 3), "  lr ", significant(m.lr), "  ",
                         grouped(static_cast<int64_t>(static_cast<double>(m.tokens) / m.times.total())), " tok/s  ",
                         fixed(percent, 0), "% of SOL");
         progress.update(done, fields);

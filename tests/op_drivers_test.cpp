@@ -2,15 +2,16 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <map>
-#include <regex>
 #include <set>
 #include <sstream>
+#include <string_view>
 
 #include "core/autograd.h"
 #include "core/thread_pool.h"
@@ -253,15 +254,23 @@ INSTANTIATE_TEST_SUITE_P(All, OpCases, ::testing::ValuesIn(small_cases()), test_
 /// Names of the public ops: the functions of tensors that the headers of ops/ declare, but for composed definitions,
 /// which are what others are compared with. So the headers are the one list.
 std::set<std::string> declared_ops() {
-  const std::regex declaration(R"(^[A-Za-z_:<>&* ]+ (\w+)\((?:double \w+, )?const Tensor& )");
   std::set<std::string> names;
   for (const auto& entry : std::filesystem::directory_iterator(std::string(WEFT_SOURCE_DIR) + "/ops")) {
     if (entry.path().extension() != ".h") continue;
     std::ifstream file(entry.path());
     for (std::string line; std::getline(file, line);) {
-      std::smatch match;
-      if (!std::regex_search(line, match, declaration)) continue;
-      if (!match[1].str().ends_with("_composed")) names.insert(match[1]);
+      // "Type name(const Tensor& ...", perhaps with a number before the tensor, from the first column.
+      const size_t open = line.find('(');
+      if (open == std::string::npos || std::isalpha(static_cast<unsigned char>(line[0])) == 0) continue;
+      std::string_view arguments = std::string_view(line).substr(open + 1);
+      if (arguments.starts_with("double "))
+        arguments.remove_prefix(std::min(arguments.size(), arguments.find(' ', 7) + 1));
+      size_t begin = open;
+      while (begin > 0 && (std::isalnum(static_cast<unsigned char>(line[begin - 1])) != 0 || line[begin - 1] == '_'))
+        --begin;
+      const std::string name = line.substr(begin, open - begin);
+      if (!arguments.starts_with("const Tensor& ") || begin == 0 || name.empty()) continue;
+      if (!name.ends_with("_composed")) names.insert(name);
     }
   }
   return names;
