@@ -28,6 +28,6 @@ suite() {
 mkdir -p build
 suite build/release "release" -DCMAKE_BUILD_TYPE=Release
 if [ "${WEFT_SANITIZE:-0}" != 0 ]; then
-  suite build/sanitize "address and undefined-behaviour sanitizers" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DWEFT_SANITIZE=ON
+  suite build/sanitize "address and undefined-behaviour sanitizers" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-g1 -DWEFT_SANITIZE=ON
 fi
 exit "$failures"
