@@ -237,7 +237,7 @@ TEST(Train, ResumedAfterAnyKillGivesTheSameBits) {
   const fs::path& place = workplace();
   constexpr int kSteps = 24;
   const Args options = {"--save_every", "4", "--keep", "2", "--eval_every", "7"};
-  must_run(place, train_args("straight", kSteps, options));
+  must_run(place, train_args("straight", kSteps, options), {"WEFT_NUM_THREADS=2"});
   const fs::path expected = checkpoint_of(place / "straight");
   ASSERT_EQ(expected.filename(), "step_00000024");
   const std::vector<std::string> metrics = reproducible(metrics_of(place / "straight"));
@@ -258,7 +258,9 @@ TEST(Train, ResumedAfterAnyKillGivesTheSameBits) {
       const size_t target =
           lines_in(written) + random() % (metrics.size() + 8 - std::min(lines_in(written), metrics.size()));
       const bool at_start = random() % 6 == 0;
-      Process process(place, args);
+      // Another number of threads than above: no bit depends on it. And with one, no thread waits for another that a
+      // busy machine has put aside, which made this test many times slower.
+      Process process(place, args, {"WEFT_NUM_THREADS=1"});
       // A run that hangs is found by wait(), which then says so.
       const double deadline = now() + 60;
       while (!at_start && process.running() && lines_in(written) <= target && now() < deadline) sleep_seconds(0.0005);
