@@ -16,7 +16,7 @@ suite() {
   local directory=$1 title=$2
   shift 2
   echo "== $title: configure and build in $directory"
-  cmake -S . -B "$directory" -G Ninja "$@" > "$directory.configure.log" 2>&1 || { cat "$directory.configure.log"; exit 1; }
+  cmake -S . -B "$directory" -G Ninja -DWEFT_BUILD_TESTS=ON "$@" > "$directory.configure.log" 2>&1 || { cat "$directory.configure.log"; exit 1; }
   cmake --build "$directory" -j "$jobs"
   echo "== $title: test"
   local log=$directory/tests.log status=0
