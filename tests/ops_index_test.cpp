@@ -12,11 +12,14 @@
 #include "core/random.h"
 #include "core/thread_pool.h"
 #include "ops/dropout.h"
+#include "tests/values.h"
 
 namespace weft {
 namespace {
 
-using Values = std::vector<double>;
+using testing::Values;
+using testing::leaf;
+using testing::same_bits;
 
 Tensor random(const Shape& shape, DType dtype, const char* name) {
   const Tensor values = Tensor::empty(shape, DType::f64);
@@ -31,13 +34,6 @@ Tensor random_indices(const Shape& shape, int64_t limit) {
     values.push_back(static_cast<int64_t>(stream.below(static_cast<uint64_t>(i), static_cast<uint64_t>(limit))));
   }
   return Tensor::from(values, shape);
-}
-
-Tensor leaf(const Tensor& values) { return values.clone().requires_grad_(); }
-
-bool same_bits(const Tensor& a, const Tensor& b) {
-  return a.shape() == b.shape() && a.dtype() == b.dtype() &&
-         std::memcmp(a.raw(), b.raw(), static_cast<size_t>(a.numel() * size_of(a.dtype()))) == 0;
 }
 
 void expect_error(ErrorKind kind, const std::string& text, const std::function<void()>& call) {

@@ -13,17 +13,16 @@
 #include "core/random.h"
 #include "core/thread_pool.h"
 #include "ops/matmul.h"
+#include "tests/values.h"
 
 namespace weft {
 namespace {
 
-using Values = std::vector<double>;
-
-Tensor random(const Shape& shape, DType dtype, const char* name, double low = -2, double high = 2) {
-  const Tensor values = Tensor::empty(shape, DType::f64);
-  fill_uniform(values, RandomStream(7, name), low, high);
-  return values.to(dtype);
-}
+using testing::Values;
+using testing::distance;
+using testing::leaf;
+using testing::random;
+using testing::same_bits;
 
 /// Classes in [0, classes); every `every`-th row is ignored.
 Tensor some_targets(int64_t rows, int64_t classes, int64_t every = 5, int64_t ignored = -100) {
@@ -35,24 +34,6 @@ Tensor some_targets(int64_t rows, int64_t classes, int64_t every = 5, int64_t ig
                                                                                 static_cast<uint64_t>(classes))));
   }
   return Tensor::from(values, {rows});
-}
-
-Tensor leaf(const Tensor& values) { return values.clone().requires_grad_(); }
-
-double distance(const Tensor& got, const Values& want) {
-  const Values values = got.to_vector<double>();
-  EXPECT_EQ(values.size(), want.size());
-  double worst = 0;
-  for (size_t i = 0; i < want.size(); ++i) {
-    const double error = std::abs(values[i] - want[i]) / (1 + std::abs(want[i]));
-    if (!(error <= worst)) worst = std::isnan(error) ? INFINITY : error;
-  }
-  return worst;
-}
-
-bool same_bits(const Tensor& a, const Tensor& b) {
-  return a.shape() == b.shape() && a.dtype() == b.dtype() &&
-         std::memcmp(a.raw(), b.raw(), static_cast<size_t>(a.numel() * size_of(a.dtype()))) == 0;
 }
 
 void expect_error(ErrorKind kind, const std::string& text, const std::function<void()>& call) {
