@@ -125,7 +125,8 @@ class Options {
   void load(const std::filesystem::path& file);
 
   /// Reads the arguments after the command's name, the file that --config names, and the environment.
-  /// @return false if -h or --help was among the arguments: the help is printed on `out`, nothing was read.
+  /// @return false if -h or --help was among the arguments: the help is printed on `out`, nothing was read. The same
+  /// for --help=markdown alone, which prints the section of the documentation page.
   [[nodiscard]] bool parse(std::span<const std::string> args);
   [[nodiscard]] bool parse(std::span<const std::string> args, const Environment& environment, std::ostream& out);
 

@@ -19,6 +19,10 @@ std::string place_of(const std::string& path, int line, int column) { return con
 bool Options::parse(std::span<const std::string> args) { return parse(args, process_environment(), std::cout); }
 
 bool Options::parse(std::span<const std::string> args, const Environment& environment, std::ostream& out) {
+  if (args.size() == 1 && args[0] == "--help=markdown") {
+    out << markdown();
+    return false;
+  }
   const std::optional<std::vector<Argument>> arguments = read_arguments(args);
   if (!arguments.has_value()) {
     out << help();

@@ -13,6 +13,7 @@ namespace weft::autograd {
 namespace {
 
 thread_local bool recording = true;
+thread_local RecordObserver::See* observer = nullptr;
 thread_local SavedTensorHooks* saved_tensor_hooks = nullptr;
 std::atomic<uint64_t> next_sequence = 0;
 
@@ -151,7 +152,11 @@ void record(const char* op, const std::vector<Tensor>& inputs, const std::vector
   }
   node->saved.reserve(saved.size());
   for (const Tensor& tensor : saved) node->saved.emplace_back(tensor, outputs);
+  if (observer != nullptr) (*observer)(op, inputs, outputs);
 }
+
+RecordObserver::RecordObserver(See see) : see_(std::move(see)), previous_(observer) { observer = &see_; }
+RecordObserver::~RecordObserver() { observer = previous_; }
 
 // ---- backward ----
 

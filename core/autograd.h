@@ -139,6 +139,21 @@ class SavedTensorHooks {
   SavedTensorHooks* previous_;
 };
 
+/// While it lives, every function that this thread records is shown to `see` when its outputs are there: what looks for
+/// the first tensor that overflowed, or counts what a model does, is made of this.
+class RecordObserver {
+ public:
+  using See = std::function<void(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs)>;
+  explicit RecordObserver(See see);
+  ~RecordObserver();
+  RecordObserver(const RecordObserver&) = delete;
+  RecordObserver& operator=(const RecordObserver&) = delete;
+
+ private:
+  See see_;
+  See* previous_;
+};
+
 /// The one place where gradients meet: sum += gradient (sum may be undefined: then it is the gradient). `gradient` is
 /// summed down to `shape` if it was broadcast. @throws Error naming `op` if shape, dtype or device do not fit.
 void accumulate(Tensor& sum, Tensor gradient, const Shape& shape, DType dtype, Device device, const char* op);

@@ -35,7 +35,10 @@ class Backend {
   /// Host bytes to the device and back; `bytes` of contiguous data, done on return.
   virtual void to_device(void* dst, const void* src, size_t bytes) = 0;
   virtual void to_host(void* dst, const void* src, size_t bytes) = 0;
-  /// Returns when all work is done.
+  /// Makes this the calling thread's current device; the stream of its kernels, or null where work is done on return.
+  virtual void* use() { return nullptr; }
+  /// Returns when all work is done. This, to_host() and to_device() throw what a kernel found wrong with its input
+  /// meanwhile (an index out of range, say): such a kernel leaves the element at fault alone.
   virtual void synchronize() = 0;
 };
 

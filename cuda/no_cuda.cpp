@@ -1,9 +1,133 @@
-// What the library is without CUDA: the symbols of cuda/, with no device behind them.
+// What the library is without CUDA: the symbols of cuda/, with no device behind them. There is no CUDA tensor in this
+// build, so no kernel below is ever called.
 #include "core/backend.h"
+#include "core/error.h"
+#include "ops/attention_kernels.h"
+#include "ops/column_sum.h"
+#include "ops/dropout_kernels.h"
+#include "ops/elementwise_kernels.h"
+#include "ops/gemm.h"
+#include "ops/index_kernels.h"
+#include "ops/loss_kernels.h"
+#include "ops/norm_kernels.h"
+#include "ops/reduce_kernels.h"
+#include "ops/softmax_kernels.h"
 
 namespace weft {
+namespace {
+
+constexpr const char* kWhy = "this build has no CUDA backend";
+
+[[noreturn]] void absent() { fail(ErrorKind::kDevice, "cuda", kWhy); }
+
+}  // namespace
 
 std::unique_ptr<Backend> make_cuda_backend(int) { return nullptr; }
-const char* why_no_cuda() { return "this build has no CUDA backend"; }
+const char* why_no_cuda() { return kWhy; }
+
+// ---- elementwise ----
+
+template <class Op>
+void unary(Cuda, const StridedView&, const Operand&) { absent(); }
+template <class Op>
+void unary_backward(Cuda, const StridedView&, const Operand&, const Operand&) { absent(); }
+template <class Op>
+void binary(Cuda, const StridedView&, const Operand&, const Operand&) { absent(); }
+void add_scaled(Cuda, const StridedView&, const Operand&, const Operand&, double) { absent(); }
+void compare(Cuda, Comparison, const StridedView&, const Operand&, const Operand&) { absent(); }
+void select(Cuda, const StridedView&, const StridedView&, const Operand&, const Operand&) { absent(); }
+
+#define WEFT_UNARY(Op, function)                                                  \
+  template void unary<scalar_math::Op>(Cuda, const StridedView&, const Operand&); \
+  template void unary_backward<scalar_math::Op>(Cuda, const StridedView&, const Operand&, const Operand&);
+#define WEFT_BINARY(Op, function) \
+  template void binary<scalar_math::Op>(Cuda, const StridedView&, const Operand&, const Operand&);
+#include "ops/op_list.def"
+
+// ---- reductions and softmax ----
+
+void sum_over(Cuda, const StridedView&, const StridedView&, double) { absent(); }
+void extreme_index(Cuda, const StridedView&, bool, int64_t*) { absent(); }
+void pick(Cuda, const StridedView&, const StridedView&, const int64_t*) { absent(); }
+void mark(Cuda, const int64_t*, bool*, int64_t, int64_t) { absent(); }
+void softmax(Cuda, const StridedView&, const StridedView&, int) { absent(); }
+void log_softmax(Cuda, const StridedView&, const StridedView&, int) { absent(); }
+void softmax_backward(Cuda, const StridedView&, const StridedView&, const StridedView&, int) { absent(); }
+void log_softmax_backward(Cuda, const StridedView&, const StridedView&, const StridedView&, int) { absent(); }
+
+// ---- what was not listed is a template over the dtype ----
+
+void report_outside(Cuda, const char*, const int64_t*, int64_t, int64_t) { absent(); }
+void embedding_forward(Cuda, const int64_t*, int64_t, const void*, int64_t, void*) { absent(); }
+void gather_forward(Cuda, const GatherLines&, const void*, int, void*) { absent(); }
+void loss_denominator(Cuda, const char*, const LossTargets&, double, double*) { absent(); }
+int64_t norm_blocks(Cuda, int64_t) { absent(); }
+int64_t attention_workspace(Cuda, const AttentionShape&) { absent(); }
+
+template <class T>
+void embedding_backward(Cuda, const EmbeddingBackward<T>&) { absent(); }
+template <class T>
+void gather_backward(Cuda, const GatherLines&, const T*, Accumulate<T>*) { absent(); }
+template <class T>
+void dropout_forward(Cuda, const T*, T*, int64_t, double, const RandomStream&, uint64_t) { absent(); }
+template <class T>
+void loss_forward(Cuda, const LossTargets&, const T*, Accumulate<T>*, double*) { absent(); }
+template <class T>
+void loss_backward(Cuda, const LossTargets&, const T*, const Accumulate<T>*, const LossScale<Accumulate<T>>&, T*) { absent(); }
+template <class T>
+void loss_in_place(Cuda, const LossTargets&, Accumulate<T>*, const LossScale<Accumulate<T>>&, double*) { absent(); }
+template <class T>
+void scale_to(Cuda, const Accumulate<T>*, int64_t, const Accumulate<T>*, T*, bool) { absent(); }
+template <class T>
+void norm_forward(Cuda, const NormForward<T>&) { absent(); }
+template <class T>
+void norm_backward(Cuda, const NormBackward<T>&) { absent(); }
+template <class T>
+void attention_forward(Cuda, const AttentionForward<T>&) { absent(); }
+template <class T>
+void attention_backward(Cuda, const AttentionBackward<T>&) { absent(); }
+
+#define WEFT_INSTANCES(T)                                                                                                     \
+  template void embedding_backward(Cuda, const EmbeddingBackward<T>&);                                                        \
+  template void gather_backward(Cuda, const GatherLines&, const T*, Accumulate<T>*);                                          \
+  template void dropout_forward(Cuda, const T*, T*, int64_t, double, const RandomStream&, uint64_t);                          \
+  template void loss_forward(Cuda, const LossTargets&, const T*, Accumulate<T>*, double*);                                    \
+  template void loss_backward(Cuda, const LossTargets&, const T*, const Accumulate<T>*, const LossScale<Accumulate<T>>&, T*); \
+  template void loss_in_place<T>(Cuda, const LossTargets&, Accumulate<T>*, const LossScale<Accumulate<T>>&, double*);         \
+  template void scale_to(Cuda, const Accumulate<T>*, int64_t, const Accumulate<T>*, T*, bool);                                \
+  template void norm_forward(Cuda, const NormForward<T>&);                                                                    \
+  template void norm_backward(Cuda, const NormBackward<T>&);                                                                  \
+  template void attention_forward(Cuda, const AttentionForward<T>&);                                                          \
+  template void attention_backward(Cuda, const AttentionBackward<T>&);
+WEFT_INSTANCES(float)
+WEFT_INSTANCES(double)
+WEFT_INSTANCES(Half)
+WEFT_INSTANCES(BFloat16)
+#undef WEFT_INSTANCES
+
+// ---- sums and products ----
+
+template <class A>
+void reduce_losses(Cuda, const double*, int64_t, const double*, A*) { absent(); }
+template void reduce_losses(Cuda, const double*, int64_t, const double*, float*);
+template void reduce_losses(Cuda, const double*, int64_t, const double*, double*);
+
+template <class T>
+void column_sum(Cuda, const T*, int64_t, int64_t, int64_t, T*, bool) { absent(); }
+template void column_sum(Cuda, const float*, int64_t, int64_t, int64_t, float*, bool);
+template void column_sum(Cuda, const double*, int64_t, int64_t, int64_t, double*, bool);
+
+template <class TA, class TB, class TC>
+void gemm(Cuda, const Gemm<TA, TB, TC>&) { absent(); }
+template <class TA, class TB, class TC>
+void gemm_batched(Cuda, const Gemm<TA, TB, TC>&, const GemmBatch&) { absent(); }
+#define WEFT_GEMM_INSTANCE(TA, TB, TC)                         \
+  template void gemm(Cuda, const Gemm<TA, TB, TC>&);           \
+  template void gemm_batched(Cuda, const Gemm<TA, TB, TC>&, const GemmBatch&);
+WEFT_GEMM_INSTANCE(float, float, float)
+WEFT_GEMM_INSTANCE(double, double, double)
+WEFT_GEMM_INSTANCE(uint16_t, uint16_t, float)
+WEFT_GEMM_INSTANCE(uint16_t, uint16_t, uint16_t)
+#undef WEFT_GEMM_INSTANCE
 
 }  // namespace weft

@@ -13,11 +13,13 @@ struct MachineSpeed {
   std::string processor;
 };
 
-/// Measures, in about 0.3 s.
+/// Measures, in about a second, and keeps the better of what it sees and what was stored: other programs make a machine
+/// look slower than it is, nothing makes it look faster. Stored per processor, threads and kernels in
+/// `$WEFT_CACHE_DIR/machine-speed.json` (default ~/.cache/weft); a file that cannot be read or written is measured around.
 MachineSpeed measure_machine();
 
-/// The measurement of this processor with this number of threads from `$WEFT_CACHE_DIR/machine-speed.json` (default
-/// ~/.cache/weft); measured and stored there if there is none. A file that cannot be read or written is measured around.
+/// The stored measurement, with a short look (four products) at whether the products do better today; measures where
+/// nothing is stored.
 MachineSpeed machine_speed();
 
 /// Least time of a training step, in seconds: its products at the GEMM peak, all other passes over memory at the copy

@@ -1,7 +1,9 @@
 #include "models/trainer.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <optional>
 
 #include "core/autograd.h"
 
@@ -20,6 +22,18 @@ class Stopwatch {
  private:
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
+
+struct NotFinite {
+  int64_t element;
+  double value;
+};
+std::optional<NotFinite> first_not_finite(const Tensor& tensor) {
+  const autograd::NoGrad no_grad;
+  const std::vector<double> values = tensor.to_vector<double>();
+  const auto found = std::find_if(values.begin(), values.end(), [](double value) { return !std::isfinite(value); });
+  if (found == values.end()) return std::nullopt;
+  return NotFinite{found - values.begin(), *found};
+}
 
 }  // namespace
 
@@ -55,7 +69,7 @@ StepMetrics Trainer::step() {
     const Tensor loss = gpt_.loss(inputs, targets, settings);
     if (!DryRun::active()) metrics.loss += loss.item();
     watch.lap(metrics.times.forward);
-    if (!std::isfinite(metrics.loss)) explain_loss(metrics.loss);
+    if (!std::isfinite(metrics.loss)) explain_loss(metrics.loss, batch, settings);
     loss.backward();
     settings.first_row += batch.rows;
     watch.lap(metrics.times.backward);
@@ -69,18 +83,35 @@ StepMetrics Trainer::step() {
   return metrics;
 }
 
-void Trainer::explain_loss(double loss) const {
-  for (const Parameter& parameter : gpt_.parameters()) {
-    const std::vector<double> values = parameter.tensor.to_vector<double>();
-    for (size_t i = 0; i < values.size(); ++i) {
-      if (!std::isfinite(values[i])) {
-        fail(ErrorKind::kValue, "trainer", "the loss of step ", step_, " is ", loss, ": weight ", quoted(parameter.name), " is ", values[i],
-             " at element ", grouped(static_cast<int64_t>(i)), "; no weight was changed by this step");
-      }
+void Trainer::explain_loss(double loss, const text::Batch& batch, const GptStep& settings) const {
+  const auto failed = concat("the loss of step ", step_, " is ", loss, ": ");
+  constexpr const char* kAfter = ". No weight was changed by this step. Hint: a lower learning rate or more warm-up";
+  const Parameters parameters = gpt_.parameters();
+  for (const Parameter& parameter : parameters) {
+    if (const auto at = first_not_finite(parameter.tensor)) {
+      fail(ErrorKind::kValue, "trainer", failed, "weight ", quoted(parameter.name), " is ", at->value, " at element ", grouped(at->element), kAfter);
     }
   }
-  fail(ErrorKind::kValue, "trainer", "the loss of step ", step_, " is ", loss, " although every weight is finite: an activation overflowed. ",
-       "No weight was changed. Hint: a lower learning rate or more warm-up");
+  std::string weights = "before the first weight";
+  const autograd::RecordObserver observer([&](const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {
+    std::string used;
+    for (const Tensor& input : inputs) {
+      for (const Parameter& parameter : parameters) {
+        if (input.defined() && input.storage() == parameter.tensor.storage()) used += (used.empty() ? "" : ", ") + parameter.name;
+      }
+    }
+    if (!used.empty()) weights = "at or after " + used;
+    for (const Tensor& output : outputs) {
+      if (!is_float(output.dtype())) continue;
+      const auto at = first_not_finite(output);
+      if (!at) continue;
+      fail(ErrorKind::kValue, "trainer", failed, "every weight is finite, and the first tensor that is not is the output of ", op, " ",
+           output.describe(), ", ", weights, ", with ", at->value, " at element ", grouped(at->element), kAfter);
+    }
+  });
+  const auto [inputs, targets] = to_tensors(batch, parameters.front().tensor.device());
+  gpt_.loss(inputs, targets, settings);
+  fail(ErrorKind::kValue, "trainer", failed, "every weight and every tensor of this micro-batch is finite: the sum over the micro-batches overflowed", kAfter);
 }
 
 EvaluationResult evaluate(Gpt& gpt, const text::Evaluation& data, const std::function<bool(double)>& progress) {

@@ -41,7 +41,8 @@ class Trainer {
   int64_t steps() const { return step_; }
 
  private:
-  [[noreturn]] void explain_loss(double loss) const;
+  /// Why the loss of this micro-batch is not finite: computes it again, looking at every tensor.
+  [[noreturn]] void explain_loss(double loss, const text::Batch& batch, const GptStep& settings) const;
 
   Gpt& gpt_;
   optim::Optimizer& optimizer_;

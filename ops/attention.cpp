@@ -33,8 +33,8 @@ Tensor empty_lse(const AttentionShape& s, const Tensor& like) {
 }
 
 /// Memory for sums that are added up afterwards; undefined if the kernel needs none.
-Tensor empty_partials(const AttentionShape& s, const Tensor& like) {
-  const int64_t count = attention_partials(s);
+Tensor empty_workspace(const AttentionShape& s, const Tensor& like) {
+  const int64_t count = ask(like.device(), [&](auto device) { return attention_workspace(device, s); });
   const MemoryScope scope(MemoryCategory::workspace);
   return count == 0 ? Tensor() : Tensor::empty({count}, sum_dtype(like.dtype()), like.device());
 }
@@ -142,7 +142,7 @@ Tensor causal_attention(const Tensor& qkv, int64_t heads) {
   autograd::record(kOp, {packed}, {out}, {packed, out, lse}, [shape](BackwardContext& context) {
     const Tensor qkv = context.saved(0), out = context.saved(1), lse = context.saved(2);
     const Tensor dout = with_unit_stride(context.grad());
-    const Tensor dqkv = Tensor::empty(qkv.shape(), qkv.dtype(), qkv.device()), partials = empty_partials(shape, qkv);
+    const Tensor dqkv = Tensor::empty(qkv.shape(), qkv.dtype(), qkv.device()), workspace = empty_workspace(shape, qkv);
     const int64_t channels = qkv.size(2) / 3, head_size = shape.head_size;
     launch(qkv.device(), kOp, [&](auto device) {
       dispatch_float(qkv.dtype(), kOp, [&]<class T>() {
@@ -156,7 +156,7 @@ Tensor causal_attention(const Tensor& qkv, int64_t heads) {
                                        .dq = heads_of<T>(dqkv, 0, head_size),
                                        .dk = heads_of<T>(dqkv, channels, head_size),
                                        .dv = heads_of<T>(dqkv, 2 * channels, head_size),
-                                       .partials = data_or_null<T>(partials)});
+                                       .workspace = data_or_null<T>(workspace)});
       });
     });
     context.set(0, dqkv);
@@ -185,7 +185,7 @@ Tensor attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Att
                  lse = context.saved(4);
     const Tensor dout = with_unit_stride(context.grad());
     const auto gradient_of = [](const Tensor& x) { return Tensor::empty(x.shape(), x.dtype(), x.device()); };
-    const Tensor dq = gradient_of(q), dk = gradient_of(k), dv = gradient_of(v), partials = empty_partials(shape, q);
+    const Tensor dq = gradient_of(q), dk = gradient_of(k), dv = gradient_of(v), workspace = empty_workspace(shape, q);
     launch(q.device(), kOp, [&](auto device) {
       dispatch_float(q.dtype(), kOp, [&]<class T>() {
         attention_backward<T>(device, {.shape = shape,
@@ -198,7 +198,7 @@ Tensor attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Att
                                        .dq = heads_of<T>(dq),
                                        .dk = heads_of<T>(dk),
                                        .dv = heads_of<T>(dv),
-                                       .partials = data_or_null<T>(partials)});
+                                       .workspace = data_or_null<T>(workspace)});
       });
     });
     for (int i = 0; i < 3; ++i) {

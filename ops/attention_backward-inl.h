@@ -124,7 +124,7 @@ void add_partials(const AttentionBackward<S>& a, int64_t chunks, int64_t b, int6
                   int64_t end) {
   const Tag<T> d;
   const int64_t head_size = a.shape.head_size, padded = padded_head_size(head_size), sums = a.shape.keys * padded;
-  T* const mine = a.partials + (b * a.shape.kv_heads + kv_head) * chunks * 2 * sums;
+  T* const mine = a.workspace + (b * a.shape.kv_heads + kv_head) * chunks * 2 * sums;
   for (const bool is_v : {false, true}) {
     T* const total = mine + (is_v ? sums : 0);
     for (int64_t i = begin * padded; i < end * padded; i += kLanes<T>) {

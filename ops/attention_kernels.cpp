@@ -96,7 +96,7 @@ void* attention_scratch(int64_t bytes) {
 
 }  // namespace detail
 
-int64_t attention_partials(const AttentionShape& s) {
+int64_t attention_workspace(Cpu, const AttentionShape& s) {
   const int64_t chunks = detail::backward_chunks(s);
   return chunks == 1 ? 0 : s.batch * s.kv_heads * chunks * 2 * s.keys * detail::padded_head_size(s.head_size);
 }
@@ -124,7 +124,7 @@ void attention_backward(Cpu, const AttentionBackward<S>& a) {
   const int64_t sums = 2 * keys * detail::padded_head_size(a.shape.head_size);
   parallel_tasks(heads * units.chunks, [&](int64_t task) {
     const int64_t i = task / units.chunks;
-    Accumulate<S>* partial = units.chunks == 1 ? nullptr : a.partials + task * sums;
+    Accumulate<S>* partial = units.chunks == 1 ? nullptr : a.workspace + task * sums;
     kernels.backward(a, units, i / kv_heads, i % kv_heads, task % units.chunks, partial);
   });
   if (units.chunks == 1) return;

@@ -2,7 +2,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "ops/launch.h"
+#include "ops/kernel_device.h"
 
 namespace weft {
 
@@ -36,17 +36,23 @@ struct AttentionBackward {
   HeadView<const T> q, k, v, out, dout;
   const Accumulate<T>* lse;
   HeadView<T> dq, dk, dv;
-  Accumulate<T>* partials;  ///< attention_partials(shape) elements; null if that is 0
+  Accumulate<T>* workspace;  ///< attention_workspace(device, shape) elements; null if that is 0
 };
 
-/// Elements of workspace that the backward pass needs: with few heads, the queries of a head are dealt out to several
-/// tasks, each with sums of its own for dk and dv. A function of the shape alone.
-int64_t attention_partials(const AttentionShape& shape);
+/// Elements of workspace that the backward pass needs, a function of the shape alone. On the CPU, with few heads, the
+/// queries of a head are dealt out to several tasks, each with sums of its own for dk and dv; on CUDA, each query has
+/// its sum of dout * out.
+int64_t attention_workspace(Cpu, const AttentionShape& shape);
+int64_t attention_workspace(Cuda, const AttentionShape& shape);
 
 template <class T>
 void attention_forward(Cpu, const AttentionForward<T>& arguments);
 template <class T>
+void attention_forward(Cuda, const AttentionForward<T>& arguments);
+template <class T>
 void attention_backward(Cpu, const AttentionBackward<T>& arguments);
+template <class T>
+void attention_backward(Cuda, const AttentionBackward<T>& arguments);
 
 namespace detail {
 

@@ -78,11 +78,11 @@ void in_strips(Strip strip, const T* x, int64_t rows, int64_t columns, int64_t r
 }  // namespace
 
 template <>
-void column_sum(const float* x, int64_t rows, int64_t columns, int64_t row_stride, float* out, bool accumulate) {
+void column_sum(Cpu, const float* x, int64_t rows, int64_t columns, int64_t row_stride, float* out, bool accumulate) {
   in_strips([](auto... arguments) { HWY_DYNAMIC_DISPATCH(strip_f32)(arguments...); }, x, rows, columns, row_stride, out, accumulate);
 }
 template <>
-void column_sum(const double* x, int64_t rows, int64_t columns, int64_t row_stride, double* out, bool accumulate) {
+void column_sum(Cpu, const double* x, int64_t rows, int64_t columns, int64_t row_stride, double* out, bool accumulate) {
   in_strips([](auto... arguments) { HWY_DYNAMIC_DISPATCH(strip_f64)(arguments...); }, x, rows, columns, row_stride, out, accumulate);
 }
 

@@ -1,11 +1,15 @@
 #pragma once
 #include <cstdint>
 
+#include "ops/kernel_device.h"
+
 namespace weft {
 
 /// out[j] (+)= sum over rows i of x[i * row_stride + j], j < columns: the bias gradient. Summed in blocks of 64 rows in
 /// order, f32 for f32, f64 for f64, on the pool's threads; bits do not depend on their number.
 template <class T>
-void column_sum(const T* x, int64_t rows, int64_t columns, int64_t row_stride, T* out, bool accumulate);
+void column_sum(Cpu, const T* x, int64_t rows, int64_t columns, int64_t row_stride, T* out, bool accumulate);
+template <class T>
+void column_sum(Cuda, const T* x, int64_t rows, int64_t columns, int64_t row_stride, T* out, bool accumulate);
 
 }  // namespace weft

@@ -11,6 +11,7 @@
 #include "core/thread_pool.h"
 #include "hwy/highway.h"
 #include "ops/dropout.h"
+#include "ops/dropout_kernels.h"
 #include "ops/launch.h"
 #include "ops/norm_lanes-inl.h"
 
@@ -120,8 +121,6 @@ namespace detail {
 HWY_EXPORT(dropout_table);
 }
 
-namespace {
-
 template <class T>
 void dropout_forward(Cpu, const T* x, T* y, int64_t count, double p, const RandomStream& stream, uint64_t first) {
   const auto rows = std::get<detail::DropoutPiece<T>>(*HWY_DYNAMIC_DISPATCH(detail::dropout_table)());
@@ -134,7 +133,13 @@ void dropout_forward(Cpu, const T* x, T* y, int64_t count, double p, const Rando
   });
 }
 
-}  // namespace
+#define WEFT_DROPOUT_INSTANCE(T) \
+  template void dropout_forward(Cpu, const T*, T*, int64_t, double, const RandomStream&, uint64_t);
+WEFT_DROPOUT_INSTANCE(float)
+WEFT_DROPOUT_INSTANCE(double)
+WEFT_DROPOUT_INSTANCE(Half)
+WEFT_DROPOUT_INSTANCE(BFloat16)
+#undef WEFT_DROPOUT_INSTANCE
 
 Tensor dropout(const Tensor& x, double p, RandomStream stream, bool training, uint64_t first) {
   constexpr const char* kOp = "dropout";

@@ -1,6 +1,7 @@
 #include "ops/elementwise.h"
 
 #include "core/autograd.h"
+#include "ops/launch.h"
 #include "ops/elementwise_checks.h"
 #include "ops/elementwise_kernels.h"
 

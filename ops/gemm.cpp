@@ -3,6 +3,7 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
+#include <utility>
 #include <atomic>
 #include <cstdlib>
 #include <limits>
@@ -142,6 +143,13 @@ Gemm<TA, TB, TC> at_batch(Gemm<TA, TB, TC> g, const GemmBatch& batch, int64_t in
   return g;
 }
 
+/// `scale` taken into alpha.
+template <class TA, class TB, class TC>
+Gemm<TA, TB, TC> with_scale(Gemm<TA, TB, TC> g) {
+  if (g.scale != nullptr) g.alpha *= *std::exchange(g.scale, nullptr);
+  return g;
+}
+
 template <class TA, class TB, class TC>
 const GemmKernels<TA, TB, TC>& kernels() {
   return *gemm_kernels<TA, TB, TC>(current_isa().load(std::memory_order_relaxed)->isa);
@@ -183,10 +191,11 @@ bool set_gemm_isa(const char* name) {
 }
 
 template <class TA, class TB, class TC>
-void gemm_batched(const Gemm<TA, TB, TC>& product, const GemmBatch& batch) {
+void gemm_batched(const Gemm<TA, TB, TC>& product_, const GemmBatch& batch) {
   if (batch.count < 0) fail(ErrorKind::kShape, "gemm_batched", "count must not be negative, got ", batch.count);
   if (batch.count == 0) return;  // then there need be no matrices
-  detail::check(product, "gemm");
+  detail::check(product_, "gemm");
+  const auto product = detail::with_scale(product_);
   if (product.m == 0 || product.n == 0) return;
   const auto& kernels = detail::kernels<TA, TB, TC>();
   const detail::Grid grid = detail::plan(kernels.shape, detail::uses_dot_kernel(product), product.a.col_stride != 1,
@@ -208,7 +217,7 @@ void gemm(const Gemm<TA, TB, TC>& product) {
 template <class TA, class TB, class TC>
 void gemm_serial(const Gemm<TA, TB, TC>& product) {
   if (product.m == 0 || product.n == 0) return;
-  detail::kernels<TA, TB, TC>().tile(product, {0, product.m, 0, product.n});
+  detail::kernels<TA, TB, TC>().tile(detail::with_scale(product), {0, product.m, 0, product.n});
 }
 
 #define WEFT_GEMM_INSTANCE(TA, TB, TC)                                               \

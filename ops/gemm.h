@@ -2,6 +2,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "ops/kernel_device.h"
+
 namespace weft {
 
 /// A matrix of which element (i, j) is data[i * row_stride + j * col_stride]. One of the strides must be 1:
@@ -45,6 +47,7 @@ struct Gemm {
   int64_t ldc = 0;  ///< elements from one row of C to the next, >= n
   Sum alpha = 1;
   Sum beta = 0;
+  const Sum* scale = nullptr;  ///< a factor of alpha that the device keeps; null: 1
   const Sum* bias = nullptr;  ///< [n], or null
   GemmActivation activation = GemmActivation::kNone;
   TC* d = nullptr;  ///< for kGelu
@@ -70,6 +73,20 @@ void gemm(const Gemm<TA, TB, TC>& product);
 /// The same product for every batch index; tiles of all products are shared among the threads.
 template <class TA, class TB, class TC>
 void gemm_batched(const Gemm<TA, TB, TC>& product, const GemmBatch& batch);
+
+template <class TA, class TB, class TC>
+void gemm(Cpu, const Gemm<TA, TB, TC>& product) {
+  gemm(product);
+}
+template <class TA, class TB, class TC>
+void gemm_batched(Cpu, const Gemm<TA, TB, TC>& product, const GemmBatch& batch) {
+  gemm_batched(product, batch);
+}
+/// The same through cuBLASLt. Activations are not offered; bits depend on the library's version.
+template <class TA, class TB, class TC>
+void gemm(Cuda, const Gemm<TA, TB, TC>& product);
+template <class TA, class TB, class TC>
+void gemm_batched(Cuda, const Gemm<TA, TB, TC>& product, const GemmBatch& batch);
 
 /// One product on the calling thread, for use inside other kernels. Same bits as gemm(). Scratch memory belongs to the
 /// thread and is kept. Arguments are not checked.

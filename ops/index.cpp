@@ -1,7 +1,6 @@
 #include "ops/index.h"
 
 #include <string>
-#include <vector>
 
 #include "core/autograd.h"
 #include "ops/index_kernels.h"
@@ -41,6 +40,10 @@ void check_range(const char* op, const char* what, Cpu device, const Tensor& ind
   if (found < 0) return;
   fail(ErrorKind::kIndex, op, what, place(found, indices.shape()), " is ", values[found], " but must be from 0 to ",
        limit - 1, ": ", owner);
+}
+
+void check_range(const char*, const char* what, Cuda device, const Tensor& indices, int64_t limit, const std::string&) {
+  report_outside(device, what, indices.data<int64_t>(), indices.numel(), limit);
 }
 
 }  // namespace
@@ -97,36 +100,25 @@ Tensor embedding(const Tensor& ids_, const Tensor& table_) {
 
 namespace {
 
-/// What a gather needs besides its data; holds the memory that `lines` points to.
-struct GatherPlan {
-  std::vector<int64_t> starts;
-  GatherLines lines;
-};
-
-GatherPlan plan_gather(const Shape& shape, int dim, const Tensor& index) {
+GatherLines gather_lines(const Shape& shape, int dim, const Tensor& index) {
   const Shape& count = index.shape();
   const Strides strides = contiguous_strides(shape);
-  GatherPlan plan;
-  plan.lines = {.index = index.data<int64_t>(),
-                .line_starts = nullptr,
-                .outer = 1,
-                .count = count[dim],
-                .inner = 1,
-                .stride = strides[dim]};
-  for (int d = 0; d < dim; ++d) plan.lines.outer *= count[d];
-  for (int d = dim + 1; d < count.rank(); ++d) plan.lines.inner *= count[d];
-  plan.starts.resize(static_cast<size_t>(plan.lines.outer * plan.lines.inner));
-  for (size_t line = 0; line < plan.starts.size(); ++line) {
-    int64_t rest = static_cast<int64_t>(line), start = 0;
-    for (int d = count.rank() - 1; d >= 0; --d) {
-      if (d == dim) continue;
-      start += rest % count[d] * strides[d];
-      rest /= count[d];
-    }
-    plan.starts[line] = start;
+  GatherLines lines{.index = index.data<int64_t>(),
+                    .outer = 1,
+                    .count = count[dim],
+                    .inner = 1,
+                    .length = shape[dim],
+                    .stride = strides[dim],
+                    .rank = count.rank(),
+                    .dim = dim,
+                    .sizes = {},
+                    .strides = {}};
+  for (int d = 0; d < count.rank(); ++d) {
+    if (d != dim) (d < dim ? lines.outer : lines.inner) *= count[d];
+    lines.sizes[d] = count[d];
+    lines.strides[d] = strides[d];
   }
-  plan.lines.line_starts = plan.starts.data();
-  return plan;
+  return lines;
 }
 
 }  // namespace
@@ -150,8 +142,7 @@ Tensor gather(const Tensor& x_, int64_t dim_, const Tensor& index_) {
     launch(x.device(), kOp, [&](auto device) {
       check_range(kOp, "index", device, index, x.size(dim),
                   concat("dimension ", dim, " of x, which is ", x.describe()));
-      const GatherPlan plan = plan_gather(x.shape(), dim, index);
-      gather_forward(device, plan.lines, x.raw(), static_cast<int>(size_of(x.dtype())), out.raw());
+      gather_forward(device, gather_lines(x.shape(), dim, index), x.raw(), static_cast<int>(size_of(x.dtype())), out.raw());
     });
   }
   if (!is_float(x_.dtype())) return out;
@@ -160,9 +151,9 @@ Tensor gather(const Tensor& x_, int64_t dim_, const Tensor& index_) {
     const DType dtype = gradient.dtype();
     const Tensor dx = Tensor::zeros(shape, dtype == DType::f64 ? DType::f64 : DType::f32, gradient.device());
     launch(dx.device(), kOp, [&](auto device) {
-      const GatherPlan plan = plan_gather(shape, dim, index);
+      const GatherLines lines = gather_lines(shape, dim, index);
       dispatch_float(dtype, kOp, [&]<class T>() {
-        gather_backward(device, plan.lines, gradient.data<T>(), dx.data<Accumulate<T>>());
+        gather_backward(device, lines, gradient.data<T>(), dx.data<Accumulate<T>>());
       });
     });
     context.set(0, dx.to(dtype));

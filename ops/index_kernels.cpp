@@ -141,9 +141,10 @@ template <class Element>
 void for_lines(const GatherLines& a, int64_t begin, int64_t end, Element element) {
   for (int64_t line = begin; line < end; ++line) {
     const int64_t first = line / a.inner * a.count * a.inner + line % a.inner;
+    const int64_t start = a.line_start(line / a.inner, line % a.inner);
     for (int64_t j = 0; j < a.count; ++j) {
       const int64_t at = first + j * a.inner;
-      element(at, a.line_starts[line] + a.index[at] * a.stride);
+      element(at, start + a.index[at] * a.stride);
     }
   }
 }

@@ -2,15 +2,19 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "ops/launch.h"
+#include "core/shape.h"
+#include "ops/kernel_device.h"
 
 namespace weft {
 
 /// The first index of [0, count) at which ids[i] is not in [0, limit), or -1.
 int64_t first_outside(Cpu, const int64_t* ids, int64_t count, int64_t limit);
+/// Reports it (core/backend.h) if there is one; `what` is a string literal.
+void report_outside(Cuda, const char* what, const int64_t* ids, int64_t count, int64_t limit);
 
 /// y[i] = table[ids[i]]; rows of `bytes` bytes.
 void embedding_forward(Cpu, const int64_t* ids, int64_t count, const void* table, int64_t bytes, void* y);
+void embedding_forward(Cuda, const int64_t* ids, int64_t count, const void* table, int64_t bytes, void* y);
 
 /// Gradient of a table [vocabulary, columns].
 template <class T>
@@ -25,19 +29,39 @@ struct EmbeddingBackward {
 };
 template <class T>
 void embedding_backward(Cpu, const EmbeddingBackward<T>& arguments);
+template <class T>
+void embedding_backward(Cuda, const EmbeddingBackward<T>& arguments);
 
-/// An array [outer, length, inner] and an index [.., count, ..] over its middle. `outer` and `inner` run over the
-/// index's own sizes; `line` maps a line of the index to where its line of x starts.
+/// A row-major array x and an index of the same rank, seen as [outer, count, inner] around dimension `dim`; lines run
+/// along it.
 struct GatherLines {
-  const int64_t* index;        ///< row-major [outer, count, inner]
-  const int64_t* line_starts;  ///< [outer, inner]: offset in x of index 0 along dim
+  const int64_t* index;
   int64_t outer, count, inner;
-  int64_t stride;  ///< in x, along dim
+  int64_t length;  ///< size of x along dim
+  int64_t stride;  ///< of x along dim
+  int rank, dim;
+  int64_t sizes[kMaxRank];    ///< of the index
+  int64_t strides[kMaxRank];  ///< of x
+
+  /// Offset in x of element 0 of the line that belongs to [o, ., i].
+  WEFT_HD int64_t line_start(int64_t o, int64_t i) const {
+    int64_t start = 0;
+    for (int d = rank - 1; d >= 0; --d) {
+      if (d == dim) continue;
+      int64_t& rest = d > dim ? i : o;
+      start += rest % sizes[d] * strides[d];
+      rest /= sizes[d];
+    }
+    return start;
+  }
 };
-/// y[o, j, i] = x[line_starts[o, i] + index[o, j, i] * stride]; elements of `size` bytes: 1, 2, 4 or 8.
+/// y[o, j, i] = x[line_start(o, i) + index[o, j, i] * stride]; elements of `size` bytes: 1, 2, 4 or 8.
 void gather_forward(Cpu, const GatherLines& lines, const void* x, int size, void* y);
+void gather_forward(Cuda, const GatherLines& lines, const void* x, int size, void* y);
 /// dx[...] += dy, a line at a time in order; A is f32 or f64.
 template <class T>
 void gather_backward(Cpu, const GatherLines& lines, const T* dy, Accumulate<T>* dx);
+template <class T>
+void gather_backward(Cuda, const GatherLines& lines, const T* dy, Accumulate<T>* dx);
 
 }  // namespace weft

@@ -1,18 +1,24 @@
 #pragma once
+#include "core/backend.h"
 #include "core/memory.h"
 #include "core/tensor.h"
+#include "ops/kernel_device.h"
 
 namespace weft {
 
-/// Which device a kernel is for: kernels are overloads on this tag, so that a missing one does not link.
-struct Cpu {};
-
-/// Calls kernel(Cpu{}) for tensors on the CPU; nothing in a dry run. The one way in which ops start kernels.
+/// Calls kernel(Cpu{}) or kernel(Cuda{...}) for tensors on `device`; nothing in a dry run. The one way in which ops
+/// start kernels.
 template <class Kernel>
 void launch(Device device, const char* op, Kernel&& kernel) {
   if (DryRun::active()) return;
-  if (device.kind != DeviceKind::cpu) fail(ErrorKind::kDevice, op, "has no kernel for ", device);
+  if (device.kind == DeviceKind::cuda) return kernel(Cuda{backend(device).use(), op});
   kernel(Cpu{});
+}
+
+/// f(Cpu{}) or f(Cuda{}), in a dry run too: for what a kernel of `device` wants to be given.
+template <class F>
+auto ask(Device device, F&& f) {
+  return device.kind == DeviceKind::cuda ? f(Cuda{}) : f(Cpu{});
 }
 
 /// @throws Error kDType, kDevice: every defined tensor must be on one device and have the dtype of the first.

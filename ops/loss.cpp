@@ -21,7 +21,7 @@ LossTargets rows_of(const Tensor& logits, const Tensor& targets, const CrossEntr
 
 Tensor cross_entropy(const Tensor& logits_, const Tensor& targets_, const CrossEntropyOptions& options) {
   dispatch_float(logits_.dtype(), kOp, []<class T>() {});
-  Tensor targets, lse, losses;
+  Tensor targets, lse, losses, denominator;
   Tensor out = Tensor::empty({}, wide(logits_.dtype()), logits_.device());
   {
     const autograd::NoGrad no_grad;
@@ -30,31 +30,32 @@ Tensor cross_entropy(const Tensor& logits_, const Tensor& targets_, const CrossE
       fail(ErrorKind::kShape, kOp, "needs at least one class, got logits ", logits_.describe());
     const Tensor logits = logits_.contiguous();
     lse = Tensor::empty(targets.shape(), wide(logits.dtype()), logits.device());
+    denominator = Tensor::empty({}, DType::f64, logits.device());
     {
       const MemoryScope scope(MemoryCategory::workspace);
       losses = Tensor::empty(targets.shape(), DType::f64, logits.device());
     }
     launch(logits.device(), kOp, [&](auto device) {
       const LossTargets rows = rows_of(logits, targets, options);
-      const double denominator = loss_denominator(kOp, rows, options);
+      loss_denominator(device, kOp, rows, known_denominator(options), denominator.data<double>());
       dispatch_float(logits.dtype(), kOp, [&]<class T>() {
         using A = Accumulate<T>;
         loss_forward(device, rows, logits.data<T>(), lse.data<A>(), losses.data<double>());
-        *out.data<A>() = static_cast<A>(reduce_losses(losses.data<double>(), rows.rows, denominator));
+        reduce_losses(device, losses.data<double>(), rows.rows, denominator.data<double>(), out.data<A>());
       });
     });
   }
-  autograd::record(kOp, {logits_, targets_}, {out}, {logits_, targets, lse}, [options](BackwardContext& context) {
-    const Tensor logits = context.saved(0).contiguous(), targets = context.saved(1), lse = context.saved(2);
+  autograd::record(kOp, {logits_, targets_}, {out}, {logits_, targets, lse, denominator}, [options](BackwardContext& context) {
+    const Tensor logits = context.saved(0).contiguous(), targets = context.saved(1), lse = context.saved(2),
+                 denominator = context.saved(3);
     const Tensor gradient = context.grad();
     const Tensor dlogits = Tensor::empty_like(logits);
     launch(logits.device(), kOp, [&](auto device) {
       const LossTargets rows = rows_of(logits, targets, options);
-      const double denominator = loss_denominator(kOp, rows, options);
       dispatch_float(logits.dtype(), kOp, [&]<class T>() {
         using A = Accumulate<T>;
         loss_backward(device, rows, logits.data<T>(), lse.data<A>(),
-                      static_cast<double>(*gradient.data<A>()) / denominator, dlogits.data<T>());
+                      LossScale<A>{denominator.data<double>(), gradient.data<A>()}, dlogits.data<T>());
       });
     });
     context.set(0, dlogits);

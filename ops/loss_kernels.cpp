@@ -137,6 +137,11 @@ void for_rows(const LossTargets& t, Row row, Ignored ignored) {
   });
 }
 
+template <class A>
+double value_of(const LossScale<A>& scale) {
+  return (scale.gradient == nullptr ? 1 : static_cast<double>(*scale.gradient)) / *scale.denominator;
+}
+
 /// The gradient of the target's class, probability - 1, without the cancellation that a subtraction would have.
 template <class T>
 T target_gradient(double log_probability, double scale) {
@@ -161,8 +166,9 @@ void loss_forward(Cpu, const LossTargets& t, const T* logits, Accumulate<T>* lse
 }
 
 template <class T>
-void loss_backward(Cpu, const LossTargets& t, const T* logits, const Accumulate<T>* lse, double scale, T* dlogits) {
+void loss_backward(Cpu, const LossTargets& t, const T* logits, const Accumulate<T>* lse, const LossScale<Accumulate<T>>& by, T* dlogits) {
   using A = Accumulate<T>;
+  const double scale = value_of(by);
   const auto& kernels = detail::loss_kernels<T>();
   const A factor = static_cast<A>(scale);
   for_rows(
@@ -178,8 +184,9 @@ void loss_backward(Cpu, const LossTargets& t, const T* logits, const Accumulate<
 }
 
 template <class T>
-void loss_in_place(Cpu, const LossTargets& t, Accumulate<T>* logits, double scale, double* loss) {
+void loss_in_place(Cpu, const LossTargets& t, Accumulate<T>* logits, const LossScale<Accumulate<T>>& by, double* loss) {
   using A = Accumulate<T>;
+  const double scale = value_of(by);
   const auto& kernels = detail::loss_kernels<T>();
   const A factor = static_cast<A>(scale);
   for_rows(
@@ -199,18 +206,18 @@ void loss_in_place(Cpu, const LossTargets& t, Accumulate<T>* logits, double scal
 }
 
 template <class T>
-void scale_to(Cpu, const Accumulate<T>* x, int64_t count, double scale, T* out, bool accumulate) {
+void scale_to(Cpu, const Accumulate<T>* x, int64_t count, const Accumulate<T>* scale, T* out, bool accumulate) {
   const auto kernel = detail::loss_kernels<T>().scale;
   parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
-    kernel(x + begin, end - begin, static_cast<Accumulate<T>>(scale), out + begin, accumulate);
+    kernel(x + begin, end - begin, *scale, out + begin, accumulate);
   });
 }
 
 #define WEFT_LOSS_INSTANCE(T)                                                                       \
-  template void loss_forward(Cpu, const LossTargets&, const T*, Accumulate<T>*, double*);           \
-  template void loss_backward(Cpu, const LossTargets&, const T*, const Accumulate<T>*, double, T*); \
-  template void loss_in_place<T>(Cpu, const LossTargets&, Accumulate<T>*, double, double*);         \
-  template void scale_to(Cpu, const Accumulate<T>*, int64_t, double, T*, bool);
+  template void loss_forward(Cpu, const LossTargets&, const T*, Accumulate<T>*, double*);                                     \
+  template void loss_backward(Cpu, const LossTargets&, const T*, const Accumulate<T>*, const LossScale<Accumulate<T>>&, T*);  \
+  template void loss_in_place<T>(Cpu, const LossTargets&, Accumulate<T>*, const LossScale<Accumulate<T>>&, double*);          \
+  template void scale_to(Cpu, const Accumulate<T>*, int64_t, const Accumulate<T>*, T*, bool);
 WEFT_LOSS_INSTANCE(float)
 WEFT_LOSS_INSTANCE(double)
 WEFT_LOSS_INSTANCE(Half)

@@ -2,7 +2,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "ops/launch.h"
+#include "ops/kernel_device.h"
 
 namespace weft {
 
@@ -13,23 +13,52 @@ struct LossTargets {
   int64_t ignored;
 };
 
+/// What a row's gradient is multiplied by, where the device keeps it: gradient / denominator.
+template <class A>
+struct LossScale {
+  const double* denominator;
+  const A* gradient = nullptr;  ///< null: 1
+};
+
+/// *denominator = `known` if that is positive, else the number of targets that are not ignored. CPU: @throws Error kIndex
+/// for a target that is no class; kValue for a mean over no valid target; CUDA: reports them (core/backend.h).
+void loss_denominator(Cpu, const char* op, const LossTargets& targets, double known, double* denominator);
+void loss_denominator(Cuda, const char* op, const LossTargets& targets, double known, double* denominator);
+
+/// *out = the sum of the rows' losses, in f64 in a fixed order, over the denominator.
+template <class A>
+void reduce_losses(Cpu, const double* losses, int64_t rows, const double* denominator, A* out);
+template <class A>
+void reduce_losses(Cuda, const double* losses, int64_t rows, const double* denominator, A* out);
+
 /// lse[n] = ln(sum_v exp(logits[n, v])), loss[n] = lse[n] - logits[n, target]; both 0 for ignored rows. lse may be
 /// null. A NaN among the logits gives NaN.
 template <class T>
 void loss_forward(Cpu, const LossTargets& targets, const T* logits, Accumulate<T>* lse, double* loss);
+template <class T>
+void loss_forward(Cuda, const LossTargets& targets, const T* logits, Accumulate<T>* lse, double* loss);
 
 /// dlogits[n, v] = (exp(logits[n, v] - lse[n]) - [v = target]) * scale; 0 for ignored rows.
 template <class T>
-void loss_backward(Cpu, const LossTargets& targets, const T* logits, const Accumulate<T>* lse, double scale,
-                   T* dlogits);
+void loss_backward(Cpu, const LossTargets& targets, const T* logits, const Accumulate<T>* lse,
+                   const LossScale<Accumulate<T>>& scale, T* dlogits);
+template <class T>
+void loss_backward(Cuda, const LossTargets& targets, const T* logits, const Accumulate<T>* lse,
+                   const LossScale<Accumulate<T>>& scale, T* dlogits);
 
 /// Both in one, in place: f32 or f64 logits are overwritten with their gradient as elements of T, which is as wide or
 /// narrower: row n starts where the logits' row n does.
 template <class T>
-void loss_in_place(Cpu, const LossTargets& targets, Accumulate<T>* logits, double scale, double* loss);
-
-/// out = scale * x (+ out), rounded once.
+void loss_in_place(Cpu, const LossTargets& targets, Accumulate<T>* logits, const LossScale<Accumulate<T>>& scale,
+                   double* loss);
 template <class T>
-void scale_to(Cpu, const Accumulate<T>* x, int64_t count, double scale, T* out, bool accumulate);
+void loss_in_place(Cuda, const LossTargets& targets, Accumulate<T>* logits, const LossScale<Accumulate<T>>& scale,
+                   double* loss);
+
+/// out = *scale * x (+ out), rounded once.
+template <class T>
+void scale_to(Cpu, const Accumulate<T>* x, int64_t count, const Accumulate<T>* scale, T* out, bool accumulate);
+template <class T>
+void scale_to(Cuda, const Accumulate<T>* x, int64_t count, const Accumulate<T>* scale, T* out, bool accumulate);
 
 }  // namespace weft

@@ -32,13 +32,14 @@ void dispatch_head(DType dtype, F&& f) {
 
 /// One chunk of the head on plain memory: x [rows, channels], weight [classes, channels], logits [rows, classes], which
 /// loss_in_place() turns into their gradient.
-template <class T>
+template <class T, class OnDevice>
 struct Head {
   using A = Accumulate<T>;
   using G = GemmType<T>;
   /// Elements of T from one row of the logits' gradient to the next: it lies where the wider logits were.
   static constexpr int64_t kWiden = sizeof(A) / sizeof(T);
 
+  OnDevice device;
   const T* weight;
   int64_t channels, classes;
 
@@ -48,20 +49,24 @@ struct Head {
 
   /// logits = x W^T
   void forward(const T* x, int64_t rows, A* logits) const {
-    gemm(make_gemm<G, G, A>(false, true, rows, classes, channels, bits(x), channels, bits(weight), channels, logits,
+    gemm(device, make_gemm<G, G, A>(false, true, rows, classes, channels, bits(x), channels, bits(weight), channels, logits,
                             classes));
   }
-  /// dx = scale * gradient W, as A or rounded to G.
+  /// dx = scale * gradient W, as A or rounded to G. `scale` is where the device keeps it; null: 1.
   template <class Out>
-  void input_gradient(const A* logits, int64_t rows, A scale, Out* dx) const {
-    gemm(make_gemm<G, G, Out>(false, false, rows, channels, classes, gradient(logits), kWiden * classes, bits(weight),
-                              channels, dx, channels, scale));
+  void input_gradient(const A* logits, int64_t rows, const A* scale, Out* dx) const {
+    auto product = make_gemm<G, G, Out>(false, false, rows, channels, classes, gradient(logits), kWiden * classes,
+                                        bits(weight), channels, dx, channels);
+    product.scale = scale;
+    gemm(device, product);
   }
   /// dW = scale * gradient^T x (+ dW), as A or rounded to G.
   template <class Out>
-  void weight_gradient(const A* logits, const T* x, int64_t rows, A scale, Out* dw, bool accumulate) const {
-    gemm(make_gemm<G, G, Out>(true, false, classes, channels, rows, gradient(logits), kWiden * classes, bits(x),
-                              channels, dw, channels, scale, accumulate ? 1 : 0));
+  void weight_gradient(const A* logits, const T* x, int64_t rows, const A* scale, Out* dw, bool accumulate) const {
+    auto product = make_gemm<G, G, Out>(true, false, classes, channels, rows, gradient(logits), kWiden * classes,
+                                        bits(x), channels, dw, channels, 1, accumulate ? 1 : 0);
+    product.scale = scale;
+    gemm(device, product);
   }
 };
 
@@ -79,14 +84,14 @@ void backward_of_one_chunk(BackwardContext& context) {
     dw = sink ? sink->tensor : Tensor::empty({classes, channels}, weight.dtype(), weight.device());
     if (!sink) context.set(1, dw);
   }
-  launch(x.device(), kOp, [&](Cpu) {
+  launch(x.device(), kOp, [&](auto device) {
     dispatch_head(x.dtype(), [&]<class T>() {
       using A = Accumulate<T>;
-      const Head<T> head{weight.data<T>(), channels, classes};
-      const A scale = *gradient.data<A>();
-      if (dx.defined()) head.input_gradient(dlogits.data<A>(), rows, scale, Head<T>::bits(dx.data<T>()));
+      const Head<T, decltype(device)> head{device, weight.data<T>(), channels, classes};
+      const A* scale = gradient.data<A>();
+      if (dx.defined()) head.input_gradient(dlogits.data<A>(), rows, scale, head.bits(dx.data<T>()));
       if (dw.defined()) {
-        head.weight_gradient(dlogits.data<A>(), x.data<T>(), rows, scale, Head<T>::bits(dw.data<T>()), accumulate);
+        head.weight_gradient(dlogits.data<A>(), x.data<T>(), rows, scale, head.bits(dw.data<T>()), accumulate);
       }
     });
   });
@@ -103,7 +108,7 @@ void backward_of_chunks(BackwardContext& context, DType dtype) {
     launch(made.device(), kOp, [&](auto device) {
       dispatch_head(dtype, [&]<class T>() {
         using A = Accumulate<T>;
-        scale_to(device, made.data<A>(), made.numel(), static_cast<double>(*gradient.data<A>()), out.data<T>(),
+        scale_to(device, made.data<A>(), made.numel(), gradient.data<A>(), out.data<T>(),
                  sink && sink->accumulate);
       });
     });
@@ -136,7 +141,7 @@ Tensor linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tenso
              training = needs_dx || needs_dw;
   const DType wide = x_.dtype() == DType::f64 ? DType::f64 : DType::f32;
   const Device device = x_.device();
-  Tensor targets, losses, logits, dx, dw;
+  Tensor targets, losses, denominator, logits, dx, dw;
   Tensor out = Tensor::empty({}, wide, device);
   bool one_chunk = false;
   {
@@ -157,13 +162,14 @@ Tensor linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tenso
     {
       const MemoryScope scope(MemoryCategory::workspace);
       losses = Tensor::empty({rows}, DType::f64, device);
+      denominator = Tensor::empty({}, DType::f64, device);
     }
-    launch(device, kOp, [&](auto cpu) {
+    launch(device, kOp, [&](auto on) {
       const LossTargets all{targets.data<int64_t>(), rows, classes, options.ignore_index};
-      const double denominator = loss_denominator(kOp, all, options);
+      loss_denominator(on, kOp, all, known_denominator(options), denominator.data<double>());
       dispatch_head(x.dtype(), [&]<class T>() {
         using A = Accumulate<T>;
-        const Head<T> head{weight.data<T>(), channels, classes};
+        const Head<T, decltype(on)> head{on, weight.data<T>(), channels, classes};
         A* const held = logits.data<A>();
         for (int64_t begin = 0; begin < rows; begin += chunk) {
           const int64_t count = std::min(chunk, rows - begin);
@@ -172,14 +178,14 @@ Tensor linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tenso
           double* some_losses = losses.data<double>() + begin;
           head.forward(part, count, held);
           if (!training) {
-            loss_forward(cpu, some, held, static_cast<A*>(nullptr), some_losses);
+            loss_forward(on, some, held, static_cast<A*>(nullptr), some_losses);
             continue;
           }
-          loss_in_place<T>(cpu, some, held, 1 / denominator, some_losses);
-          if (dx.defined()) head.input_gradient(held, count, 1, dx.data<A>() + begin * channels);
-          if (dw.defined()) head.weight_gradient(held, part, count, 1, dw.data<A>(), begin > 0);
+          loss_in_place<T>(on, some, held, LossScale<A>{denominator.data<double>()}, some_losses);
+          if (dx.defined()) head.input_gradient(held, count, nullptr, dx.data<A>() + begin * channels);
+          if (dw.defined()) head.weight_gradient(held, part, count, nullptr, dw.data<A>(), begin > 0);
         }
-        *out.data<A>() = static_cast<A>(reduce_losses(losses.data<double>(), rows, denominator));
+        reduce_losses(on, losses.data<double>(), rows, denominator.data<double>(), out.data<A>());
       });
     });
   }

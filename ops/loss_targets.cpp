@@ -28,7 +28,11 @@ Tensor checked_targets(const char* op, const Tensor& x, const Tensor& targets, c
   return targets.to(DType::i64).contiguous();
 }
 
-double loss_denominator(const char* op, const LossTargets& t, const CrossEntropyOptions& options) {
+double known_denominator(const CrossEntropyOptions& options) {
+  return options.reduction == Reduction::kSum ? 1 : options.valid_tokens;
+}
+
+void loss_denominator(Cpu, const char* op, const LossTargets& t, double known, double* denominator) {
   int64_t valid = 0;
   for (int64_t row = 0; row < t.rows; ++row) {
     const int64_t target = t.targets[row];
@@ -39,20 +43,21 @@ double loss_denominator(const char* op, const LossTargets& t, const CrossEntropy
     }
     ++valid;
   }
-  if (options.reduction == Reduction::kSum) return 1;
-  if (options.valid_tokens > 0) return options.valid_tokens;
-  if (valid == 0) {
+  if (known <= 0 && valid == 0) {
     fail(ErrorKind::kValue, op, "the mean is over valid tokens, but none of the ", t.rows,
          " targets is valid (ignore_index is ", t.ignored,
          "). Hint: Reduction::kSum, or valid_tokens of the whole batch");
   }
-  return static_cast<double>(valid);
+  *denominator = known > 0 ? known : static_cast<double>(valid);
 }
 
-double reduce_losses(const double* losses, int64_t rows, double denominator) {
+template <class A>
+void reduce_losses(Cpu, const double* losses, int64_t rows, const double* denominator, A* out) {
   double sum = 0;
   for (int64_t row = 0; row < rows; ++row) sum += losses[row];
-  return sum / denominator;
+  *out = static_cast<A>(sum / *denominator);
 }
+template void reduce_losses(Cpu, const double*, int64_t, const double*, float*);
+template void reduce_losses(Cpu, const double*, int64_t, const double*, double*);
 
 }  // namespace weft

@@ -11,11 +11,7 @@ namespace weft {
 /// @throws Error kShape, kDType, kDevice; kValue for bad options.
 Tensor checked_targets(const char* op, const Tensor& x, const Tensor& targets, const CrossEntropyOptions& options);
 
-/// What the sum of the rows' losses is divided by. Reads the targets.
-/// @throws Error kIndex for a target that is no class; kValue for a mean over no valid token.
-double loss_denominator(const char* op, const LossTargets& targets, const CrossEntropyOptions& options);
-
-/// Sum of the rows' losses, in order, over the denominator.
-double reduce_losses(const double* losses, int64_t rows, double denominator);
+/// What is known of the denominator without a look at the targets: 1 for a sum, valid_tokens, or 0 for nothing.
+double known_denominator(const CrossEntropyOptions& options);
 
 }  // namespace weft

@@ -55,7 +55,7 @@ MatrixRef<T> matrix(const Tensor& x) {
 void product(const Tensor& a_, const Tensor& b_, const Tensor& c, bool accumulate = false, const Tensor& bias = {}) {
   const autograd::NoGrad no_grad;
   const Tensor a = with_unit_stride(a_), b = with_unit_stride(b_);
-  launch(c.device(), "matmul", [&](Cpu) {
+  launch(c.device(), "matmul", [&](auto device) {
     dispatch_gemm(c.dtype(), [&]<class T>() {
       Gemm<T> g;
       g.m = c.size(-2), g.n = c.size(-1), g.k = a.size(-1);
@@ -63,8 +63,8 @@ void product(const Tensor& a_, const Tensor& b_, const Tensor& c, bool accumulat
       g.c = static_cast<T*>(c.raw()), g.ldc = c.size(-1);
       g.beta = accumulate ? 1 : 0;
       if (bias.defined()) g.bias = bias.data<typename Gemm<T>::Sum>();
-      if (c.rank() == 2) return gemm(g);
-      gemm_batched(g, {.count = c.size(0), .a = a.strides()[0], .b = b.strides()[0], .c = g.m * g.n});
+      if (c.rank() == 2) return gemm(device, g);
+      gemm_batched(device, g, {.count = c.size(0), .a = a.strides()[0], .b = b.strides()[0], .c = g.m * g.n});
     });
   });
 }
@@ -152,8 +152,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
       context.set(2, [&] {
         Tensor sum = Tensor::empty({out_features}, DType::f32, x.device());
         const Tensor wide = gradient.to(DType::f32);
-        launch(x.device(), "linear", [&](Cpu) {
-          column_sum(wide.data<float>(), rows, out_features, out_features, sum.data<float>(), false);
+        launch(x.device(), "linear", [&](auto device) {
+          column_sum(device, wide.data<float>(), rows, out_features, out_features, sum.data<float>(), false);
         });
         return sum.to(DType::bf16);
       }());
@@ -161,9 +161,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
     }
     const auto sink = context.sink(2);
     Tensor db = sink ? sink->tensor : Tensor::empty({out_features}, x.dtype(), x.device());
-    launch(x.device(), "linear", [&](Cpu) {
+    launch(x.device(), "linear", [&](auto device) {
       const auto sum = [&]<class T>() {
-        column_sum(gradient.data<T>(), rows, out_features, out_features, db.data<T>(), sink && sink->accumulate);
+        column_sum(device, gradient.data<T>(), rows, out_features, out_features, db.data<T>(), sink && sink->accumulate);
       };
       x.dtype() == DType::f64 ? sum.template operator()<double>() : sum.template operator()<float>();
     });

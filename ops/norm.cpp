@@ -42,9 +42,9 @@ void set_parameter_gradient(BackwardContext& context, int i, const Tensor& parti
   const bool narrow = partials.dtype() != like.dtype();  // many rows add up to one number: rounded once at the end
   const auto sink = narrow ? std::nullopt : context.sink(i);
   const Tensor out = sink ? sink->tensor : Tensor::empty({columns}, partials.dtype(), partials.device());
-  launch(out.device(), context.op(), [&](Cpu) {
+  launch(out.device(), context.op(), [&](auto device) {
     const auto sum = [&]<class A>() {
-      column_sum(partials.data<A>() + which * columns, blocks, columns, 2 * columns, out.data<A>(),
+      column_sum(device, partials.data<A>() + which * columns, blocks, columns, 2 * columns, out.data<A>(),
                  sink && sink->accumulate);
     };
     out.dtype() == DType::f64 ? sum.template operator()<double>() : sum.template operator()<float>();
@@ -67,7 +67,8 @@ Gradients norm_gradients(const char* op, const Tensor& dy, const Tensor& x_, con
   if (needs_dx) out.dx = Tensor::empty(x.shape(), x.dtype(), x.device());
   {
     const MemoryScope scope(MemoryCategory::workspace);
-    out.partials = Tensor::empty({norm_blocks(rows), 2, columns}, accumulate_dtype(x.dtype()), x.device());
+    const int64_t blocks = ask(x.device(), [&](auto device) { return norm_blocks(device, rows); });
+    out.partials = Tensor::empty({blocks, 2, columns}, accumulate_dtype(x.dtype()), x.device());
   }
   launch(x.device(), op, [&](auto device) {
     dispatch_float(x.dtype(), op, [&]<class T>() {

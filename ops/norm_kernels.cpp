@@ -184,7 +184,7 @@ int64_t block_rows(int64_t rows) { return std::max<int64_t>(16, (rows + 127) / 1
 constexpr int64_t kGrain = 16384;
 }  // namespace
 
-int64_t norm_blocks(int64_t rows) { return (rows + block_rows(rows) - 1) / block_rows(rows); }
+int64_t norm_blocks(Cpu, int64_t rows) { return (rows + block_rows(rows) - 1) / block_rows(rows); }
 
 template <class T>
 void norm_forward(Cpu, const NormForward<T>& arguments) {

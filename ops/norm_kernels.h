@@ -2,7 +2,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "ops/launch.h"
+#include "ops/kernel_device.h"
 
 namespace weft {
 
@@ -30,16 +30,21 @@ struct NormBackward {
   const Accumulate<T>* rstd;
   const T* added;           ///< null, or a gradient to add to dx
   T* dx;                    ///< null: not wanted
-  Accumulate<T>* partials;  ///< [norm_blocks(rows), 2, columns]: sums over a block's rows for weight and bias
+  Accumulate<T>* partials;  ///< [norm_blocks(device, rows), 2, columns]: sums over a block's rows for weight and bias
   int64_t rows, columns;
 };
 
-/// Rows are summed for the weight's and the bias's gradient in this many blocks: a function of `rows` alone.
-int64_t norm_blocks(int64_t rows);
+/// Rows are summed for the weight's and the bias's gradient in this many blocks: a function of the device's kind and `rows` alone.
+int64_t norm_blocks(Cpu, int64_t rows);
+int64_t norm_blocks(Cuda, int64_t rows);
 
 template <class T>
 void norm_forward(Cpu, const NormForward<T>& arguments);
 template <class T>
+void norm_forward(Cuda, const NormForward<T>& arguments);
+template <class T>
 void norm_backward(Cpu, const NormBackward<T>& arguments);
+template <class T>
+void norm_backward(Cuda, const NormBackward<T>& arguments);
 
 }  // namespace weft

@@ -1,6 +1,7 @@
 #include "ops/reduce.h"
 
 #include "core/autograd.h"
+#include "ops/launch.h"
 #include "ops/elementwise.h"
 #include "ops/reduce_kernels.h"
 

@@ -208,6 +208,31 @@ TEST(Gpt, ALossThatIsNotFiniteStopsBeforeAnyWeightChanges) {
   EXPECT_EQ(adam.steps(), 0);
 }
 
+TEST(Gpt, ALossThatOverflowsWithFiniteWeightsNamesTheFirstTensorThatDid) {
+  Gpt gpt(tiny(), Device::cpu(), 1);
+  optim::Adam adam(gpt.parameters(), {});
+  std::string changed;
+  for (const Parameter& parameter : gpt.parameters()) {
+    if (!changed.empty() || parameter.name.find("mlp.fc.weight") == std::string::npos) continue;
+    const autograd::NoGrad no_grad;
+    Tensor(parameter.tensor).fill_(3e38);
+    changed = parameter.name;
+  }
+  ASSERT_FALSE(changed.empty());
+  text::Loader loader(random_tokens(1000, 23), {.batch = 4, .context = 8});
+  Trainer trainer(gpt, adam, loader, {.peak = 1e-3, .total = 100}, 1);
+  try {
+    trainer.step();
+    FAIL() << "an infinity went unnoticed";
+  } catch (const Error& error) {
+    const std::string text = error.what();
+    for (const std::string& part : {changed, std::string("output of linear"), std::string("every weight is finite")}) {
+      EXPECT_NE(text.find(part), std::string::npos) << text;
+    }
+  }
+  EXPECT_EQ(adam.steps(), 0);
+}
+
 TEST(Gpt, RefusesConfigurationsAndInputsThatMakeNoSense) {
   const auto message = [](auto&& call) -> std::string {
     try {
