@@ -1,11 +1,12 @@
 // weft bench: what this machine can do at best, and how near to it a training step comes.
 #include "apps/bench.h"
 
-#include <cstdio>
 #include <iostream>
 
 #include "apps/command.h"
 #include "apps/commands.h"
+#include "apps/device_option.h"
+#include "apps/files.h"
 #include "apps/options.h"
 #include "core/thread_pool.h"
 #include "models/speed_of_light.h"
@@ -15,13 +16,19 @@ namespace weft::apps {
 
 int bench_machine(std::span<const std::string> args) {
   int64_t threads = 0;
+  std::string precision = "f32";
+  DeviceOption device;
   Options options("bench machine", "Measures the denominators of every percentage: GEMM peak and copy bandwidth.");
   options.add("threads", &threads, {.min = 0, .max = 1024}, "threads; 0: as many as the process may use");
+  options.add("precision", &precision, {.choices = {"f32", "bf16"}}, "of the product");
+  device.declare(options);
   if (!options.parse(args)) return 0;
   if (threads > 0) set_num_threads(static_cast<int>(threads));
-  const models::MachineSpeed speed = models::measure_machine();
-  std::printf("%s, %d threads, %s kernels\nGEMM peak (f32, 1,024^3): %.1f GFLOP/s\ncopy bandwidth (far beyond cache): %.1f GB/s read plus written\n",
-              speed.processor.c_str(), speed.threads, gemm_isa(), speed.gemm_flops * 1e-9, speed.copy_bytes * 1e-9);
+  const models::MachineSpeed speed = models::measure_machine(device.device(options), precision == "bf16" ? DType::bf16 : DType::f32);
+  const bool cpu = speed.device.kind == DeviceKind::cpu;
+  std::cout << speed.name << (cpu ? concat(", ", speed.threads, " threads, ", gemm_isa(), " kernels") : "") << "\nGEMM peak (" << speed.dtype << ", "
+            << (cpu ? "1,024" : "8,192") << "^3): " << fixed(speed.gemm_flops * 1e-9, 1) << " GFLOP/s\ncopy bandwidth (far beyond cache): "
+            << fixed(speed.copy_bytes * 1e-9, 1) << " GB/s read plus written\n";
   return 0;
 }
 

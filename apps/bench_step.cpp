@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "apps/bench.h"
+#include "apps/device_option.h"
 #include "apps/options.h"
 #include "core/log.h"
 #include "core/thread_pool.h"
@@ -16,7 +17,8 @@
 namespace weft::apps {
 namespace {
 
-/// The shapes of docs/benchmarks: a small, a middle and GPT-2's model.
+/// The shapes of docs/benchmarks: three for a CPU, and GPT-2's sizes with its context and a vocabulary padded to a
+/// multiple of 128 for a GPU.
 struct StepShape {
   const char* name;
   models::GptConfig config;
@@ -28,6 +30,9 @@ const std::vector<StepShape>& shapes() {
       {"a", {.layers = 4, .heads = 4, .width = 128, .context = 64, .vocab = 65}, 12},
       {"b", {.layers = 6, .heads = 6, .width = 384, .context = 256, .vocab = 65}, 16},
       {"c", {.layers = 12, .heads = 12, .width = 768, .context = 64, .vocab = 50257}, 4},
+      {"124m", {.layers = 12, .heads = 12, .width = 768, .context = 1024, .vocab = 50304}, 64},
+      {"350m", {.layers = 24, .heads = 16, .width = 1024, .context = 1024, .vocab = 50304}, 32},
+      {"1558m", {.layers = 48, .heads = 25, .width = 1600, .context = 1024, .vocab = 50304}, 8},
   };
   return all;
 }
@@ -35,19 +40,25 @@ const std::vector<StepShape>& shapes() {
 /// Forward, backward, clipping and AdamW over random tokens.
 class StepBench {
  public:
-  explicit StepBench(const StepShape& shape)
+  StepBench(const StepShape& shape, int64_t accumulate, Device device, DType dtype)
       : shape_(shape),
-        bound_(models::step_bound(shape.config, tokens(), models::machine_speed())),
-        gpt_(shape.config, Device::cpu(), 1),
+        accumulate_(accumulate),
+        device_(device),
+        dtype_(dtype),
+        bound_(models::step_bound(shape.config, tokens(), models::machine_speed(device, dtype))),
+        gpt_(shape.config, device, 1, dtype),
         optimizer_(gpt_.parameters(), {.beta2 = 0.95, .weight_decay = 0.1, .clip_norm = 1.0}),
         loader_(random_tokens(shape), {.batch = shape.batch, .context = shape.config.context, .prefetch = 0}),
-        trainer_(gpt_, optimizer_, loader_, {.peak = 3e-4, .floor = 3e-5, .warmup = 10, .total = 1000000}, 1) {}
+        trainer_(gpt_, optimizer_, loader_, {.peak = 3e-4, .floor = 3e-5, .warmup = 10, .total = 1000000}, accumulate) {}
 
   models::StepMetrics step() { return trainer_.step(); }
-  int64_t tokens() const { return shape_.batch * shape_.config.context; }
+  int64_t tokens() const { return shape_.batch * shape_.config.context * accumulate_; }
+  MemoryStatistics memory() const { return allocator(device_).statistics(); }
+  /// Peak bytes of the process on a CPU, of the device's memory on a GPU.
+  int64_t peak_bytes() const { return device_.kind == DeviceKind::cpu ? peak_resident_bytes() : memory().reserved; }
   const models::StepBound& bound() const { return bound_; }
   /// The bound after one more measurement of the machine, which takes a second and memory of its own.
-  models::StepBound measured_bound() const { return models::step_bound(shape_.config, tokens(), models::measure_machine()); }
+  models::StepBound measured_bound() const { return models::step_bound(shape_.config, tokens(), models::measure_machine(device_, dtype_)); }
 
  private:
   static std::shared_ptr<text::TokenVector> random_tokens(const StepShape& shape) {
@@ -58,6 +69,9 @@ class StepBench {
   }
 
   StepShape shape_;
+  int64_t accumulate_;
+  Device device_;
+  DType dtype_;
   models::StepBound bound_;  // first: it may measure the machine, in memory that is then free
   models::Gpt gpt_;
   optim::Adam optimizer_;
@@ -76,7 +90,7 @@ void serve(StepBench& bench) {
     nlohmann::json reply;
     if (line == "quit") return;
     if (line == "rss") {
-      reply["rss"] = peak_resident_bytes();
+      reply["rss"] = bench.peak_bytes();
     } else if (line == "sol") {
       reply["sol"] = bench.measured_bound().total();
     } else if (int count = 0; std::sscanf(line.c_str(), "step %d", &count) == 1 && count >= 1) {
@@ -99,23 +113,32 @@ void serve(StepBench& bench) {
 }  // namespace
 
 int bench_step(std::span<const std::string> args) {
-  std::string shape = "a";
-  int64_t threads = 0, steps = 20;
+  std::string shape = "a", precision = "f32";
+  int64_t threads = 0, steps = 20, batch = 0, accumulate = 1;
   bool serving = false;
-  Options options("bench step", "Times whole training steps (forward, backward, clipping, AdamW) on random tokens, in f32.");
-  options.add("shape", &shape, {.choices = {"a", "b", "c"}},
-              "a: 4 layers x 128, T=64, B=12, V=65; b: 6 x 384, T=256, B=16, V=65; c: GPT-2 124M, T=64, B=4");
+  DeviceOption device;
+  Options options("bench step", "Times whole training steps (forward, backward, clipping, AdamW) on random tokens.");
+  options.add("shape", &shape, {.choices = {"a", "b", "c", "124m", "350m", "1558m"}},
+              "a: 4 layers x 128, T=64, B=12, V=65; b: 6 x 384, T=256, B=16, V=65; c: GPT-2 124M, T=64, B=4; 124m, 350m, 1558m: "
+              "GPT-2's sizes, T=1,024, V=50,304, B=64, 32, 8");
+  options.add("batch", &batch, {.min = 0, .max = 1 << 20, .unit = "sequences"}, "rows of a micro-batch; 0: the shape's");
+  options.add("accumulate", &accumulate, {.min = 1, .max = 1 << 20, .unit = "micro-batches"}, "micro-batches of one step");
+  options.add("precision", &precision, {.choices = {"f32", "bf16"}}, "of weights and activations; the optimizer keeps f32");
+  device.declare(options);
   options.add("threads", &threads, {.min = 0, .max = 1024}, "threads; 0: as many as the process may use");
   options.add("steps", &steps, {.min = 1, .max = 1000000}, "steps that are timed, after 3 that are not");
   options.action("serve", &serving, "answer commands on standard input (step N, rss, sol, quit) with JSON lines instead");
   if (!options.parse(args)) return 0;
   if (threads > 0) set_num_threads(static_cast<int>(threads));
   const auto found = std::find_if(shapes().begin(), shapes().end(), [&](const StepShape& each) { return each.name == shape; });
-  StepBench bench(*found);
+  StepShape chosen = *found;
+  if (batch > 0) chosen.batch = batch;
+  const Device where = device.device(options);
+  StepBench bench(chosen, accumulate, where, precision == "bf16" ? DType::bf16 : DType::f32);
   if (serving) return serve(bench), 0;
 
   for (int i = 0; i < 3; ++i) bench.step();
-  const int64_t allocations = allocator(Device::cpu()).statistics().system_allocations;
+  const int64_t allocations = bench.memory().system_allocations;
   std::vector<double> total, forward, backward, optimizer;
   for (int64_t i = 0; i < steps; ++i) {
     const models::StepTimes t = bench.step().times;
@@ -126,15 +149,15 @@ int bench_step(std::span<const std::string> args) {
   }
   const double seconds = median(total);
   const models::StepBound& bound = bench.bound();
-  std::printf("shape %s, %d threads, median of %lld steps: %.2f ms (forward %.2f, backward %.2f, optimizer %.2f), best %.2f ms\n", shape.c_str(), num_threads(),
+  std::printf("shape %s on %s (%d threads), %s, median of %lld steps: %.2f ms (forward %.2f, backward %.2f, optimizer %.2f), best %.2f ms\n", shape.c_str(), to_string(where).c_str(), num_threads(), precision.c_str(),
               static_cast<long long>(steps), seconds * 1e3, median(forward) * 1e3, median(backward) * 1e3, median(optimizer) * 1e3,
               *std::min_element(total.begin(), total.end()) * 1e3);
   std::printf("%s tokens/s; speed of light %.2f ms (products %.2f, attention %.2f, passes %.2f, optimizer %.2f): %.1f%%\n",
               grouped(static_cast<int64_t>(static_cast<double>(bench.tokens()) / seconds)).c_str(), bound.total() * 1e3, bound.products * 1e3,
               bound.attention * 1e3, bound.passes * 1e3, bound.optimizer * 1e3, 100 * bound.total() / seconds);
-  std::printf("peak resident memory %s; system allocations in the timed steps: %lld\n", human_bytes(peak_resident_bytes()).c_str(),
-              static_cast<long long>(allocator(Device::cpu()).statistics().system_allocations - allocations));
-  std::printf("memory:\n%s", memory_table(allocator(Device::cpu()).statistics()).c_str());
+  std::printf("peak memory %s; system allocations in the timed steps: %lld\n", human_bytes(bench.peak_bytes()).c_str(),
+              static_cast<long long>(bench.memory().system_allocations - allocations));
+  std::printf("memory:\n%s", memory_table(bench.memory()).c_str());
   return 0;
 }
 

@@ -109,7 +109,7 @@ int run_doctor(std::span<const std::string> args) {
   utsname system{};
   uname(&system);
   line("system", concat(system.sysname, ' ', system.release, ' ', system.machine));
-  line("processor", models::processor_name());
+  line("processor", backend(Device::cpu()).name());
   line("instruction sets", instruction_sets());
   line("kernels", concat("products ", gemm_isa(), ", other operations ", highway_target(), " (Highway)"));
   line("processors", processors());

@@ -3,6 +3,7 @@
 #include <iterator>
 
 #include "apps/commands.h"
+#include "apps/device_option.h"
 #include "apps/data_directory.h"
 #include "apps/files.h"
 #include "apps/held_out.h"
@@ -19,6 +20,7 @@ struct EvalOptions {
   std::string checkpoint;
   std::filesystem::path data;
   int64_t kneser_ney = 5, batch = 32;
+  DeviceOption device;
 
   void declare(Options& o) {
     o.add("checkpoint", &checkpoint, {.placeholder = "DIR"},
@@ -27,6 +29,7 @@ struct EvalOptions {
     o.add("kneser_ney", &kneser_ney, {.min = 0, .max = 32},
           "order of the interpolated Kneser-Ney model to compare with; 0: none");
     o.add("batch", &batch, {.min = 1, .max = 1 << 20, .unit = "sequences"}, "rows of a batch");
+    device.declare(o);
   }
 };
 
@@ -51,9 +54,9 @@ void print_table(const std::vector<Row>& rows) {
   }
 }
 
-HeldOutLoss model_loss(const EvalOptions& o, const DataDirectory& data, std::string& name) {
+HeldOutLoss model_loss(const EvalOptions& o, Device device, const DataDirectory& data, std::string& name) {
   const models::LoadedGpt model =
-      models::load_gpt(o.checkpoint, Device::cpu(), [](const std::string& line) { log::warn(line); });
+      models::load_gpt(o.checkpoint, device, [](const std::string& line) { log::warn(line); });
   if (!model.tokenizer.has_value()) {
     fail(ErrorKind::kData, "eval", model.path, " has no tokenizer.json: whether it fits ", o.data.string(),
          " cannot be told");
@@ -89,11 +92,12 @@ int run_eval(std::span<const std::string> args) {
   if (o.checkpoint.empty() && o.kneser_ney == 0) {
     options.reject("kneser_ney", "with neither a checkpoint nor an n-gram model there is nothing to measure");
   }
+  const Device device = o.device.device(options);
   const DataDirectory data = DataDirectory::open(o.data);
   std::vector<Row> rows;
   if (!o.checkpoint.empty()) {
     Row row;
-    row.loss = model_loss(o, data, row.name);
+    row.loss = model_loss(o, device, data, row.name);
     rows.push_back(std::move(row));
   }
   if (o.kneser_ney > 0) {

@@ -5,6 +5,7 @@
 #include <iostream>
 
 #include "apps/commands.h"
+#include "apps/device_option.h"
 #include "apps/files.h"
 #include "apps/options.h"
 #include "apps/stop_signal.h"
@@ -21,6 +22,7 @@ struct GenerateOptions {
   double temperature = 0.8, top_p = 0.95;
   int64_t top_k = 0, seed = 1;
   bool echo = true;
+  DeviceOption device;
 
   void declare(Options& o) {
     o.add("checkpoint", &checkpoint, {.required = true, .placeholder = "DIR"},
@@ -35,6 +37,7 @@ struct GenerateOptions {
     o.add("seed", &seed, {.min = 0}, "of the random choice: the same seed gives the same text");
     o.add("stop_at", &stop_at, {}, "end where this text would come");
     o.add("echo", &echo, "print the prompt before its continuation");
+    device.declare(o);
   }
 
   std::string prompt_text(const Options& o) const {
@@ -62,7 +65,7 @@ int run_generate(std::span<const std::string> args) {
   if (!options.parse(args)) return 0;
   const std::string prompt = o.prompt_text(options);
   const models::LoadedGpt model =
-      models::load_gpt(o.checkpoint, Device::cpu(), [](const std::string& line) { log::warn(line); });
+      models::load_gpt(o.checkpoint, o.device.device(options), [](const std::string& line) { log::warn(line); });
   if (!model.tokenizer.has_value()) {
     fail(ErrorKind::kData, "generate", model.path, " has no tokenizer.json: its model knows ids but no text");
   }

@@ -18,12 +18,14 @@
 #include "apps/train_options.h"
 #include "core/autograd.h"
 #include "core/file.h"
+#include "core/backend.h"
 #include "core/log.h"
 #include "core/thread_pool.h"
 #include "models/generate.h"
 #include "models/gpt_checkpoint.h"
 #include "models/speed_of_light.h"
 #include "models/trainer.h"
+#include "ops/matmul.h"
 
 namespace weft::apps {
 namespace {
@@ -79,11 +81,12 @@ std::string run_id() {
 /// A run: everything that lives from the first step to the last.
 class Run {
  public:
-  Run(const TrainOptions& options, std::string config_text, DataDirectory data, std::optional<CheckpointContent> from)
+  Run(const TrainOptions& options, Device device, std::string config_text, DataDirectory data, std::optional<CheckpointContent> from)
       : o_(options),
+        device_(device),
         config_text_(std::move(config_text)),
         data_(std::move(data)),
-        gpt_(options.model(data_.tokenizer.vocab_size()), Device::cpu(), static_cast<uint64_t>(options.seed)),
+        gpt_(options.model(data_.tokenizer.vocab_size()), device, static_cast<uint64_t>(options.seed), options.dtype()),
         optimizer_(gpt_.parameters(), options.adam()),
         loader_(data_.train, {.batch = options.batch,
                               .context = options.context,
@@ -109,13 +112,15 @@ class Run {
   /// Trains to the last step or to the first signal. Returns whether the run is complete.
   bool train() {
     const int64_t first = trainer_->steps();
+    std::optional<AllowTf32> tf32;
+    if (o_.precision == Precision::tf32) tf32.emplace();
     const StopSignal stop;
     MetricsFile metrics_file(o_.out / "metrics.jsonl", first, first == o_.steps);
-    const models::MachineSpeed machine = models::machine_speed();
+    const models::MachineSpeed machine = models::machine_speed(device_, o_.dtype());
     const double bound = models::step_bound(gpt_.config(), o_.batch * o_.context * o_.accumulate, machine).total();
     log::info("speed of light of a step: ", fixed(bound * 1e3, 1), " ms (GEMM peak ",
               fixed(machine.gemm_flops * 1e-9, 0), " GFLOP/s, copy ", fixed(machine.copy_bytes * 1e-9, 0), " GB/s, ",
-              machine.threads, " threads of ", machine.processor, ")");
+              machine.threads, " threads of ", machine.name, ")");
     Progress progress({.title = "train", .total = o_.steps, .start = first, .line_seconds = o_.log_seconds});
     std::string fields;
     while (trainer_->steps() < o_.steps && !stop.requested()) {
@@ -159,7 +164,7 @@ class Run {
   }
 
   void print_summary() const {
-    const MemoryStatistics memory = allocator(Device::cpu()).statistics();
+    const MemoryStatistics memory = allocator(device_).statistics();
     std::cout << "steps " << trainer_->steps() << ", " << grouped(tokens_) << " tokens in " << fixed(seconds_, 1)
               << " s of training ("
               << grouped(seconds_ > 0 ? static_cast<int64_t>(static_cast<double>(tokens_) / seconds_) : 0)
@@ -208,6 +213,7 @@ class Run {
   }
 
   const TrainOptions o_;
+  const Device device_;
   const std::string config_text_;
   DataDirectory data_;
   models::Gpt gpt_;
@@ -233,14 +239,15 @@ void print_dry_run(const TrainOptions& o, const Options& options, const DataDire
             << "epochs:          "
             << fixed(static_cast<double>(tokens * o.steps) / static_cast<double>(data.train->size()), 2) << "\n";
   const DryRun dry;
-  models::Gpt gpt(config, Device::cpu());
+  const Device device = o.device.planned(options);
+  models::Gpt gpt(config, device, 0, o.dtype());
   optim::Adam optimizer(gpt.parameters(), o.adam());
   text::Loader loader(data.train, {.batch = o.batch, .context = o.context, .prefetch = 0});
   models::Trainer trainer(gpt, optimizer, loader, o.schedule(), o.accumulate);
   trainer.step();
   trainer.step();
   std::cout << "memory of a step, by replaying two without memory:\n"
-            << memory_table(allocator(Device::cpu()).statistics());
+            << memory_table(allocator(device).statistics());
 }
 
 /// A model that cannot fit is refused before its first weight is drawn: afterwards, the system would end some process
@@ -311,17 +318,19 @@ int run_train(std::span<const std::string> args) {
   }
   const Options& options = second ? *second : first;
   o.check(options);
+  if (!o.dry_run) o.device.device(options);
+  const Device device = o.device.planned(options);
   DataDirectory data = DataDirectory::open(o.data);
   refuse_too_large(o, data.tokenizer.vocab_size());
   if (o.dry_run) return print_dry_run(o, options, data), 0;
 
   refuse_later_checkpoints(o, from, options);
   const std::string config_text = options.toml(false);
-  Run run(o, config_text, std::move(data), std::move(from));
+  Run run(o, device, config_text, std::move(data), std::move(from));
   // Whatever could be wrong with options and data was found above: a refused call leaves nothing behind.
   make_directories(o.out);
   write_file_atomic((o.out / "config.toml").string(), as_bytes(config_text));
-  log::info("device ", Device::best(), ", ", num_threads(), " threads; writing to ", o.out.string());
+  log::info("device ", device, " (", backend(device).name(), "), ", num_threads(), " threads; writing to ", o.out.string());
   const bool complete = run.train();
   run.print_summary();
   if (!complete) std::cout << "to go on: weft train --resume " << o.out.string() << std::endl;

@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "apps/device_option.h"
 #include "apps/options.h"
 #include "models/gpt.h"
 #include "optim/adam.h"
@@ -12,6 +13,10 @@
 namespace weft::apps {
 
 enum class OptimizerKind : uint8_t { adamw, lamb };
+
+/// In what numbers a model is trained. f32: everything. tf32: products on GPUs that have it round their operands to 10
+/// bits; elsewhere it is f32. bf16: weights, activations and gradients; the optimizer keeps the weights in f32.
+enum class Precision : uint8_t { f32, tf32, bf16 };
 
 /// Everything that `weft train` can be told.
 struct TrainOptions {
@@ -29,6 +34,8 @@ struct TrainOptions {
   double lr = 1e-3, min_lr = 1e-4, weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, clip = 1.0;
   int64_t warmup = 100;
   // run
+  DeviceOption device;
+  Precision precision = Precision::f32;
   std::filesystem::path out = "out";
   int64_t steps = 1000;
   int64_t seed = 1;
@@ -47,6 +54,7 @@ struct TrainOptions {
   void check(const Options& options) const;
 
   models::GptConfig model(int64_t vocab) const;
+  DType dtype() const { return precision == Precision::bf16 ? DType::bf16 : DType::f32; }
   optim::AdamOptions adam() const;
   optim::CosineSchedule schedule() const;
 };

@@ -1,6 +1,7 @@
 #pragma once
 #include <cstddef>
 #include <memory>
+#include <string>
 
 #include "core/device.h"
 #include "core/dtype.h"
@@ -20,6 +21,8 @@ struct StridedView {
 class Backend {
  public:
   virtual ~Backend() = default;
+  /// What the device calls itself: "AMD EPYC 9654", "NVIDIA H200".
+  virtual std::string name() const = 0;
   /// Memory from the system, aligned to 64 bytes; null if there is none left.
   virtual void* system_allocate(size_t bytes) = 0;
   virtual void system_free(void* data, size_t bytes) = 0;

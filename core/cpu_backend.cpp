@@ -2,6 +2,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <charconv>
+#include <fstream>
 #include <cstring>
 #include <mutex>
 #include <ostream>
@@ -215,6 +217,14 @@ class CpuBackend final : public Backend {
   void to_device(void* dst, const void* src, size_t bytes) override { std::memcpy(dst, src, bytes); }
   void to_host(void* dst, const void* src, size_t bytes) override { std::memcpy(dst, src, bytes); }
   void synchronize() override {}
+
+  std::string name() const override {
+    std::ifstream in("/proc/cpuinfo");
+    for (std::string line; std::getline(in, line);) {
+      if (line.starts_with("model name")) return line.substr(std::min(line.find(':') + 2, line.size()));
+    }
+    return "unknown processor";
+  }
 };
 
 }  // namespace
@@ -241,6 +251,19 @@ Backend& backend(Device device) {
 }
 
 Device Device::best() { return *why_no_cuda() == '\0' ? cuda() : cpu(); }
+
+Device Device::parse(std::string_view text) {
+  if (text == "auto") return best();
+  if (text == "cpu") return cpu();
+  if (text == "cuda") return cuda();
+  int index = 0;
+  const char* end = text.data() + text.size();
+  if (text.starts_with("cuda:")) {
+    const auto [stop, error] = std::from_chars(text.data() + 5, end, index);
+    if (error == std::errc() && stop == end && index >= 0) return cuda(index);
+  }
+  fail(ErrorKind::kValue, "device", "must be auto, cpu, cuda or cuda:N, got ", quoted(text));
+}
 
 std::string to_string(Device device) {
   return device.kind == DeviceKind::cpu ? "cpu" : "cuda:" + std::to_string(device.index);

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <iosfwd>
 #include <string>
+#include <string_view>
 
 namespace weft {
 
@@ -17,6 +18,8 @@ struct Device {
   static Device cuda(int index = 0) { return {DeviceKind::cuda, index}; }
   /// The first CUDA device if this build and machine have one, else the CPU.
   static Device best();
+  /// "auto" (best()), "cpu", "cuda" (the first) or "cuda:2". @throws Error kValue for anything else.
+  static Device parse(std::string_view text);
 
   auto operator<=>(const Device&) const = default;
 };

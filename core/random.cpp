@@ -3,6 +3,7 @@
 #include <cmath>
 #include <numbers>
 
+#include "core/backend.h"
 #include "core/thread_pool.h"
 
 namespace weft {
@@ -19,16 +20,18 @@ uint64_t splitmix64(uint64_t x) {
 
 template <class Value>
 void fill(const Tensor& tensor, const char* op, Value value) {
-  if (tensor.device().kind != DeviceKind::cpu) {
-    fail(ErrorKind::kDevice, op, "fills CPU tensors, got ", tensor.describe(), " on ", tensor.device(),
-         ". Hint: fill on the CPU, then .to(device)");
-  }
   if (!tensor.is_contiguous()) {
     fail(ErrorKind::kValue, op, "fills contiguous tensors, got ", tensor.describe(), " with strides ",
          tensor.strides());
   }
   tensor.begin_change(op);
   if (DryRun::active()) return;
+  if (tensor.device().kind != DeviceKind::cpu) {  // the same bits everywhere: made in one place
+    const Tensor host = Tensor::empty(tensor.shape(), tensor.dtype());
+    fill(host, op, value);
+    backend(tensor.device()).to_device(tensor.raw(), host.raw(), static_cast<size_t>(host.numel() * size_of(host.dtype())));
+    return;
+  }
   dispatch_float(tensor.dtype(), op, [&]<class T>() {
     T* out = tensor.data<T>();
     parallel_for(tensor.numel(), 4096, [&](int64_t begin, int64_t end) {

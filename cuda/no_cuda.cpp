@@ -12,6 +12,7 @@
 #include "ops/norm_kernels.h"
 #include "ops/reduce_kernels.h"
 #include "ops/softmax_kernels.h"
+#include "optim/optimizer_kernels.h"
 
 namespace weft {
 namespace {
@@ -130,4 +131,18 @@ WEFT_GEMM_INSTANCE(uint16_t, uint16_t, float)
 WEFT_GEMM_INSTANCE(uint16_t, uint16_t, uint16_t)
 #undef WEFT_GEMM_INSTANCE
 
+// ---- optimizers ----
+
+namespace optim {
+
+int64_t square_partials(Cuda, const TensorData&) { absent(); }
+void sum_squares(Cuda, std::span<const TensorData>, double*, double*) { absent(); }
+void scale(Cuda, std::span<const TensorData>, double) { absent(); }
+void adam_update(Cuda, std::span<const AdamTensor>, const AdamConstants<double>&) { absent(); }
+int64_t adam_partials(Cuda, const AdamTensor&) { absent(); }
+void adam_moments(Cuda, std::span<const AdamTensor>, const AdamConstants<double>&, double*, double*) { absent(); }
+void adam_apply(Cuda, std::span<const AdamTensor>, const AdamConstants<double>&) { absent(); }
+void adam_follow(Cuda, std::span<const AdamTensor>) { absent(); }
+
+}  // namespace optim
 }  // namespace weft

@@ -55,6 +55,7 @@ std::vector<int32_t> generate(const Gpt& gpt, const std::vector<int32_t>& prompt
   if (prompt.empty()) fail(ErrorKind::kValue, "generate", "the prompt must have at least one token");
   if (count < 0) fail(ErrorKind::kValue, "generate", "the number of tokens must not be negative, got ", count);
   const int64_t context = gpt.config().context;
+  const Device device = gpt.parameters().front().tensor.device();
   std::vector<int32_t> all = prompt, fresh;
   KvCache cache;
   size_t fed = all.size() > static_cast<size_t>(context) ? all.size() - static_cast<size_t>(context) : 0;
@@ -64,7 +65,7 @@ std::vector<int32_t> generate(const Gpt& gpt, const std::vector<int32_t>& prompt
       fed = all.size() - static_cast<size_t>(std::max<int64_t>(1, context / 2));
     }
     const std::vector<int32_t> next(all.begin() + static_cast<std::ptrdiff_t>(fed), all.end());
-    const Tensor logits = gpt.next_logits(Tensor::from(next, {1, static_cast<int64_t>(next.size())}, Device::cpu()), cache);
+    const Tensor logits = gpt.next_logits(Tensor::from(next, {1, static_cast<int64_t>(next.size())}, device), cache);
     fed = all.size();
     all.push_back(sample(logits.to_vector<double>(), options, fresh.size()));
     fresh.push_back(all.back());

@@ -8,9 +8,13 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "core/autograd.h"
+#include "core/backend.h"
 #include "core/file.h"
+#include "core/random.h"
 #include "core/thread_pool.h"
 #include "ops/gemm.h"
+#include "ops/launch.h"
 
 namespace weft::models {
 namespace {
@@ -36,55 +40,69 @@ nlohmann::json read_cache(const std::filesystem::path& path) {
   return all.is_object() ? all : nlohmann::json::object();
 }
 
-}  // namespace
-
-std::string processor_name() {
-  std::ifstream in("/proc/cpuinfo");
-  for (std::string line; std::getline(in, line);) {
-    if (line.starts_with("model name")) return line.substr(std::min(line.find(':') + 2, line.size()));
-  }
-  return "unknown processor";
-}
-
-namespace {
-
-/// FLOP/s of the best of `tries` products.
-double gemm_rate(int tries) {
-  constexpr int64_t n = 1024;
-  const MemoryScope scope(MemoryCategory::workspace);
-  Tensor a = Tensor::empty({n, n}), b = Tensor::empty({n, n}), c = Tensor::empty({n, n});
-  fill_uniform(a, RandomStream(0, "speed a"), -1, 1);
-  fill_uniform(b, RandomStream(0, "speed b"), -1, 1);
+/// Seconds of the best of `tries` calls of work() on the device.
+template <class Work>
+double best_seconds(Device device, int tries, Work&& work) {
   double best = 1e9;
   for (int i = 0; i < tries; ++i) {
-    best = std::min(best, seconds_of([&] { gemm(make_gemm(false, true, n, n, n, a.data<float>(), n, b.data<float>(), n, c.data<float>(), n)); }));
+    best = std::min(best, seconds_of([&] {
+             work();
+             backend(device).synchronize();
+           }));
   }
-  return 2.0 * n * n * n / best;
+  return best;
 }
 
-/// Bytes read plus written per second by the best of `tries` copies.
-double copy_rate(int tries) {
+/// FLOP/s of the best of `tries` products of random numbers: a GPU's clock depends on the numbers.
+double gemm_rate(Device device, DType dtype, int tries) {
+  const int64_t n = device.kind == DeviceKind::cpu ? 1024 : 8192;
+  const MemoryScope scope(MemoryCategory::workspace);
+  const autograd::NoGrad no_grad;
+  Tensor a = Tensor::empty({n, n}, dtype, device), b = Tensor::empty({n, n}, dtype, device), c = Tensor::empty({n, n}, dtype, device);
+  fill_uniform(a, RandomStream(0, "speed a"), -1, 1);
+  fill_uniform(b, RandomStream(0, "speed b"), -1, 1);
+  const auto product = [&]<class T>() {
+    launch(device, "speed", [&](auto on) {
+      gemm(on, make_gemm(false, true, n, n, n, static_cast<const T*>(a.raw()), n, static_cast<const T*>(b.raw()), n, static_cast<T*>(c.raw()), n));
+    });
+  };
+  const double seconds = best_seconds(device, tries, [&] {
+    if (dtype == DType::bf16) return product.template operator()<uint16_t>();
+    product.template operator()<float>();
+  });
+  return 2.0 * static_cast<double>(n * n * n) / seconds;
+}
+
+/// Bytes read plus written per second by the best of `tries` copies far beyond the caches.
+double copy_rate(Device device, int tries) {
+  if (device.kind != DeviceKind::cpu) {
+    constexpr int64_t kBytes = int64_t{1} << 30;
+    const MemoryScope scope(MemoryCategory::workspace);
+    const Tensor from = Tensor::zeros({kBytes}, DType::u8, device);
+    Tensor to = Tensor::empty({kBytes}, DType::u8, device);
+    return 2.0 * kBytes / best_seconds(device, tries, [&] { to.copy_(from); });
+  }
   constexpr int64_t kBytes = int64_t{96} << 20, kPiece = int64_t{1} << 20;
   // Not from the allocator, which would keep it: a training run must not be charged for this.
   const std::vector<char> from(kBytes, 1);
   std::vector<char> to(kBytes, 0);
-  double best = 1e9;
-  for (int i = 0; i < tries; ++i) {
-    best = std::min(best, seconds_of([&] {
-             parallel_for(kBytes, kPiece, [&](int64_t begin, int64_t end) {
-               std::memcpy(to.data() + begin, from.data() + begin, static_cast<size_t>(end - begin));
-             });
-           }));
-  }
-  return 2.0 * kBytes / best;
+  return 2.0 * kBytes / best_seconds(device, tries, [&] {
+           parallel_for(kBytes, kPiece, [&](int64_t begin, int64_t end) {
+             std::memcpy(to.data() + begin, from.data() + begin, static_cast<size_t>(end - begin));
+           });
+         });
 }
 
-std::string machine_key() { return concat(processor_name(), ", ", num_threads(), " threads, ", gemm_isa()); }
+MachineSpeed unmeasured(Device device, DType dtype) { return {0, 0, num_threads(), backend(device).name(), device, dtype}; }
+
+std::string machine_key(const MachineSpeed& speed) {
+  return speed.device.kind == DeviceKind::cpu ? concat(speed.name, ", ", speed.threads, " threads, ", gemm_isa(), ", ", speed.dtype)
+                                              : concat(speed.name, ", ", speed.dtype);
+}
 
 /// What is stored for this machine; zeros where nothing is.
-MachineSpeed stored_speed(const nlohmann::json& all) {
-  MachineSpeed speed{0, 0, num_threads(), processor_name()};
-  if (const auto found = all.find(machine_key()); found != all.end() && found->is_object()) {
+MachineSpeed stored_speed(const nlohmann::json& all, MachineSpeed speed) {
+  if (const auto found = all.find(machine_key(speed)); found != all.end() && found->is_object()) {
     speed.gemm_flops = found->value("gemm_flops", 0.0);
     speed.copy_bytes = found->value("copy_bytes", 0.0);
   }
@@ -97,7 +115,7 @@ MachineSpeed keep_best(const MachineSpeed& stored, MachineSpeed seen, nlohmann::
   seen.gemm_flops = std::max(seen.gemm_flops, stored.gemm_flops);
   seen.copy_bytes = std::max(seen.copy_bytes, stored.copy_bytes);
   if (seen.gemm_flops == stored.gemm_flops && seen.copy_bytes == stored.copy_bytes) return seen;
-  all[machine_key()] = {{"gemm_flops", seen.gemm_flops}, {"copy_bytes", seen.copy_bytes}};
+  all[machine_key(seen)] = {{"gemm_flops", seen.gemm_flops}, {"copy_bytes", seen.copy_bytes}};
   try {
     const std::filesystem::path path = cache_file();
     std::filesystem::create_directories(path.parent_path());
@@ -108,27 +126,34 @@ MachineSpeed keep_best(const MachineSpeed& stored, MachineSpeed seen, nlohmann::
   return seen;
 }
 
+MachineSpeed measured(const MachineSpeed& stored, int products, int copies, const nlohmann::json& all) {
+  MachineSpeed seen = stored;
+  seen.gemm_flops = gemm_rate(stored.device, stored.dtype, products);
+  if (copies > 0) seen.copy_bytes = copy_rate(stored.device, copies);
+  return keep_best(stored, seen, all);
+}
+
 }  // namespace
 
-MachineSpeed measure_machine() {
+MachineSpeed measure_machine(Device device, DType dtype) {
   const nlohmann::json all = read_cache(cache_file());
-  return keep_best(stored_speed(all), {gemm_rate(24), copy_rate(8), num_threads(), processor_name()}, all);
+  return measured(stored_speed(all, unmeasured(device, dtype)), 24, 8, all);
 }
 
-MachineSpeed machine_speed() {
+MachineSpeed machine_speed(Device device, DType dtype) {
   const nlohmann::json all = read_cache(cache_file());
-  const MachineSpeed stored = stored_speed(all);
-  if (stored.gemm_flops <= 0 || stored.copy_bytes <= 0) return measure_machine();
-  return keep_best(stored, {gemm_rate(4), 0, num_threads(), processor_name()}, all);
+  const MachineSpeed stored = stored_speed(all, unmeasured(device, dtype));
+  if (stored.gemm_flops <= 0 || stored.copy_bytes <= 0) return measured(stored, 24, 8, all);
+  return measured(stored, 4, 0, all);
 }
 
-StepBound step_bound(const GptConfig& config, int64_t tokens, const MachineSpeed& machine, DType dtype) {
+StepBound step_bound(const GptConfig& config, int64_t tokens, const MachineSpeed& machine) {
   const double l = static_cast<double>(config.layers), c = static_cast<double>(config.width), v = static_cast<double>(config.vocab);
   const double t = static_cast<double>(config.context), n = static_cast<double>(tokens);
   StepBound bound;
   bound.products = n * 6 * (12 * l * c * c + v * c) / machine.gemm_flops;
   bound.attention = n * 7 * l * c * t / machine.gemm_flops;
-  bound.passes = n * (18 * c * l + 2 * v) * static_cast<double>(size_of(dtype)) / machine.copy_bytes;
+  bound.passes = n * (18 * c * l + 2 * v) * static_cast<double>(size_of(machine.dtype)) / machine.copy_bytes;
   bound.optimizer = 32.0 * static_cast<double>(config.parameter_count()) / machine.copy_bytes;
   return bound;
 }

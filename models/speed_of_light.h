@@ -5,22 +5,24 @@
 
 namespace weft::models {
 
-/// What this machine can do at best, measured: the denominators of every "% of speed of light".
+/// What a device of this machine can do at best, measured: the denominators of every "% of speed of light".
 struct MachineSpeed {
-  double gemm_flops = 0;  ///< f32 matrix product, FLOP/s: best of products of 1,024 x 1,024 x 1,024
+  double gemm_flops = 0;  ///< matrix product of `dtype`, FLOP/s: best of products of n^3, n = 1,024 (CPU) or 8,192
   double copy_bytes = 0;  ///< bytes read plus bytes written per second by a copy far beyond the caches
   int threads = 0;
-  std::string processor;
+  std::string name;  ///< of the processor or GPU
+  Device device;
+  DType dtype = DType::f32;  ///< f32 or bf16
 };
 
 /// Measures, in about a second, and keeps the better of what it sees and what was stored: other programs make a machine
-/// look slower than it is, nothing makes it look faster. Stored per processor, threads and kernels in
+/// look slower than it is, nothing makes it look faster. Stored per device, dtype, threads and kernels in
 /// `$WEFT_CACHE_DIR/machine-speed.json` (default ~/.cache/weft); a file that cannot be read or written is measured around.
-MachineSpeed measure_machine();
+MachineSpeed measure_machine(Device device = Device::cpu(), DType dtype = DType::f32);
 
 /// The stored measurement, with a short look (four products) at whether the products do better today; measures where
 /// nothing is stored.
-MachineSpeed machine_speed();
+MachineSpeed machine_speed(Device device = Device::cpu(), DType dtype = DType::f32);
 
 /// Least time of a training step, in seconds: its products at the GEMM peak, all other passes over memory at the copy
 /// bandwidth. Formulas in docs/speed-of-light.md.
@@ -31,9 +33,6 @@ struct StepBound {
   double optimizer = 0;  ///< 32 bytes per parameter: AdamW and the gradient norm
   double total() const { return products + attention + passes + optimizer; }
 };
-StepBound step_bound(const GptConfig& config, int64_t tokens, const MachineSpeed& machine, DType dtype = DType::f32);
-
-/// Name of the processor as the system gives it.
-std::string processor_name();
+StepBound step_bound(const GptConfig& config, int64_t tokens, const MachineSpeed& machine);
 
 }  // namespace weft::models

@@ -49,6 +49,8 @@ struct Gemm {
   Sum beta = 0;
   const Sum* scale = nullptr;  ///< a factor of alpha that the device keeps; null: 1
   const Sum* bias = nullptr;  ///< [n], or null
+  const TC* bias_of_c = nullptr;  ///< what CUDA adds instead where Sum is wider than C
+  bool tf32 = false;              ///< CUDA may round f32 operands to 10 bits
   GemmActivation activation = GemmActivation::kNone;
   TC* d = nullptr;  ///< for kGelu
   int64_t ldd = 0;

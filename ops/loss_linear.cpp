@@ -7,6 +7,7 @@
 #include "ops/loss.h"
 #include "ops/loss_kernels.h"
 #include "ops/loss_targets.h"
+#include "ops/matmul.h"
 
 namespace weft {
 namespace {
@@ -49,8 +50,10 @@ struct Head {
 
   /// logits = x W^T
   void forward(const T* x, int64_t rows, A* logits) const {
-    gemm(device, make_gemm<G, G, A>(false, true, rows, classes, channels, bits(x), channels, bits(weight), channels, logits,
-                            classes));
+    auto product = make_gemm<G, G, A>(false, true, rows, classes, channels, bits(x), channels, bits(weight), channels,
+                                      logits, classes);
+    product.tf32 = AllowTf32::active();
+    gemm(device, product);
   }
   /// dx = scale * gradient W, as A or rounded to G. `scale` is where the device keeps it; null: 1.
   template <class Out>
@@ -58,6 +61,7 @@ struct Head {
     auto product = make_gemm<G, G, Out>(false, false, rows, channels, classes, gradient(logits), kWiden * classes,
                                         bits(weight), channels, dx, channels);
     product.scale = scale;
+    product.tf32 = AllowTf32::active();
     gemm(device, product);
   }
   /// dW = scale * gradient^T x (+ dW), as A or rounded to G.
@@ -66,6 +70,7 @@ struct Head {
     auto product = make_gemm<G, G, Out>(true, false, classes, channels, rows, gradient(logits), kWiden * classes,
                                         bits(x), channels, dw, channels, 1, accumulate ? 1 : 0);
     product.scale = scale;
+    product.tf32 = AllowTf32::active();
     gemm(device, product);
   }
 };

@@ -1,5 +1,7 @@
 #include "ops/matmul.h"
 
+#include <utility>
+
 #include "core/autograd.h"
 #include "ops/column_sum.h"
 #include "ops/gemm.h"
@@ -62,14 +64,25 @@ void product(const Tensor& a_, const Tensor& b_, const Tensor& c, bool accumulat
       g.a = matrix<T>(a), g.b = matrix<T>(b);
       g.c = static_cast<T*>(c.raw()), g.ldc = c.size(-1);
       g.beta = accumulate ? 1 : 0;
-      if (bias.defined()) g.bias = bias.data<typename Gemm<T>::Sum>();
+      g.tf32 = AllowTf32::active();
+      if (bias.defined() && bias.dtype() == DType::bf16) {
+        g.bias_of_c = static_cast<const T*>(bias.raw());
+      } else if (bias.defined()) {
+        g.bias = bias.data<typename Gemm<T>::Sum>();
+      }
       if (c.rank() == 2) return gemm(device, g);
       gemm_batched(device, g, {.count = c.size(0), .a = a.strides()[0], .b = b.strides()[0], .c = g.m * g.n});
     });
   });
 }
 
+thread_local bool tf32_allowed = false;
+
 }  // namespace
+
+AllowTf32::AllowTf32() : previous_(std::exchange(tf32_allowed, true)) {}
+AllowTf32::~AllowTf32() { tf32_allowed = previous_; }
+bool AllowTf32::active() { return tf32_allowed; }
 
 Tensor matmul(const Tensor& a, const Tensor& b) {
   check_same("matmul", {&a, &b});
@@ -129,7 +142,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   Tensor out = Tensor::empty(shape, x.dtype(), x.device());
   {
     const autograd::NoGrad no_grad;
-    const Tensor sum_bias = !bias.defined() ? bias : x.dtype() == DType::bf16 ? bias.to(DType::f32) : bias.contiguous();
+    const Tensor sum_bias = !bias.defined() ? bias : x.dtype() == DType::bf16 && x.device().kind == DeviceKind::cpu ? bias.to(DType::f32) : bias.contiguous();
     product(x.reshape({rows, in}), weight.transpose(0, 1), out.reshape({rows, out_features}), false, sum_bias);
   }
   autograd::record("linear", {x, weight, bias}, {out}, {x, weight}, [rows, in, out_features](BackwardContext& context) {

@@ -26,4 +26,18 @@ Tensor matmul(const Tensor& a, const Tensor& b);
 /// Saved for backward: x, weight. Gradients of weight and bias are written where the leaf keeps them.
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias = {});
 
+/// While it lives, f32 products that this thread starts may be done in TF32 by a device that has it: operands are
+/// rounded to 10 bits of mantissa, sums stay f32. On the CPU nothing changes.
+class AllowTf32 {
+ public:
+  AllowTf32();
+  ~AllowTf32();
+  AllowTf32(const AllowTf32&) = delete;
+  AllowTf32& operator=(const AllowTf32&) = delete;
+  static bool active();
+
+ private:
+  bool previous_;
+};
+
 }  // namespace weft

@@ -25,10 +25,14 @@ struct AdamOptions {
 /// role weight and embedding; biases and norms keep r = 1, as You et al. exclude them. State per parameter: exp_avg,
 /// exp_avg_sq (f32; f64 for f64) and, for bf16 and f16 parameters, master (f32), which is what is updated: the
 /// parameter is the master rounded. Where a parameter was changed by someone else since, the master takes its values.
-/// Computed in the state's type on the pool's threads; no bit depends on their number.
+/// Computed in the state's type; no bit depends on the number of threads. CUDA takes the same operations, rounded the
+/// same, so that its steps are the CPU's bit for bit (of a CPU that fuses multiply and add), but for the sums of
+/// squares behind clip_factor and r, which it adds in another fixed order. The host waits for the device once in a
+/// step, for the squares of the gradients, and with the trust ratio once more, for those of weights and updates.
 class Adam final : public Optimizer {
  public:
-  /// @throws Error kValue for options outside their range or a missing reducer; kDevice for a parameter not on the CPU.
+  /// @throws Error kValue for options outside their range or a missing reducer; kDevice unless all parameters are on
+  /// one device.
   Adam(Parameters parameters, const AdamOptions& options,
        std::shared_ptr<NormReducer> norms = std::make_shared<LocalNorms>());
   /// @throws Error kValue, before anything is changed, for a learning rate that is not finite and >= 0, and for
@@ -43,8 +47,8 @@ class Adam final : public Optimizer {
     Tensor exp_avg, exp_avg_sq, master;
     uint64_t version = 0;  ///< of the parameter's storage when the master was last written to it
   };
-  void follow_parameter(size_t index);
   AdamOptions options_;
+  Device device_;
   std::shared_ptr<NormReducer> norms_;
   std::vector<Slot> slots_;
 };

@@ -1,52 +1,18 @@
 #include "optim/norm.h"
 
-#include <algorithm>
 #include <cmath>
 
 #include "core/autograd.h"
-#include "core/thread_pool.h"
-#include "optim/adam_kernel.h"
+#include "ops/launch.h"
+#include "optim/optimizer_kernels.h"
 
 namespace weft::optim {
 namespace {
 
-/// Elements of a piece of work: some ten microseconds of reading.
-constexpr int64_t kPiece = 1 << 16;
-
-/// Below this a sum of squares in f32 may have lost some of them to underflow: what is lost is at most 2^-150 each.
-constexpr double kUnderflow = 1e-30;
-
-struct Piece {
-  size_t parameter;
-  int64_t begin, end;
-};
-
-/// The gradient as the kernels take it: contiguous f32 or f64.
-Tensor readable(const Parameter& parameter) {
-  const Tensor gradient = parameter.tensor.grad();
-  if (!gradient.defined()) return gradient;
-  if (gradient.device().kind != DeviceKind::cpu) {
-    fail(ErrorKind::kDevice, "grad_norm", "reads gradients on the CPU; the gradient of ", quoted(parameter.name),
-         " is on ", gradient.device());
-  }
-  const autograd::NoGrad no_grad;
-  const MemoryScope scope(MemoryCategory::workspace);
-  return gradient.dtype() == DType::f64 ? gradient.contiguous() : gradient.to(DType::f32).contiguous();
-}
-
-double squares_of(const Tensor& gradient, int64_t begin, int64_t end) {
-  return gradient.dtype() == DType::f64 ? sum_of_squares(end - begin, gradient.data<double>() + begin)
-                                        : sum_of_squares(end - begin, gradient.data<float>() + begin);
-}
-
-/// In f64 throughout, for values whose squares overflow or underflow f32.
-double careful_squares(const Tensor& gradient, int64_t begin, int64_t end) {
-  return dispatch_float(gradient.dtype(), "grad_norm", [&]<class T>() {
-    const T* g = gradient.data<T>();
-    double total = 0;
-    for (int64_t i = begin; i < end; ++i) total += static_cast<double>(g[i]) * static_cast<double>(g[i]);
-    return total;
-  });
+/// A tensor that must be contiguous, or nothing, as the kernels take it.
+TensorData data_of(const Tensor& tensor) {
+  if (!tensor.defined()) return {};
+  return {tensor.raw(), tensor.numel(), tensor.dtype()};
 }
 
 /// Says what is wrong with a gradient whose sum of squares is not finite.
@@ -68,26 +34,35 @@ double careful_squares(const Tensor& gradient, int64_t begin, int64_t end) {
 
 }  // namespace
 
-double grad_norm(const Parameters& parameters, NormReducer& reducer) {
-  std::vector<Tensor> gradients;
-  std::vector<Piece> pieces;
-  for (size_t p = 0; p < parameters.size(); ++p) {
-    gradients.push_back(readable(parameters[p]));
-    if (!gradients[p].defined()) continue;
-    for (int64_t begin = 0; begin < gradients[p].numel(); begin += kPiece) {
-      pieces.push_back({p, begin, std::min(gradients[p].numel(), begin + kPiece)});
-    }
+Device device_of(const char* op, const Parameters& parameters) {
+  if (parameters.empty()) return Device::cpu();
+  const Parameter& first = parameters.front();
+  for (const Parameter& parameter : parameters) {
+    if (parameter.tensor.device() == first.tensor.device()) continue;
+    fail(ErrorKind::kDevice, op, "all parameters must be on one device: ", quoted(first.name), " is on ",
+         first.tensor.device(), ", ", quoted(parameter.name), " on ", parameter.tensor.device());
   }
+  return first.tensor.device();
+}
+
+double grad_norm(const Parameters& parameters, NormReducer& reducer) {
+  const autograd::NoGrad no_grad;
+  const MemoryScope scope(MemoryCategory::workspace);
+  const Device device = device_of("grad_norm", parameters);
+  std::vector<Tensor> gradients;
+  std::vector<TensorData> data;
+  int64_t partials = 0;
+  for (const Parameter& parameter : parameters) {
+    const Tensor gradient = parameter.tensor.grad();
+    gradients.push_back(gradient.defined() ? gradient.contiguous() : gradient);
+    data.push_back(data_of(gradients.back()));
+    partials += ask(device, [&](auto on) { return square_partials(on, data.back()); });
+  }
+  const Tensor partial = Tensor::empty({partials}, DType::f64, device);
+  const Tensor sums = Tensor::empty({static_cast<int64_t>(parameters.size())}, DType::f64, device);
   if (DryRun::active()) return 0;
-  std::vector<double> partial(pieces.size());
-  parallel_tasks(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
-    const auto& [p, begin, end] = pieces[static_cast<size_t>(i)];
-    double sum = squares_of(gradients[p], begin, end);
-    if (!(sum >= kUnderflow && std::isfinite(sum))) sum = careful_squares(gradients[p], begin, end);
-    partial[static_cast<size_t>(i)] = sum;
-  });
-  std::vector<double> squares(parameters.size(), 0.0);
-  for (size_t i = 0; i < pieces.size(); ++i) squares[pieces[i].parameter] += partial[i];
+  launch(device, "grad_norm", [&](auto on) { sum_squares(on, data, partial.data<double>(), sums.data<double>()); });
+  std::vector<double> squares = sums.to_vector<double>();
   const std::vector<double> own = squares;
   reducer.reduce(squares, parameters);
   for (size_t p = 0; p < parameters.size(); ++p) {
@@ -120,18 +95,14 @@ double clip_grad_norm(const Parameters& parameters, double max_norm, NormReducer
     fail(ErrorKind::kValue, "clip_grad_norm", "the gradient of ", quoted(parameter.name), " is not contiguous");
   }
   if (factor == 1.0 || DryRun::active()) return norm;
+  std::vector<TensorData> data;
   for (const Parameter& parameter : parameters) {
     const Tensor gradient = parameter.tensor.grad();
     if (!gradient.defined()) continue;
     gradient.begin_change("clip_grad_norm");
-    dispatch_float(gradient.dtype(), "clip_grad_norm", [&]<class T>() {
-      T* g = gradient.data<T>();
-      parallel_for(gradient.numel(), kPiece, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          g[i] = T(static_cast<Accumulate<T>>(g[i]) * static_cast<Accumulate<T>>(factor));
-      });
-    });
+    data.push_back(data_of(gradient));
   }
+  launch(device_of("clip_grad_norm", parameters), "clip_grad_norm", [&](auto on) { scale(on, data, factor); });
   return norm;
 }
 

@@ -20,11 +20,15 @@ class LocalNorms final : public NormReducer {
   void reduce(std::span<double>, const Parameters&) override {}
 };
 
+/// The device of all parameters; the CPU if there are none. @throws Error kDevice naming two that are on different
+/// ones.
+Device device_of(const char* op, const Parameters& parameters);
+
 /// ||g||_2 over the gradients of all parameters; those without a gradient count as 0. Squares are added in f64, in an
 /// order that does not depend on the number of threads. The reducer is asked even if a gradient is not finite, so that
-/// every process of a group learns of it.
+/// every process of a group learns of it. On CUDA the host waits for the sums, one number per parameter.
 /// @throws Error kValue, naming the first tensor with a gradient that is NaN or infinite and where in it, or one whose
-/// sum of squares is beyond f64; kDevice for a gradient that is not on the CPU.
+/// sum of squares is beyond f64; kDevice unless all parameters are on one device.
 double grad_norm(const Parameters& parameters, NormReducer& reducer);
 double grad_norm(const Parameters& parameters);
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares the speed and memory of Weft's training step with PyTorch's on the CPU, in one interleaved run.
+"""Compares the speed and memory of Weft's training step with PyTorch's, in one interleaved run.
 
 For every shape and thread count it starts torch_gpt.py twice (eager and torch.compile) and `weft bench step --serve`,
 warms all of them up, then runs rounds in which each program takes one turn of a few steps while the others sleep, so
@@ -8,6 +8,7 @@ taken round by round and reported as median [quartiles]. Peak memory of PyTorch 
 
     compare.py --weft build/weft --shapes a,b,c --threads 1,2 --pairs 20 --out step.json
     compare.py --python-only --shapes a --threads 2
+    compare.py --weft build/weft --device cuda --dtype bf16 --shapes 124m --threads 1 --batch 32 --accumulate 16
 
 A Weft server is started as `PATH bench step --shape a --threads 2 --serve` and answers one JSON line per command line:
     step N -> {"seconds": [N times], "loss": x}    rss -> {"rss": peak bytes}
@@ -165,13 +166,14 @@ def busy_cpu_seconds():
 
 def start_servers(arguments, shape, threads, servers):
     """Starts the programs one after another into `servers`, so that a caller can close what a failure left."""
+    common = ["--device", arguments.device, "--batch", str(arguments.batch), "--accumulate", str(arguments.accumulate)]
     for mode in arguments.modes:
         command = [sys.executable, str(TORCH_SERVER), "--shape", shape, "--threads", str(threads), "--mode", mode,
-                   "--dtype", arguments.dtype] + (["--pad-vocab"] if arguments.pad_vocab else [])
+                   "--dtype", arguments.dtype, *common] + (["--pad-vocab"] if arguments.pad_vocab else [])
         servers.append(Server(f"torch {mode}", command, arguments.timeout))
     if not arguments.python_only:
         command = [arguments.weft, "bench", "step", "--shape", shape, "--threads", str(threads), "--serve"]
-        command += ["--dtype", arguments.dtype] if arguments.dtype != "f32" else []
+        command += ["--precision", arguments.dtype, *common]
         servers.append(Server("weft", command, arguments.timeout))
 
 
@@ -199,7 +201,8 @@ def measure(arguments, shape, threads):
         for server in servers:
             server.close()
     return {"shape": shape, "threads": threads, "dtype": arguments.dtype, "stranger_cores": stranger_cores,
-            "tokens_per_step": SHAPES[shape]["batch"] * SHAPES[shape]["context"], "programs": programs}
+            "tokens_per_step": (arguments.batch or SHAPES[shape]["batch"]) * SHAPES[shape]["context"] * arguments.accumulate,
+            "device": arguments.device, "programs": programs}
 
 
 def record_of(server, shape):
@@ -287,7 +290,10 @@ def write_log(path, log):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="a,b,c", help="of a, b, c (default: all)")
+    parser.add_argument("--shapes", default="a,b,c", help="of a, b, c, 124m, 350m, 1558m (default: a,b,c)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, default=0, help="rows of a micro-batch; 0: the shape's")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of one step (default: 1)")
     parser.add_argument("--threads", default="1,2", help="thread counts (default: 1,2)")
     parser.add_argument("--pairs", type=int, default=20, help="interleaved rounds (default: 20)")
     parser.add_argument("--modes", default="eager,compile", help="PyTorch programs to run (default: eager,compile)")

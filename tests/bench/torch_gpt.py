@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A GPT-2 training step in PyTorch on the CPU: the peer against which Weft's training step is measured.
+"""A GPT-2 training step in PyTorch: the peer against which Weft's training step is measured.
 
 The architecture is GPT-2's as nanoGPT writes it (pre-LN, tied head, learned positions, biases, tanh-GELU, fused causal
 attention, no dropout), in f32 or with bf16 autocast. A step is everything a trainer does per batch: zero_grad
@@ -10,7 +10,7 @@ The program is a server, so that a driver can alternate its steps with those of 
 per line on standard input and answers each with one JSON line on standard output:
 
     step N   runs N steps                 {"seconds": [N wall-clock times], "loss": mean nats per token, last step}
-    rss      peak resident memory         {"rss": bytes, "rss_import": bytes once torch was loaded}
+    rss      peak memory: of the process on a CPU, reserved on a GPU {"rss": bytes, "rss_import": bytes once torch was loaded}
     info     what runs here               {"torch": ..., "threads": ..., ...}
     quit     ends the program             (no answer; the end of input does the same)
 
@@ -29,6 +29,9 @@ SHAPES = {
     "a": dict(layers=4, heads=4, width=128, context=64, vocab=65, batch=12),
     "b": dict(layers=6, heads=6, width=384, context=256, vocab=65, batch=16),
     "c": dict(layers=12, heads=12, width=768, context=64, vocab=50257, batch=4),
+    "124m": dict(layers=12, heads=12, width=768, context=1024, vocab=50304, batch=64),
+    "350m": dict(layers=24, heads=16, width=1024, context=1024, vocab=50304, batch=32),
+    "1558m": dict(layers=48, heads=25, width=1600, context=1024, vocab=50304, batch=8),
 }
 PADDED_VOCAB = {50257: 50304}  # the next multiple of 128: kinder to GEMM tiles, more work
 BATCHES = 16  # distinct random batches, drawn before the first step
@@ -41,10 +44,13 @@ def parse_arguments():
     parser.add_argument("--mode", choices=("eager", "compile"), default="eager")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="bf16: autocast, parameters stay f32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, default=0, help="rows of a micro-batch; 0: the shape's")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of one step")
     parser.add_argument("--pad-vocab", action="store_true", help="shape c: 50304 rows in the head instead of 50257")
     arguments = parser.parse_args()
-    if arguments.threads < 1:
-        parser.error("--threads must be at least 1")
+    if arguments.threads < 1 or arguments.batch < 0 or arguments.accumulate < 1:
+        parser.error("--threads and --accumulate must be at least 1, --batch at least 0")
     return arguments
 
 
@@ -100,7 +106,8 @@ class Trainer:
         shape = SHAPES[arguments.shape]
         vocab = PADDED_VOCAB.get(shape["vocab"], shape["vocab"]) if arguments.pad_vocab else shape["vocab"]
         torch.manual_seed(SEED)
-        model = build_model(torch, shape, vocab)
+        self.device, self.accumulate = arguments.device, arguments.accumulate
+        model = build_model(torch, shape, vocab).to(self.device)
         self.parameters = list(model.parameters())
         spared = {id(model.wte.weight), id(model.wpe.weight)}
         decayed = [p for p in self.parameters if p.dim() >= 2 and id(p) not in spared]
@@ -110,27 +117,39 @@ class Trainer:
             lr=3e-4, betas=(0.9, 0.95), eps=1e-8, fused=True)
         self.loss_fn = torch.compile(model) if arguments.mode == "compile" else model
         self.autocast = arguments.dtype == "bf16"
-        size = (BATCHES, shape["batch"], shape["context"] + 1)
-        self.batches = torch.randint(0, shape["vocab"], size)
+        size = (BATCHES, arguments.batch or shape["batch"], shape["context"] + 1)
+        self.batches = torch.randint(0, shape["vocab"], size).to(self.device)
         self.count = 0
 
-    def step(self, inputs, targets):
+    def step(self, micro_batches):
         self.optimizer.zero_grad(set_to_none=True)
-        with self.torch.autocast("cpu", dtype=self.torch.bfloat16, enabled=self.autocast):
-            loss = self.loss_fn(inputs, targets)
-        loss.backward()
+        for inputs, targets in micro_batches:
+            with self.torch.autocast(self.device, dtype=self.torch.bfloat16, enabled=self.autocast):
+                loss = self.loss_fn(inputs, targets) / self.accumulate
+            loss.backward()
         self.torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        return loss
+        return loss * self.accumulate
+
+    def synchronize(self):
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+
+    def peak_bytes(self):
+        return self.torch.cuda.max_memory_reserved() if self.device == "cuda" else peak_rss()
 
     def run(self, steps):
         seconds = []
         for _ in range(steps):
-            tokens = self.batches[self.count % BATCHES]
-            inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-            self.count += 1
+            micro_batches = []
+            for _ in range(self.accumulate):
+                tokens = self.batches[self.count % BATCHES]
+                micro_batches.append((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
+                self.count += 1
+            self.synchronize()
             start = time.perf_counter()
-            loss = self.step(inputs, targets)
+            loss = self.step(micro_batches)
+            self.synchronize()
             seconds.append(time.perf_counter() - start)
         return {"seconds": seconds, "loss": loss.item()}
 
@@ -146,7 +165,7 @@ def serve(trainer, info, rss_import):
         if words == ["quit"]:
             return
         if words == ["rss"]:
-            reply = {"rss": peak_rss(), "rss_import": rss_import}
+            reply = {"rss": trainer.peak_bytes(), "rss_import": rss_import}
         elif words == ["info"]:
             reply = info
         elif len(words) == 2 and words[0] == "step" and words[1].isdecimal() and int(words[1]) > 0:
@@ -167,9 +186,13 @@ def main():
         print(f"torch_gpt.py: PyTorch is not installed in {sys.executable}: {error}", file=sys.stderr)
         return 3
     torch.set_num_threads(arguments.threads)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("torch_gpt.py: PyTorch sees no CUDA device", file=sys.stderr)
+        return 3
     rss_import = peak_rss()
     trainer = Trainer(torch, arguments)
     info = {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
             "threads": torch.get_num_threads(), "mode": arguments.mode, "dtype": arguments.dtype,
             "parameters": sum(p.numel() for p in trainer.parameters)}
     serve(trainer, info, rss_import)

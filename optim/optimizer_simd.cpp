@@ -1,12 +1,12 @@
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "optim/adam_kernel.cpp"
+#define HWY_TARGET_INCLUDE "optim/optimizer_simd.cpp"
 #define HWY_DISABLED_TARGETS (HWY_AVX3_DL | HWY_SSE4 | HWY_SSSE3)
 #include <hwy/foreach_target.h>  // reads this file again for each target
 #include <hwy/highway.h>
 
 #include <algorithm>
 
-#include "optim/adam_kernel.h"
+#include "optim/optimizer_simd.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace weft::optim::HWY_NAMESPACE {
@@ -22,7 +22,7 @@ struct Rule {
   V scale, beta1, beta2, rest1, rest2, bias1, bias2, eps, decay, lr;
   bool slow1, slow2;  ///< whether the mean, and the mean square, keep the larger part of what they were
 
-  explicit Rule(const AdamConstants<T>& c)
+  Rule(const AdamConstants<T>& c, const AdamRates<T>& rates)
       : scale(hn::Set(d, c.grad_scale)),
         beta1(hn::Set(d, c.beta1)),
         beta2(hn::Set(d, c.beta2)),
@@ -31,8 +31,8 @@ struct Rule {
         bias1(hn::Set(d, c.inverse_bias1)),
         bias2(hn::Set(d, c.inverse_bias2)),
         eps(hn::Set(d, c.eps)),
-        decay(hn::Set(d, c.weight_decay)),
-        lr(hn::Set(d, c.lr)),
+        decay(hn::Set(d, rates.weight_decay)),
+        lr(hn::Set(d, rates.lr)),
         slow1(c.rest1 < T{0.5}),
         slow2(c.rest2 < T{0.5}) {}
 
@@ -80,8 +80,8 @@ HWY_INLINE void store(hn::Vec<hn::ScalableTag<T>> v, T* to, int64_t count) {
 }
 
 template <class T>
-void update(int64_t n, T* w, const T* g, T* m, T* v, const AdamConstants<T>& c) {
-  const Rule<T> rule(c);
+void update(int64_t n, T* w, const T* g, T* m, T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) {
+  const Rule<T> rule(c, rates);
   for_each_vector<T>(n, [&](int64_t i, int64_t count) {
     auto mean = load(m + i, count), square = load(v + i, count);
     const auto weight = load(w + i, count);
@@ -92,15 +92,14 @@ void update(int64_t n, T* w, const T* g, T* m, T* v, const AdamConstants<T>& c) 
   });
 }
 
-constexpr int64_t kBlock = 1024;
-
 template <class T>
-SquareSums moments(int64_t n, const T* w, const T* g, T* m, T* v, const AdamConstants<T>& c) {
-  const Rule<T> rule(c);
+SquareSums moments(int64_t n, const T* w, const T* g, T* m, T* v, const AdamConstants<T>& c,
+                   const AdamRates<T>& rates) {
+  const Rule<T> rule(c, rates);
   SquareSums sums;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
     auto weights = hn::Zero(rule.d), updates = hn::Zero(rule.d);
-    for_each_vector<T>(std::min(kBlock, n - begin), [&](int64_t offset, int64_t count) {
+    for_each_vector<T>(std::min(kSumBlock, n - begin), [&](int64_t offset, int64_t count) {
       const int64_t i = begin + offset;
       auto mean = load(m + i, count), square = load(v + i, count);
       const auto weight = load(w + i, count);
@@ -118,8 +117,8 @@ SquareSums moments(int64_t n, const T* w, const T* g, T* m, T* v, const AdamCons
 }
 
 template <class T>
-void apply(int64_t n, T* w, const T* m, const T* v, const AdamConstants<T>& c) {
-  const Rule<T> rule(c);
+void apply(int64_t n, T* w, const T* m, const T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) {
+  const Rule<T> rule(c, rates);
   for_each_vector<T>(n, [&](int64_t i, int64_t count) {
     const auto weight = load(w + i, count);
     store(hn::NegMulAdd(rule.lr, rule.direction(weight, load(m + i, count), load(v + i, count)), weight), w + i, count);
@@ -131,8 +130,8 @@ double squares(int64_t n, const T* x) {
   const hn::ScalableTag<T> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(n, begin + kBlock);
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
+    const int64_t end = std::min(n, begin + kSumBlock);
     auto a = hn::Zero(d), b = hn::Zero(d);
     int64_t i = begin;
     for (; i + 2 * lanes <= end; i += 2 * lanes) {
@@ -150,10 +149,10 @@ double squares(int64_t n, const T* x) {
 }
 
 // clang-format off
-#define WEFT_INSTANCES(T, suffix)                                                                              \
-  void update_##suffix(int64_t n, T* w, const T* g, T* m, T* v, const AdamConstants<T>& c) { update(n, w, g, m, v, c); } \
-  SquareSums moments_##suffix(int64_t n, const T* w, const T* g, T* m, T* v, const AdamConstants<T>& c) { return moments(n, w, g, m, v, c); } \
-  void apply_##suffix(int64_t n, T* w, const T* m, const T* v, const AdamConstants<T>& c) { apply(n, w, m, v, c); } \
+#define WEFT_INSTANCES(T, suffix) \
+  void update_##suffix(int64_t n, T* w, const T* g, T* m, T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) { update(n, w, g, m, v, c, rates); } \
+  SquareSums moments_##suffix(int64_t n, const T* w, const T* g, T* m, T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) { return moments(n, w, g, m, v, c, rates); } \
+  void apply_##suffix(int64_t n, T* w, const T* m, const T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) { apply(n, w, m, v, c, rates); } \
   double squares_##suffix(int64_t n, const T* x) { return squares(n, x); }
 WEFT_INSTANCES(float, f32)
 WEFT_INSTANCES(double, f64)
@@ -168,14 +167,14 @@ HWY_AFTER_NAMESPACE();
 namespace weft::optim {
 
 // clang-format off
-#define WEFT_DISPATCH(T, suffix)                                                                                    \
-  HWY_EXPORT(update_##suffix);                                                                                      \
-  HWY_EXPORT(moments_##suffix);                                                                                     \
-  HWY_EXPORT(apply_##suffix);                                                                                       \
-  HWY_EXPORT(squares_##suffix);                                                                                     \
-  template <> void adam_update(int64_t n, T* w, const T* g, T* m, T* v, const AdamConstants<T>& c) { HWY_DYNAMIC_DISPATCH(update_##suffix)(n, w, g, m, v, c); } \
-  template <> SquareSums adam_moments(int64_t n, const T* w, const T* g, T* m, T* v, const AdamConstants<T>& c) { return HWY_DYNAMIC_DISPATCH(moments_##suffix)(n, w, g, m, v, c); } \
-  template <> void adam_apply(int64_t n, T* w, const T* m, const T* v, const AdamConstants<T>& c) { HWY_DYNAMIC_DISPATCH(apply_##suffix)(n, w, m, v, c); } \
+#define WEFT_DISPATCH(T, suffix) \
+  HWY_EXPORT(update_##suffix); \
+  HWY_EXPORT(moments_##suffix); \
+  HWY_EXPORT(apply_##suffix); \
+  HWY_EXPORT(squares_##suffix); \
+  template <> void update_piece(int64_t n, T* w, const T* g, T* m, T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) { HWY_DYNAMIC_DISPATCH(update_##suffix)(n, w, g, m, v, c, rates); } \
+  template <> SquareSums moments_piece(int64_t n, const T* w, const T* g, T* m, T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) { return HWY_DYNAMIC_DISPATCH(moments_##suffix)(n, w, g, m, v, c, rates); } \
+  template <> void apply_piece(int64_t n, T* w, const T* m, const T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) { HWY_DYNAMIC_DISPATCH(apply_##suffix)(n, w, m, v, c, rates); } \
   template <> double sum_of_squares(int64_t n, const T* x) { return HWY_DYNAMIC_DISPATCH(squares_##suffix)(n, x); }
 WEFT_DISPATCH(float, f32)
 WEFT_DISPATCH(double, f64)

@@ -1,0 +1,21 @@
+#pragma once
+#include <string>
+
+#include "apps/options.h"
+#include "core/device.h"
+
+namespace weft::apps {
+
+/// The option --device of a command: auto, cpu, cuda or cuda:N.
+struct DeviceOption {
+  std::string text = "auto";
+
+  void declare(Options& options);
+  /// The device, which is there. @throws Error kUsage if the text names none, kDevice if this machine or build has none
+  /// of that kind.
+  Device device(const Options& options) const;
+  /// The same for a run without memory or arithmetic, which needs no such device.
+  Device planned(const Options& options) const;
+};
+
+}  // namespace weft::apps

@@ -1,0 +1,104 @@
+// The CUDA backend: memory, copies and casts of the tensor runtime.
+#include "core/backend.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <string>
+
+#include "core/error.h"
+#include "cuda/context.h"
+#include "cuda/error.h"
+#include "cuda/strided.h"
+#include "ops/reduce_kernels.h"
+
+namespace weft {
+namespace {
+
+class CudaBackend : public Backend {
+ public:
+  explicit CudaBackend(int index) : context_(index) {}
+
+  std::string name() const override {
+    cudaDeviceProp properties{};
+    WEFT_CUDA(cudaGetDeviceProperties(&properties, context_.index));
+    return properties.name;
+  }
+
+  void* use() override {
+    context_.use();
+    return context_.stream;
+  }
+
+  void* system_allocate(size_t bytes) override {
+    context_.use();
+    void* data = nullptr;
+    const cudaError_t status = cudaMalloc(&data, bytes);
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      return nullptr;
+    }
+    WEFT_CUDA(status);
+    return data;
+  }
+  // cudaFree waits for the device: what is queued may still use the memory.
+  void system_free(void* data, size_t) override {
+    context_.use();
+    WEFT_CUDA(cudaFree(data));
+  }
+
+  void copy(const StridedView& dst, const StridedView& src) override { cuda::copy(queue("copy"), dst, src); }
+  void fill(const StridedView& dst, double value) override { cuda::fill(queue("fill"), dst, value); }
+  void add(const StridedView& dst, const StridedView& src) override { cuda::add(queue("accumulate"), dst, src); }
+  void sum_broadcast(const StridedView& dst, const StridedView& src) override { sum_over(queue("sum_broadcast"), dst, src, 1); }
+
+  void to_device(void* dst, const void* src, size_t bytes) override {
+    context_.use();
+    WEFT_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, context_.stream));
+    context_.synchronize();
+  }
+  void to_host(void* dst, const void* src, size_t bytes) override {
+    context_.use();
+    WEFT_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, context_.stream));
+    context_.synchronize();
+  }
+  void synchronize() override { context_.synchronize(); }
+
+ private:
+  Cuda queue(const char* op) { return {use(), op}; }
+
+  cuda::Context context_;
+};
+
+/// Number of devices, or what the driver says instead.
+int device_count(std::string& why) {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaSuccess && count > 0) return count;
+  cudaGetLastError();
+  why = status == cudaSuccess || status == cudaErrorNoDevice ? "this machine has no CUDA device"
+        : status == cudaErrorInsufficientDriver             ? "this machine has no CUDA driver, or one that is older than this build's CUDA"
+                                                            : std::string("CUDA says ") + cudaGetErrorName(status) + ": " + cudaGetErrorString(status);
+  return 0;
+}
+
+struct Devices {
+  Devices() { count = device_count(why); }
+  int count = 0;
+  std::string why;
+};
+const Devices& devices() {
+  static const Devices& all = *new Devices;
+  return all;
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cuda_backend(int index) {
+  if (index < 0 || index >= devices().count) return nullptr;
+  return std::make_unique<CudaBackend>(index);
+}
+
+const char* why_no_cuda() { return devices().why.c_str(); }
+
+}  // namespace weft

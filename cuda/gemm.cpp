@@ -1,0 +1,197 @@
+// Matrix products through cuBLASLt. It thinks in columns: our row-major C = A B is its C^T = B^T A^T, so that A and B
+// change places and every row-major matrix is read as its transpose.
+#include "ops/gemm.h"
+
+#include <cublasLt.h>
+
+#include <array>
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "core/error.h"
+#include "cuda/context.h"
+#include "cuda/error.h"
+
+namespace weft {
+namespace {
+
+using cuda::Context;
+
+void check(cublasStatus_t status, const char* call) {
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  fail(ErrorKind::kDevice, "gemm", call, ": ", cublasLtGetStatusName(status), ": ", cublasLtGetStatusString(status));
+}
+#define WEFT_BLAS(call) check((call), #call)
+
+template <class T>
+constexpr cudaDataType_t kType = std::is_same_v<T, double> ? CUDA_R_64F : std::is_same_v<T, float> ? CUDA_R_32F : CUDA_R_16BF;
+
+/// One operand as cuBLASLt takes it: `rows` x `columns` in columns, `ld` apart, perhaps transposed.
+struct Operand {
+  bool transposed = false;
+  int64_t rows = 0, columns = 0, ld = 0;
+};
+
+/// A row-major [rows, columns] matrix, whose transpose is wanted. A matrix of one row or column may have any stride in
+/// the dimension that is not walked.
+template <class T>
+Operand operand_of(const MatrixRef<T>& x, int64_t rows, int64_t columns) {
+  if (x.col_stride == 1) return {false, columns, rows, std::max(x.row_stride, columns)};
+  return {true, rows, columns, std::max(x.col_stride, rows)};
+}
+
+/// Descriptors are made, used and destroyed with one product: they are host structs of some hundred bytes.
+class Descriptor {
+ public:
+  Descriptor(cublasComputeType_t compute, cudaDataType_t scale) { WEFT_BLAS(cublasLtMatmulDescCreate(&descriptor_, compute, scale)); }
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  ~Descriptor() { cublasLtMatmulDescDestroy(descriptor_); }
+  template <class Value>
+  void set(cublasLtMatmulDescAttributes_t attribute, const Value& value) {
+    WEFT_BLAS(cublasLtMatmulDescSetAttribute(descriptor_, attribute, &value, sizeof value));
+  }
+  cublasLtMatmulDesc_t get() const { return descriptor_; }
+
+ private:
+  cublasLtMatmulDesc_t descriptor_ = nullptr;
+};
+
+class Layout {
+ public:
+  Layout(cudaDataType_t type, const Operand& x, int64_t batch, int64_t batch_stride) {
+    WEFT_BLAS(cublasLtMatrixLayoutCreate(&layout_, type, static_cast<uint64_t>(x.rows), static_cast<uint64_t>(x.columns), x.ld));
+    if (batch == 1) return;
+    const auto count = static_cast<int32_t>(batch);
+    WEFT_BLAS(cublasLtMatrixLayoutSetAttribute(layout_, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count));
+    WEFT_BLAS(cublasLtMatrixLayoutSetAttribute(layout_, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &batch_stride, sizeof batch_stride));
+  }
+  Layout(const Layout&) = delete;
+  Layout& operator=(const Layout&) = delete;
+  ~Layout() { cublasLtMatrixLayoutDestroy(layout_); }
+  cublasLtMatrixLayout_t get() const { return layout_; }
+
+ private:
+  cublasLtMatrixLayout_t layout_ = nullptr;
+};
+
+/// What an algorithm depends on. Alignment counts: an algorithm for 16-byte loads may not be given other pointers.
+using Key = std::tuple<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, int, int, int, unsigned>;
+
+/// The largest power of two up to 256 that divides the address.
+uint32_t alignment_of(const void* p) {
+  const auto address = reinterpret_cast<uintptr_t>(p) | 256;
+  return static_cast<uint32_t>(address & (~address + 1));
+}
+
+/// cuBLASLt's first choice for a shape, asked for once: the answer is a function of the shape and the library's version,
+/// so that every run makes the same choice and has the same bits.
+cublasLtMatmulAlgo_t algorithm(Context& context, const Key& key, const Descriptor& product, const Layout& a, const Layout& b, const Layout& c,
+                               const std::array<uint32_t, 3>& alignment) {
+  static std::mutex& mutex = *new std::mutex;
+  static auto& known = *new std::map<Key, cublasLtMatmulAlgo_t>;
+  const std::lock_guard lock(mutex);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  cublasLtMatmulPreference_t preference = nullptr;
+  WEFT_BLAS(cublasLtMatmulPreferenceCreate(&preference));
+  const size_t workspace = Context::kBlasWorkspace;
+  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace);
+  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &alignment[0], sizeof(uint32_t));
+  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &alignment[1], sizeof(uint32_t));
+  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &alignment[2], sizeof(uint32_t));
+  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &alignment[2], sizeof(uint32_t));
+  cublasLtMatmulHeuristicResult_t result{};
+  int count = 0;
+  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(context.blas, product.get(), a.get(), b.get(), c.get(), c.get(), preference, 1, &result, &count);
+  cublasLtMatmulPreferenceDestroy(preference);
+  WEFT_BLAS(status);
+  if (count == 0) fail(ErrorKind::kDevice, "gemm", "cuBLASLt has no algorithm for this product");
+  known.emplace(key, result.algo);
+  return result.algo;
+}
+
+template <class TA, class TB, class TC>
+void run(Cuda device, const Gemm<TA, TB, TC>& g, const GemmBatch& batch) {
+  using Sum = typename Gemm<TA, TB, TC>::Sum;
+  if (g.m == 0 || g.n == 0 || batch.count == 0) return;
+  Context& context = cuda::current_context();
+  const auto stream = static_cast<cudaStream_t>(device.stream);
+
+  const bool tf32 = g.tf32 && std::is_same_v<TA, float>;
+  Descriptor product(std::is_same_v<Sum, double> ? CUBLAS_COMPUTE_64F : tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, kType<Sum>);
+  // With k = 0 the operands are not read; cuBLASLt wants at least one column and a zero alpha instead.
+  const int64_t k = std::max<int64_t>(g.k, 1);
+  const Operand first = operand_of(g.b, k, g.n), second = operand_of(g.a, g.m, k);
+  const auto set_transposed = [&](cublasLtMatmulDescAttributes_t which, bool transposed) {
+    product.set(which, static_cast<int32_t>(transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
+  };
+  set_transposed(CUBLASLT_MATMUL_DESC_TRANSA, first.transposed);
+  set_transposed(CUBLASLT_MATMUL_DESC_TRANSB, second.transposed);
+  cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+  const void* bias = std::is_same_v<Sum, TC> ? static_cast<const void*>(g.bias) : static_cast<const void*>(g.bias_of_c);
+  TC* written = g.c;
+  int64_t written_ld = g.ldc;
+  if (bias != nullptr) {
+    product.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+    epilogue = CUBLASLT_EPILOGUE_BIAS;
+  }
+  if (g.activation != GemmActivation::kNone) {
+    // cuBLASLt writes gelu(pre) where C is and pre to the auxiliary matrix.
+    const bool forward = g.activation == GemmActivation::kGelu;
+    const void* auxiliary = forward ? static_cast<const void*>(g.c) : static_cast<const void*>(g.aux);
+    const int64_t auxiliary_ld = forward ? g.ldc : g.ldaux, auxiliary_step = forward ? batch.c : batch.aux;
+    if (forward) written = g.d, written_ld = g.ldd;
+    epilogue = !forward ? CUBLASLT_EPILOGUE_DGELU : bias != nullptr ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
+    product.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, auxiliary);
+    product.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, auxiliary_ld);
+    if (batch.count > 1) product.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE, auxiliary_step);
+  }
+  if (epilogue != CUBLASLT_EPILOGUE_DEFAULT) product.set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
+
+  const Operand out{false, g.n, g.m, std::max(written_ld, g.n)};
+  const int64_t out_step = g.activation == GemmActivation::kGelu ? batch.d : batch.c;
+  const Layout a(kType<TB>, first, batch.count, batch.b), b(kType<TA>, second, batch.count, batch.a), c(kType<TC>, out, batch.count, out_step);
+  const std::array<uint32_t, 3> alignment = {alignment_of(g.b.data), alignment_of(g.a.data), alignment_of(written)};
+  const Key key{kType<TA>, kType<TB>, kType<TC>, g.m, g.n, k, first.ld, second.ld, out.ld, batch.count, first.transposed, second.transposed,
+                context.index, static_cast<int>(epilogue), static_cast<int>(g.scale != nullptr) | static_cast<int>(tf32) << 1, alignment[0] << 18 | alignment[1] << 9 | alignment[2]};
+
+  Sum alpha = g.k == 0 ? Sum(0) : g.alpha;
+  // alpha from the device's memory: its factor stands there already, and the host's is 1 wherever that is used.
+  const void *alpha_at = &alpha, *beta_at = &g.beta;
+  if (g.scale != nullptr) {
+    if (g.alpha != Sum(1) || g.k == 0) fail(ErrorKind::kValue, "gemm", "a factor on the device stands for alpha, which must then be 1, got ", g.alpha);
+    if (g.beta != Sum(0) && g.beta != Sum(1)) fail(ErrorKind::kValue, "gemm", "with a factor on the device beta must be 0 or 1, got ", g.beta);
+    product.set(CUBLASLT_MATMUL_DESC_POINTER_MODE, static_cast<int32_t>(CUBLASLT_POINTER_MODE_DEVICE));
+    alpha_at = g.scale;
+    beta_at = static_cast<const Sum*>(context.zero_and_one(std::is_same_v<Sum, double>)) + (g.beta == Sum(1) ? 1 : 0);
+  }
+  const cublasLtMatmulAlgo_t chosen = algorithm(context, key, product, a, b, c, alignment);
+  const void *a_data = g.k == 0 ? static_cast<const void*>(written) : g.b.data, *b_data = g.k == 0 ? static_cast<const void*>(written) : g.a.data;
+  WEFT_BLAS(cublasLtMatmul(context.blas, product.get(), alpha_at, a_data, a.get(), b_data, b.get(), beta_at, written, c.get(), written, c.get(), &chosen,
+                           context.blas_workspace, Context::kBlasWorkspace, stream));
+}
+
+}  // namespace
+
+template <class TA, class TB, class TC>
+void gemm(Cuda device, const Gemm<TA, TB, TC>& product) {
+  run(device, product, {.count = 1});
+}
+
+template <class TA, class TB, class TC>
+void gemm_batched(Cuda device, const Gemm<TA, TB, TC>& product, const GemmBatch& batch) {
+  run(device, product, batch);
+}
+
+#define WEFT_GEMM_INSTANCE(TA, TB, TC)               \
+  template void gemm(Cuda, const Gemm<TA, TB, TC>&); \
+  template void gemm_batched(Cuda, const Gemm<TA, TB, TC>&, const GemmBatch&);
+WEFT_GEMM_INSTANCE(float, float, float)
+WEFT_GEMM_INSTANCE(double, double, double)
+WEFT_GEMM_INSTANCE(uint16_t, uint16_t, float)
+WEFT_GEMM_INSTANCE(uint16_t, uint16_t, uint16_t)
+#undef WEFT_GEMM_INSTANCE
+
+}  // namespace weft

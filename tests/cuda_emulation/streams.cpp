@@ -1,0 +1,342 @@
+// Streams, events, and the capture of streams into graphs.
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "runtime.h"
+
+namespace {
+
+using Work = std::function<void()>;
+using Time = std::chrono::steady_clock::time_point;
+
+/// How many operations of each stream of a capture come before a point of it.
+using Clock = std::map<const CUstream_st*, int>;
+
+/// A capture under way: what was recorded, in the order in which it was, which is one that the dependencies allow.
+struct Capture {
+  CUstream_st* origin;
+  cudaStreamCaptureMode mode;
+  std::thread::id thread;
+  bool ended = false, invalidated = false;
+  std::set<CUstream_st*> streams;
+  std::vector<Work> work;
+};
+
+}  // namespace
+
+struct CUstream_st {
+  bool blocking = true;
+  std::mutex running;
+  std::shared_ptr<Capture> capture;
+  Clock clock;
+};
+
+struct CUevent_st {
+  bool timed = true, recorded = false;
+  Time time;
+  std::shared_ptr<Capture> capture;  // where it was last recorded, if that was in a capture
+  Clock clock;
+};
+
+struct CUgraph_st {
+  std::vector<Work> work;
+};
+struct CUgraphExec_st {
+  std::vector<Work> work;
+  std::mutex running;
+};
+
+namespace {
+
+using weft_emulation::result;
+
+std::mutex mutex;  // guards all that follows and the capture and clock of every stream and event
+std::vector<std::shared_ptr<Capture>>& captures() {
+  static std::vector<std::shared_ptr<Capture>> all;
+  return all;
+}
+
+std::mutex& null_stream() {
+  static std::mutex running;
+  return running;
+}
+
+void invalidate(Capture& capture) { capture.invalidated = true; }
+
+template <class Condition>
+bool invalidate_if(Condition condition) {
+  bool any = false;
+  for (const auto& capture : captures()) {
+    if (!condition(*capture)) continue;
+    invalidate(*capture);
+    any = true;
+  }
+  return any;
+}
+
+bool blocks_null_stream(const Capture& capture) {
+  return std::any_of(capture.streams.begin(), capture.streams.end(), [](const CUstream_st* s) { return s->blocking; });
+}
+
+/// The null stream waits for all blocking streams, which a capture cannot express.
+bool waits_for_capture() { return invalidate_if(blocks_null_stream); }
+
+void leave(const std::shared_ptr<Capture>& capture) {
+  capture->ended = true;
+  for (CUstream_st* stream : capture->streams) {
+    stream->capture = nullptr;
+    stream->clock.clear();
+  }
+  std::erase(captures(), capture);
+}
+
+/// Whether a call that waits for a stream may be made; spoils its capture if not.
+cudaError_t may_wait_for(cudaStream_t stream) {
+  const std::lock_guard lock(mutex);
+  if (stream == nullptr) return waits_for_capture() ? cudaErrorStreamCaptureImplicit : cudaSuccess;
+  if (stream->capture == nullptr) return cudaSuccess;
+  invalidate(*stream->capture);
+  return cudaErrorStreamCaptureUnsupported;
+}
+
+cudaError_t may_wait_for(cudaEvent_t event) {
+  {
+    const std::lock_guard lock(mutex);
+    if (event->capture != nullptr) {
+      if (!event->capture->ended) invalidate(*event->capture);
+      return cudaErrorCapturedEvent;
+    }
+  }
+  return weft_emulation::refuse_while_capturing();
+}
+
+}  // namespace
+
+namespace weft_emulation {
+
+cudaError_t refuse_while_capturing() {
+  const std::lock_guard lock(mutex);
+  const bool refused = invalidate_if([](const Capture& capture) {
+    return capture.mode == cudaStreamCaptureModeGlobal ||
+           (capture.mode == cudaStreamCaptureModeThreadLocal && capture.thread == std::this_thread::get_id());
+  });
+  return refused ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+
+cudaError_t submit(cudaStream_t stream, Work work) {
+  {
+    const std::lock_guard lock(mutex);
+    if (stream == nullptr && waits_for_capture()) return result(cudaErrorStreamCaptureImplicit);
+    if (stream != nullptr && stream->capture != nullptr) {
+      if (stream->capture->invalidated) return result(cudaErrorStreamCaptureInvalidated);
+      stream->capture->work.push_back(std::move(work));
+      ++stream->clock[stream];
+      return cudaSuccess;
+    }
+  }
+  const std::lock_guard lock(stream == nullptr ? null_stream() : stream->running);
+  work();
+  return cudaSuccess;
+}
+
+}  // namespace weft_emulation
+
+// ---- streams ----
+
+cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned int flags) {
+  if (stream == nullptr || flags > cudaStreamNonBlocking) return result(cudaErrorInvalidValue);
+  *stream = new CUstream_st;
+  (*stream)->blocking = flags != cudaStreamNonBlocking;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
+  {
+    const std::lock_guard lock(mutex);
+    if (const auto capture = stream->capture; capture != nullptr) {
+      invalidate(*capture);
+      capture->streams.erase(stream);
+      if (capture->origin == stream) leave(capture);
+    }
+  }
+  delete stream;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (const cudaError_t error = may_wait_for(stream); error != cudaSuccess) return result(error);
+  const std::lock_guard wait(stream == nullptr ? null_stream() : stream->running);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
+
+cudaError_t cudaDeviceSynchronize() {
+  const std::lock_guard lock(mutex);
+  return result(invalidate_if([](const Capture&) { return true; }) ? cudaErrorStreamCaptureUnsupported : cudaSuccess);
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned int) {
+  if (event == nullptr) return result(cudaErrorInvalidResourceHandle);
+  const std::lock_guard lock(mutex);
+  if (stream == nullptr) {
+    return result(waits_for_capture() || event->capture != nullptr ? cudaErrorStreamCaptureImplicit : cudaSuccess);
+  }
+  if (event->capture == nullptr) {
+    if (stream->capture == nullptr || !event->recorded) return cudaSuccess;
+    invalidate(*stream->capture);
+    return result(cudaErrorStreamCaptureIsolation);
+  }
+  if (event->capture->ended) return result(cudaErrorCapturedEvent);
+  if (event->capture->invalidated) return result(cudaErrorStreamCaptureInvalidated);
+  if (stream->capture != nullptr && stream->capture != event->capture) {
+    invalidate(*stream->capture);
+    invalidate(*event->capture);
+    return result(cudaErrorStreamCaptureMerge);
+  }
+  stream->capture = event->capture;
+  stream->capture->streams.insert(stream);
+  for (const auto& [other, count] : event->clock) {
+    int& seen = stream->clock[other];
+    seen = std::max(seen, count);
+  }
+  return cudaSuccess;
+}
+
+// ---- events ----
+
+cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned int flags) {
+  if (event == nullptr || flags > (cudaEventBlockingSync | cudaEventDisableTiming))
+    return result(cudaErrorInvalidValue);
+  *event = new CUevent_st;
+  (*event)->timed = !(flags & cudaEventDisableTiming);
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  if (event == nullptr) return result(cudaErrorInvalidResourceHandle);
+  delete event;
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (event == nullptr) return result(cudaErrorInvalidResourceHandle);
+  const std::lock_guard lock(mutex);
+  if (stream == nullptr && waits_for_capture()) return result(cudaErrorStreamCaptureImplicit);
+  event->capture = stream == nullptr ? nullptr : stream->capture;
+  if (event->capture == nullptr) {
+    event->recorded = true;
+    event->time = std::chrono::steady_clock::now();
+    return cudaSuccess;
+  }
+  event->clock = stream->clock;
+  return result(event->capture->invalidated ? cudaErrorStreamCaptureInvalidated : cudaSuccess);
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (event == nullptr) return result(cudaErrorInvalidResourceHandle);
+  return result(may_wait_for(event));
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaEventSynchronize(event); }
+
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
+  if (start == nullptr || end == nullptr) return result(cudaErrorInvalidResourceHandle);
+  const std::lock_guard lock(mutex);
+  for (const CUevent_st* event : {start, end}) {
+    if (event->capture != nullptr) return result(cudaErrorCapturedEvent);
+    if (!event->timed || !event->recorded) return result(cudaErrorInvalidResourceHandle);
+  }
+  *milliseconds = std::chrono::duration<float, std::milli>(end->time - start->time).count();
+  return cudaSuccess;
+}
+
+// ---- capture and graphs ----
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
+  if (stream == nullptr) return result(cudaErrorStreamCaptureUnsupported);
+  const std::lock_guard lock(mutex);
+  if (stream->capture != nullptr) return result(cudaErrorIllegalState);
+  stream->capture =
+      std::make_shared<Capture>(Capture{stream, mode, std::this_thread::get_id(), false, false, {stream}, {}});
+  captures().push_back(stream->capture);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  if (graph == nullptr) return result(cudaErrorInvalidValue);
+  *graph = nullptr;
+  const std::lock_guard lock(mutex);
+  const auto capture = stream == nullptr ? nullptr : stream->capture;
+  if (capture == nullptr) return result(cudaErrorIllegalState);
+  if (capture->origin != stream) {
+    invalidate(*capture);
+    return result(cudaErrorStreamCaptureUnmatched);
+  }
+  if (capture->mode != cudaStreamCaptureModeRelaxed && capture->thread != std::this_thread::get_id()) {
+    return result(cudaErrorStreamCaptureWrongThread);
+  }
+  bool joined = true;
+  for (const CUstream_st* other : capture->streams) {
+    const auto done = other->clock.find(other);
+    joined = joined && (done == other->clock.end() || stream->clock[other] >= done->second);
+  }
+  leave(capture);
+  if (capture->invalidated) return result(cudaErrorStreamCaptureInvalidated);
+  if (!joined) return result(cudaErrorStreamCaptureUnjoined);
+  *graph = new CUgraph_st{std::move(capture->work)};
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  if (status == nullptr) return result(cudaErrorInvalidValue);
+  const std::lock_guard lock(mutex);
+  *status = cudaStreamCaptureStatusNone;
+  if (stream == nullptr) {
+    const bool blocked =
+        std::any_of(captures().begin(), captures().end(), [](const auto& c) { return blocks_null_stream(*c); });
+    return result(blocked ? cudaErrorStreamCaptureImplicit : cudaSuccess);
+  }
+  if (stream->capture != nullptr) {
+    *status = stream->capture->invalidated ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  if (executable == nullptr || graph == nullptr) return result(cudaErrorInvalidValue);
+  *executable = new CUgraphExec_st;
+  (*executable)->work = graph->work;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  if (executable == nullptr) return result(cudaErrorInvalidValue);
+  return weft_emulation::submit(stream, [executable] {
+    const std::lock_guard lock(executable->running);
+    for (const Work& work : executable->work) work();
+  });
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  if (graph == nullptr) return result(cudaErrorInvalidValue);
+  delete graph;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+  if (executable == nullptr) return result(cudaErrorInvalidValue);
+  delete executable;
+  return cudaSuccess;
+}
