@@ -31,10 +31,9 @@ __global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kB
   const Unit unit(a.shape.heads, a.shape.batch, chunks);
   const Visibility visible(a.shape);
   // The last queries see the most keys: they come first.
-  const int64_t blocks = (a.shape.queries + kTile - 1) / kTile, first = (blocks - 1 - unit.block) * kTile;
-  const int64_t queries = min(a.shape.queries - first, static_cast<int64_t>(kTile));
-  const int64_t kv_head = unit.head / (a.shape.heads / a.shape.kv_heads);
-  const int64_t keys = visible.keys_of(first + queries - 1), head_size = a.shape.head_size;
+  const int all_queries = static_cast<int>(a.shape.queries), first = ((all_queries - 1) / kTile - unit.block) * kTile;
+  const int queries = min(all_queries - first, kTile), keys = visible.keys_of(first + queries - 1);
+  const int64_t kv_head = unit.head / (a.shape.heads / a.shape.kv_heads), head_size = a.shape.head_size;
   const A scale = static_cast<A>(a.shape.scale * kLog2E);
   const int own_columns = S::columns_of(unit.chunk, head_size);
 
@@ -46,8 +45,8 @@ __global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kB
     high[i] = -std::numeric_limits<A>::infinity();
     sum[i] = 0;
   }
-  for (int64_t key = 0; key < keys; key += kTile) {
-    const int64_t rows = min(keys - key, static_cast<int64_t>(kTile));
+  for (int key = 0; key < keys; key += kTile) {
+    const int rows = min(keys - key, kTile);
     typename S::Scores s;
     S::clear(s);
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -62,7 +61,7 @@ __global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kB
     S::load(kv, row_at(a.v, unit.b, kv_head, key) + static_cast<int64_t>(unit.chunk) * kChunk, a.v.token, rows, own_columns, packed);
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
-      const int64_t seen = visible.keys_of(first + S::row(i)) - key;
+      const int seen = visible.keys_of(first + S::row(i)) - key;
       A highest = high[i];
 #pragma unroll
       for (int j = 0; j < kPer; ++j) {
@@ -119,27 +118,30 @@ void start_forward_simt(Cuda device, const AttentionForward<T>& a) {
 /// of 64 a warp does 128 matrix products of 16 x 8 x 16 on a tile for 40 loads of fragments.
 template <class T, int kWidth>
 struct ForwardTiles {
-  static constexpr int kM = 2, kWarpQueries = 16 * kM, kQueries = cuda::kMmaWarps * kWarpQueries, kKeys = 64;
+  static constexpr int kM = 2, kWarpQueries = 16 * kM, kQueries = cuda::kMmaWarps * kWarpQueries;
+  // What the registers, which hold out and the scores of a tile, have room for.
+  static constexpr int kKeys = kWidth <= 96 ? 64 : 48, kUnroll = kWidth <= 64 ? 4 : 1;
   static constexpr int kStride = cuda::kRowStride<kWidth>, kKeyRows = kKeys * kStride;
   static constexpr size_t kShared = (kQueries * kStride + 4 * kKeyRows) * sizeof(T);
 };
 
 /// Takes a tile of scores into the running softmax of its rows: s becomes 2^(scale s - high); high and sum go on (a lane
-/// has its own part of the sums), and out shrinks with the sums. Row i sees the first seen(i) keys of the tile.
-template <bool kMasked, int kM, int kN, int kColumns, class Seen>
-__device__ void softmax_tile(Registers<kM, kN>& s, float scale, float (&high)[kM][2], float (&sum)[kM][2], Registers<kM, kColumns>& out, Seen seen) {
+/// has its own part of the sums), and out shrinks with the sums. `visible`: rows and keys of the tile.
+template <bool kMasked, int kM, int kN, int kColumns>
+__device__ void softmax_tile(Registers<kM, kN>& s, float scale, float (&high)[kM][2], float (&sum)[kM][2], Registers<kM, kColumns>& out,
+                             const Visibility& visible) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int visible = kMasked ? seen(cuda::register_row(m, 2 * half)) : 8 * kN;
+      const int seen = kMasked ? visible.keys_of(cuda::register_row(m, 2 * half)) : 8 * kN;
       float highest = high[m][half];
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; ++e) {
           float& x = s.at[m][n][e];
-          x = !kMasked || cuda::register_column(n, e) < visible ? x * scale : -std::numeric_limits<float>::infinity();
+          x = !kMasked || cuda::register_column(n, e) < seen ? x * scale : -std::numeric_limits<float>::infinity();
           highest = max(highest, x);
         }
       }
@@ -166,7 +168,7 @@ __device__ void softmax_tile(Registers<kM, kN>& s, float scale, float (&high)[kM
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(cuda::kMmaThreads) forward_mma(AttentionForward<T> a, bool packed, bool out_packed) {
+__global__ void __launch_bounds__(cuda::kMmaThreads, 2) forward_mma(AttentionForward<T> a, bool packed, bool out_packed) {
   using Tiles = ForwardTiles<T, kWidth>;
   constexpr int kM = Tiles::kM, kKeys = Tiles::kKeys, kKeyRows = Tiles::kKeyRows;
   T* const q = cuda::dynamic_shared<T>();
@@ -175,20 +177,22 @@ __global__ void __launch_bounds__(cuda::kMmaThreads) forward_mma(AttentionForwar
   const Unit unit(a.shape.heads, a.shape.batch, 1);
   const Visibility visible(a.shape);
   // The last queries see the most keys: they come first.
-  const int64_t blocks = (a.shape.queries + Tiles::kQueries - 1) / Tiles::kQueries, first = (blocks - 1 - unit.block) * Tiles::kQueries;
-  const int64_t queries = min(a.shape.queries - first, static_cast<int64_t>(Tiles::kQueries));
-  const int64_t kv_head = unit.head / (a.shape.heads / a.shape.kv_heads), keys = visible.keys_of(first + queries - 1);
+  const int all_queries = static_cast<int>(a.shape.queries), first = ((all_queries - 1) / Tiles::kQueries - unit.block) * Tiles::kQueries;
+  const int queries = min(all_queries - first, Tiles::kQueries), keys = visible.keys_of(first + queries - 1);
   const int columns = static_cast<int>(a.shape.head_size);
   const float scale = static_cast<float>(a.shape.scale * kLog2E);
-  // The warp's own queries, and the keys that the first and the last of them see.
+  // The warp's own queries, and the keys that the last of them sees.
   const int warp_row = static_cast<int>(threadIdx.x) / cuda::kWarp * Tiles::kWarpQueries;
-  const int64_t warp_first = first + warp_row, warp_queries = min(queries - warp_row, static_cast<int64_t>(Tiles::kWarpQueries));
-  const int64_t keys_of_all = visible.keys_of(warp_first), keys_of_any = warp_queries > 0 ? visible.keys_of(warp_first + warp_queries - 1) : 0;
+  const int warp_first = first + warp_row, warp_queries = min(queries - warp_row, Tiles::kWarpQueries);
+  const int warp_keys = warp_queries > 0 ? visible.keys_of(warp_first + warp_queries - 1) : 0;
 
-  const auto load_keys = [&](int64_t key, int stage) {
+  const int64_t kv_head = unit.head / (a.shape.heads / a.shape.kv_heads);
+  const T* const all_k = row_at(a.k, unit.b, kv_head, 0);
+  const T* const all_v = row_at(a.v, unit.b, kv_head, 0);
+  const auto load_keys = [&](int key, int stage) {
     T* const to = kv + stage * 2 * kKeyRows;
-    cuda::load_tile<kKeys, kWidth>(to, row_at(a.k, unit.b, kv_head, key), a.k.token, keys - key, columns, packed);
-    cuda::load_tile<kKeys, kWidth>(to + kKeyRows, row_at(a.v, unit.b, kv_head, key), a.v.token, keys - key, columns, packed);
+    cuda::load_tile<kKeys, kWidth>(to, all_k + key * a.k.token, a.k.token, keys - key, columns, packed);
+    cuda::load_tile<kKeys, kWidth>(to + kKeyRows, all_v + key * a.v.token, a.v.token, keys - key, columns, packed);
   };
   cuda::load_tile<Tiles::kQueries, kWidth>(q, row_at(a.q, unit.b, unit.head, first), a.q.token, queries, columns, packed);
   load_keys(0, 0);
@@ -205,18 +209,18 @@ __global__ void __launch_bounds__(cuda::kMmaThreads) forward_mma(AttentionForwar
     }
   }
   int stage = 0;
-  for (int64_t key = 0; key < keys; key += kKeys, stage ^= 1) {
+  for (int key = 0; key < keys; key += kKeys, stage ^= 1) {
     cuda::wait_for_copies();
     __syncthreads();  // the tile is there, and nobody needs the one before it
     if (key + kKeys < keys) load_keys(key + kKeys, stage ^ 1);
-    if (key >= keys_of_any) continue;
+    if (key >= warp_keys) continue;
     const T* const k = kv + stage * 2 * kKeyRows;
     Registers<kM, kKeys / 8> s;
     s.clear();
-    cuda::add_dots<kWidth>(s, q + warp_row * Tiles::kStride, k);
-    const auto seen = [&](int row) { return static_cast<int>(min(visible.keys_of(warp_first + row) - key, static_cast<int64_t>(kKeys))); };
-    if (key + kKeys <= keys_of_all) softmax_tile<false>(s, scale, high, sum, out, seen);
-    else softmax_tile<true>(s, scale, high, sum, out, seen);
+    cuda::add_dots<kWidth, Tiles::kUnroll>(s, q + warp_row * Tiles::kStride, k);
+    const Visibility in_tile = visible.from(warp_first, key);
+    if (in_tile.keys_of(0) >= kKeys) softmax_tile<false>(s, scale, high, sum, out, in_tile);
+    else softmax_tile<true>(s, scale, high, sum, out, in_tile);
     cuda::add_products<kWidth>(out, s, k + kKeyRows);
   }
 

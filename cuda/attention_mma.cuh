@@ -15,19 +15,19 @@ inline constexpr int kRowStride = kWidth + 8;
 /// Starts to bring kRows rows into shared memory, zeros beyond `rows` and beyond `columns`. `packed`: 16 bytes at a time,
 /// and `columns` is a multiple of 8; else element by element. Wait and meet at a barrier before they are used.
 template <int kRows, int kWidth, class T>
-__device__ inline void load_tile(T* to, const T* from, int64_t stride, int64_t rows, int columns, bool packed) {
+__device__ inline void load_tile(T* to, const T* from, int64_t stride, int rows, int columns, bool packed) {
   constexpr int kCount = kFull<T>, kLanes = kWidth <= 32 ? 4 : kWidth <= 64 ? 8 : 16, kStep = kMmaThreads / kLanes;
   static_assert(kWidth <= kLanes * kCount && kRows % kStep == 0);
   const int column = static_cast<int>(threadIdx.x) % kLanes * kCount;
   if (kWidth < kLanes * kCount && column >= kWidth) return;
   const int first = static_cast<int>(threadIdx.x) / kLanes;
-  const int valid = column < columns ? static_cast<int>(min(rows, static_cast<int64_t>(kRows))) - first : 0;
+  const int valid = column < columns ? rows - first : 0;
   const T* source = from + first * stride + column;
   T* at = to + first * kRowStride<kWidth> + column;
   if (packed) {
 #pragma unroll
     for (int row = 0; row < kRows; row += kStep) {
-      copy_async<16>(at + row * kRowStride<kWidth>, row < valid ? source : from, row < valid);
+      copy_async<16>(at + row * kRowStride<kWidth>, source, row < valid);
       source += kStep * stride;
     }
   } else {
@@ -44,10 +44,10 @@ __device__ inline void load_tile(T* to, const T* from, int64_t stride, int64_t r
 
 /// Starts to bring kCount numbers into shared memory, zeros beyond `count`.
 template <int kCount>
-__device__ inline void load_numbers(float* to, const float* from, int64_t count) {
+__device__ inline void load_numbers(float* to, const float* from, int count) {
   static_assert(kCount <= kMmaThreads);
   const int i = static_cast<int>(threadIdx.x);
-  if (i < kCount) copy_async<4>(to + i, i < count ? from + i : from, i < count);
+  if (i < kCount) copy_async<4>(to + i, from + i, i < count);
 }
 
 /// A warp's matrix of 16 kM x 8 kN in registers, as fragments of C.
@@ -72,15 +72,16 @@ __device__ inline int lane_of_warp() { return static_cast<int>(threadIdx.x) % kW
 __device__ inline int register_row(int m, int e) { return 16 * m + lane_of_warp() / 4 + e / 2 * 8; }
 __device__ inline int register_column(int n, int e) { return 8 * n + lane_of_warp() % 4 * 2 + e % 2; }
 
-/// s += a b^T: the warp's 16 kM rows of `a` and 8 kN rows of `b`, kWidth columns.
-template <int kWidth, class T, int kM, int kN>
+/// s += a b^T: the warp's 16 kM rows of `a` and 8 kN rows of `b`, kWidth columns. With kUnroll steps at a time, more loads
+/// come early and take more registers.
+template <int kWidth, int kUnroll, class T, int kM, int kN>
 __device__ inline void add_dots(Registers<kM, kN>& s, const T* a, const T* b) {
   static_assert(kN % 2 == 0);
   constexpr int kStride = kRowStride<kWidth>;
   const int lane = lane_of_warp();
   a += lane % 16 * kStride + lane / 16 * 8;
   b += (lane % 8 + lane / 16 * 8) * kStride + lane / 8 % 2 * 8;
-#pragma unroll
+#pragma unroll kUnroll
   for (int k = 0; k < kWidth; k += 16) {
     uint32_t left[kM][4];
 #pragma unroll
@@ -129,7 +130,7 @@ __device__ inline void add_products(Registers<kM, kWidth / 8>& sums, const Regis
 /// Rounds a warp's sums, times a factor for each row, and writes `rows` rows of `columns` columns. They pass through
 /// `scratch`, rows of shared memory that no other warp touches, to be written as whole packs.
 template <int kWidth, class T, int kM>
-__device__ inline void store_tile(T* to, int64_t stride, int64_t rows, int columns, bool packed, const Registers<kM, kWidth / 8>& sums,
+__device__ inline void store_tile(T* to, int64_t stride, int rows, int columns, bool packed, const Registers<kM, kWidth / 8>& sums,
                                   const float (&factor)[kM][2], T* scratch) {
   constexpr int kStride = kRowStride<kWidth>, kCount = kFull<T>, kPacks = kWidth / kCount;
   __syncwarp();

@@ -58,7 +58,7 @@ struct Simt {
   static __device__ int depth_of(int columns) { return (columns + 15) / 16 * 16; }
 
   /// `rows` rows and `columns` columns from `from` on into shared memory; zeros to the end of the tile.
-  static __device__ void load(A* to, const T* from, int64_t stride, int64_t rows, int columns, bool packed) {
+  static __device__ void load(A* to, const T* from, int64_t stride, int rows, int columns, bool packed) {
     constexpr int kCount = kFull<T>;
     const int packs = depth_of(columns) / kCount;
     for (int i = static_cast<int>(threadIdx.x); i < kTile * packs; i += kThreads) {
@@ -126,7 +126,7 @@ struct Simt {
   }
 
   /// to[i] = factor[i] * sums[i], rounded once; `rows` rows and `columns` columns.
-  static __device__ void store(T* to, int64_t stride, int64_t rows, int columns, const Sums& sums, const A (&factor)[kPer]) {
+  static __device__ void store(T* to, int64_t stride, int rows, int columns, const Sums& sums, const A (&factor)[kPer]) {
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       if (row(i) >= rows) continue;

@@ -20,31 +20,35 @@ bool packs_fit(const HeadView<T>& x) {
   return packs_fit<kFull<T>>(x.data, x.batch) && x.head % kFull<T> == 0 && x.token % kFull<T> == 0;
 }
 
+// Tokens are counted in int in kernels: with work that grows with their square, more of them are out of reach.
+
 /// Query i sees keys [0, keys_of(i)); every query sees as many keys as the one before it or one more.
 struct Visibility {
-  int64_t first, keys;  ///< of query 0, if there were enough; all keys
+  int first, keys;  ///< how many keys query 0 sees, if there are enough; all keys
 
-  WEFT_HD explicit Visibility(const AttentionShape& s)
-      : first(!s.causal ? s.keys : (s.query_offset < s.keys ? s.query_offset : s.keys) + 1), keys(s.keys) {}
-  WEFT_HD int64_t keys_of(int64_t query) const { return first + query < keys ? first + query : keys; }
+  __device__ Visibility(int first_, int keys_) : first(first_), keys(keys_) {}
+  __device__ explicit Visibility(const AttentionShape& s)
+      : first(static_cast<int>(!s.causal ? s.keys : (s.query_offset < s.keys ? s.query_offset : s.keys) + 1)), keys(static_cast<int>(s.keys)) {}
+  __device__ int keys_of(int query) const { return first + query < keys ? first + query : keys; }
+  /// The same with queries and keys counted from these on.
+  __device__ Visibility from(int query, int key) const { return {first + query - key, keys - key}; }
   /// The first query that sees `key`.
-  WEFT_HD int64_t first_query(int64_t key) const { return key < first ? 0 : key - first + 1; }
+  __device__ int first_query(int key) const { return key < first ? 0 : key - first + 1; }
 };
 
 /// What one block of a grid works on: a block of rows of a head, and (where a head is wider than a block's sums) some
 /// of its columns. Heads come fastest, so that blocks that run together take about the same time.
 struct Unit {
-  int64_t b, head, block;
-  int chunk;
+  int b, head, block, chunk;
 
   __device__ Unit(int64_t heads, int64_t batch, int chunks) {
-    int64_t rest = blockIdx.x;
-    chunk = static_cast<int>(rest % chunks);
-    rest /= chunks;
-    head = rest % heads;
-    rest /= heads;
-    b = rest % batch;
-    block = rest / batch;
+    unsigned rest = blockIdx.x;
+    chunk = static_cast<int>(rest % static_cast<unsigned>(chunks));
+    rest /= static_cast<unsigned>(chunks);
+    head = static_cast<int>(rest % static_cast<unsigned>(heads));
+    rest /= static_cast<unsigned>(heads);
+    b = static_cast<int>(rest % static_cast<unsigned>(batch));
+    block = static_cast<int>(rest / static_cast<unsigned>(batch));
   }
 };
 

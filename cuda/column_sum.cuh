@@ -29,8 +29,9 @@ struct SumOutput {
 inline constexpr int64_t kSumBlocks = 1056;
 
 /// The f64 sums of the pieces into which the terms of each of `outputs` results are cut, [pieces, outputs]. They lie in
-/// the memory that the device's stream shares: what is queued next may use it for itself.
-inline double* piece_sums([[maybe_unused]] int64_t count) { return static_cast<double*>(current_context().blas_workspace); }
+/// the memory that all work on the device's stream shares, of which they need a few MiB at most: what is queued behind
+/// the kernel that adds them up may use it for itself.
+inline double* piece_sums() { return static_cast<double*>(current_context().blas_workspace); }
 
 template <class T>
 __global__ void add_pieces(const __grid_constant__ Strided<1> outputs, int64_t pieces, const double* sums, SumOutput<T> out) {
@@ -59,7 +60,8 @@ inline constexpr int kSumThreads = 512;
 /// A block adds up one piece of the rows of one tile of columns: threadIdx.x counts packs of columns, threadIdx.y rows.
 /// Without kAligned a pack is read element by element; kFlat is for rows at one stride.
 template <class From, class To, int kCount, bool kAligned, bool kFlat>
-__global__ void __launch_bounds__(kSumThreads, 2) sum_columns(const __grid_constant__ ColumnSums shape, const From* x, SumOutput<To> out, double* sums) {
+__global__ void __launch_bounds__(kSumThreads, kFlat ? 2 : 1)
+    sum_columns(const __grid_constant__ ColumnSums shape, const From* x, SumOutput<To> out, double* sums) {
   using A = Accumulate<From>;
   constexpr int kRows = kFlat ? 4 : 2;  // on their way at once
   const int lanes = static_cast<int>(blockDim.x), groups = static_cast<int>(blockDim.y);
@@ -136,7 +138,7 @@ void start_column_sums(Cuda device, ColumnSums shape, const From* x, const SumOu
   shape.pieces = std::clamp<int64_t>(kSumBlocks / blocks, 1, std::max<int64_t>(1, rows / (groups * 16)));
   shape.piece_rows = divide_up(rows, shape.pieces);
   shape.pieces = std::max<int64_t>(1, divide_up(rows, std::max<int64_t>(1, shape.piece_rows)));
-  double* sums = shape.pieces == 1 ? nullptr : piece_sums(shape.pieces * results.count);
+  double* sums = shape.pieces == 1 ? nullptr : piece_sums();
   const Grid grid{static_cast<unsigned>(std::min<int64_t>(blocks * shape.pieces, int64_t{1} << 20)),
                   dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(groups)), static_cast<size_t>(lanes * groups * count) * sizeof(double)};
   const auto run = [&]<bool kFlat>() {

@@ -13,6 +13,8 @@
 #include "core/error.h"
 #include "cuda/context.h"
 #include "cuda/error.h"
+#include "cuda/strided.h"
+#include "ops/elementwise_kernels.h"
 
 namespace weft {
 namespace {
@@ -29,7 +31,7 @@ template <class T>
 constexpr cudaDataType_t kType = std::is_same_v<T, double> ? CUDA_R_64F : std::is_same_v<T, float> ? CUDA_R_32F : CUDA_R_16BF;
 
 /// One operand as cuBLASLt takes it: `rows` x `columns` in columns, `ld` apart, perhaps transposed.
-struct Operand {
+struct Columns {
   bool transposed = false;
   int64_t rows = 0, columns = 0, ld = 0;
 };
@@ -37,7 +39,7 @@ struct Operand {
 /// A row-major [rows, columns] matrix, whose transpose is wanted. A matrix of one row or column may have any stride in
 /// the dimension that is not walked.
 template <class T>
-Operand operand_of(const MatrixRef<T>& x, int64_t rows, int64_t columns) {
+Columns columns_of(const MatrixRef<T>& x, int64_t rows, int64_t columns) {
   if (x.col_stride == 1) return {false, columns, rows, std::max(x.row_stride, columns)};
   return {true, rows, columns, std::max(x.col_stride, rows)};
 }
@@ -61,7 +63,7 @@ class Descriptor {
 
 class Layout {
  public:
-  Layout(cudaDataType_t type, const Operand& x, int64_t batch, int64_t batch_stride) {
+  Layout(cudaDataType_t type, const Columns& x, int64_t batch, int64_t batch_stride) {
     WEFT_BLAS(cublasLtMatrixLayoutCreate(&layout_, type, static_cast<uint64_t>(x.rows), static_cast<uint64_t>(x.columns), x.ld));
     if (batch == 1) return;
     const auto count = static_cast<int32_t>(batch);
@@ -112,18 +114,51 @@ cublasLtMatmulAlgo_t algorithm(Context& context, const Key& key, const Descripto
   return result.algo;
 }
 
+template <class T>
+constexpr DType kDType = std::is_same_v<T, double> ? DType::f64 : std::is_same_v<T, float> ? DType::f32 : DType::bf16;
+
+/// C of all products of a batch.
 template <class TA, class TB, class TC>
-void run(Cuda device, const Gemm<TA, TB, TC>& g, const GemmBatch& batch) {
+StridedView view_of_c(const Gemm<TA, TB, TC>& g, const GemmBatch& batch) {
+  return {g.c, {batch.count, g.m, g.n}, {batch.c, g.ldc, 1}, kDType<TC>};
+}
+
+/// C += bias, for where cuBLASLt does not.
+template <class TA, class TB, class TC>
+void add_bias(Cuda device, const Gemm<TA, TB, TC>& g, const GemmBatch& batch) {
+  const StridedView c = view_of_c(g, batch);
+  if constexpr (std::is_same_v<TC, typename Gemm<TA, TB, TC>::Sum>) {
+    if (g.bias == nullptr) return;
+    binary<scalar_math::Add>(device, c, c, StridedView{const_cast<TC*>(g.bias), c.shape, {0, 0, 1}, c.dtype});
+  } else {
+    if (g.bias_of_c == nullptr) return;
+    binary<scalar_math::Add>(device, c, c, StridedView{const_cast<TC*>(g.bias_of_c), c.shape, {0, 0, 1}, c.dtype});
+  }
+}
+
+template <class TA, class TB, class TC>
+void run(Cuda device, Gemm<TA, TB, TC> g, const GemmBatch& batch) {
   using Sum = typename Gemm<TA, TB, TC>::Sum;
   if (g.m == 0 || g.n == 0 || batch.count == 0) return;
+  if (g.k == 0) {  // not for cuBLASLt: an empty sum
+    if (g.beta != Sum(0) && g.beta != Sum(1)) fail(ErrorKind::kValue, "gemm", "with k = 0 beta must be 0 or 1, got ", g.beta);
+    if (g.beta == Sum(0)) cuda::fill(device, view_of_c(g, batch), 0);
+    return add_bias(device, g, batch);
+  }
+  if constexpr (std::is_same_v<TC, double>) {  // nor does it add a bias in f64
+    if (g.bias != nullptr) {
+      const Gemm<TA, TB, TC> whole = g;
+      g.bias = nullptr;
+      run(device, g, batch);
+      return add_bias(device, whole, batch);
+    }
+  }
   Context& context = cuda::current_context();
   const auto stream = static_cast<cudaStream_t>(device.stream);
 
   const bool tf32 = g.tf32 && std::is_same_v<TA, float>;
   Descriptor product(std::is_same_v<Sum, double> ? CUBLAS_COMPUTE_64F : tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, kType<Sum>);
-  // With k = 0 the operands are not read; cuBLASLt wants at least one column and a zero alpha instead.
-  const int64_t k = std::max<int64_t>(g.k, 1);
-  const Operand first = operand_of(g.b, k, g.n), second = operand_of(g.a, g.m, k);
+  const Columns first = columns_of(g.b, g.k, g.n), second = columns_of(g.a, g.m, g.k);
   const auto set_transposed = [&](cublasLtMatmulDescAttributes_t which, bool transposed) {
     product.set(which, static_cast<int32_t>(transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
   };
@@ -150,26 +185,24 @@ void run(Cuda device, const Gemm<TA, TB, TC>& g, const GemmBatch& batch) {
   }
   if (epilogue != CUBLASLT_EPILOGUE_DEFAULT) product.set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
 
-  const Operand out{false, g.n, g.m, std::max(written_ld, g.n)};
+  const Columns out{false, g.n, g.m, std::max(written_ld, g.n)};
   const int64_t out_step = g.activation == GemmActivation::kGelu ? batch.d : batch.c;
   const Layout a(kType<TB>, first, batch.count, batch.b), b(kType<TA>, second, batch.count, batch.a), c(kType<TC>, out, batch.count, out_step);
   const std::array<uint32_t, 3> alignment = {alignment_of(g.b.data), alignment_of(g.a.data), alignment_of(written)};
-  const Key key{kType<TA>, kType<TB>, kType<TC>, g.m, g.n, k, first.ld, second.ld, out.ld, batch.count, first.transposed, second.transposed,
+  const Key key{kType<TA>, kType<TB>, kType<TC>, g.m, g.n, g.k, first.ld, second.ld, out.ld, batch.count, first.transposed, second.transposed,
                 context.index, static_cast<int>(epilogue), static_cast<int>(g.scale != nullptr) | static_cast<int>(tf32) << 1, alignment[0] << 18 | alignment[1] << 9 | alignment[2]};
 
-  Sum alpha = g.k == 0 ? Sum(0) : g.alpha;
   // alpha from the device's memory: its factor stands there already, and the host's is 1 wherever that is used.
-  const void *alpha_at = &alpha, *beta_at = &g.beta;
+  const void *alpha_at = &g.alpha, *beta_at = &g.beta;
   if (g.scale != nullptr) {
-    if (g.alpha != Sum(1) || g.k == 0) fail(ErrorKind::kValue, "gemm", "a factor on the device stands for alpha, which must then be 1, got ", g.alpha);
+    if (g.alpha != Sum(1)) fail(ErrorKind::kValue, "gemm", "a factor on the device stands for alpha, which must then be 1, got ", g.alpha);
     if (g.beta != Sum(0) && g.beta != Sum(1)) fail(ErrorKind::kValue, "gemm", "with a factor on the device beta must be 0 or 1, got ", g.beta);
     product.set(CUBLASLT_MATMUL_DESC_POINTER_MODE, static_cast<int32_t>(CUBLASLT_POINTER_MODE_DEVICE));
     alpha_at = g.scale;
     beta_at = static_cast<const Sum*>(context.zero_and_one(std::is_same_v<Sum, double>)) + (g.beta == Sum(1) ? 1 : 0);
   }
   const cublasLtMatmulAlgo_t chosen = algorithm(context, key, product, a, b, c, alignment);
-  const void *a_data = g.k == 0 ? static_cast<const void*>(written) : g.b.data, *b_data = g.k == 0 ? static_cast<const void*>(written) : g.a.data;
-  WEFT_BLAS(cublasLtMatmul(context.blas, product.get(), alpha_at, a_data, a.get(), b_data, b.get(), beta_at, written, c.get(), written, c.get(), &chosen,
+  WEFT_BLAS(cublasLtMatmul(context.blas, product.get(), alpha_at, g.b.data, a.get(), g.a.data, b.get(), beta_at, written, c.get(), written, c.get(), &chosen,
                            context.blas_workspace, Context::kBlasWorkspace, stream));
 }
 

@@ -8,6 +8,7 @@
 #include "cuda/device.cuh"
 #include "cuda/fault.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/store_whole.cuh"
 #include "ops/loss_kernels.h"
 
 namespace weft {
@@ -23,6 +24,7 @@ using cuda::Pack;
 using cuda::packs_fit;
 using cuda::start;
 using cuda::store_pack;
+using cuda::store_whole;
 using cuda::widen;
 
 constexpr int kRowThreads = 512;
@@ -206,7 +208,7 @@ __global__ void __launch_bounds__(kPieceThreads)
       for (int e = 0; e < kCount; ++e) {
         values[u].at[e] = valid ? narrow<T>(exp(widen(values[u].at[e]) - shift) * factor) : T(0.0f);
       }
-      store_pack(out + at * kCount, values[u]);
+      store_whole(out + at * kCount, values[u]);
     }
     if (owner) out[target] = target_gradient<T>(log_probability, scale);
   }
@@ -248,7 +250,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     const int64_t target = t.targets[n];
     if (!is_valid(t, target)) {
       const Out zeros = scaled(In{}, A(0));
-      for (int64_t p = threadIdx.x; p < packs; p += threads) store_pack(out + p * kCount, zeros);
+      for (int64_t p = threadIdx.x; p < packs; p += threads) store_whole(out + p * kCount, zeros);
       for (int64_t p = threadIdx.x; has_next && p < held; p += threads) fetch(next, p);
       if (threadIdx.x == 0) loss[n] = 0;
       continue;
@@ -291,7 +293,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
       }
 #pragma unroll
       for (int u = 0; u < kFlight; ++u) {
-        if (p + u * threads < held) store_pack(out + (p + u * threads) * kCount, scaled(in[u], factor));
+        if (p + u * threads < held) store_whole(out + (p + u * threads) * kCount, scaled(in[u], factor));
       }
       if (!has_next) continue;
 #pragma unroll
@@ -314,7 +316,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
         if (p + u * threads >= packs) break;
 #pragma unroll
         for (int e = 0; e < kCount; ++e) in[u].at[e] = exp(in[u].at[e] - largest);
-        store_pack(out + (p + u * threads) * kCount, scaled(in[u], factor));
+        store_whole(out + (p + u * threads) * kCount, scaled(in[u], factor));
       }
     }
     if (owner) {

@@ -78,7 +78,7 @@ __device__ inline float exp2_fast(float x) {
 }
 
 /// Starts to copy kBytes (4 or 16, both sides aligned to them) into shared memory; zeros if not `exists`, when nothing is
-/// read. They are there for this thread after wait_for_copies(), for others after a barrier behind that.
+/// read and `global` may be anything. They are there for this thread after wait_for_copies(), for others after a barrier behind that.
 template <int kBytes>
 __device__ inline void copy_async(void* shared, const void* global, bool exists) {
   if constexpr (kBytes == 16) {

@@ -59,12 +59,14 @@ void log_softmax_backward(Cuda, const StridedView&, const StridedView&, const St
 // ---- what was not listed is a template over the dtype ----
 
 void report_outside(Cuda, const char*, const int64_t*, int64_t, int64_t) { absent(); }
-void embedding_forward(Cuda, const int64_t*, int64_t, const void*, int64_t, void*) { absent(); }
+void embedding_forward(Cuda, const int64_t*, int64_t, const void*, int64_t, int64_t, void*) { absent(); }
 void gather_forward(Cuda, const GatherLines&, const void*, int, void*) { absent(); }
 void loss_denominator(Cuda, const char*, const LossTargets&, double, double*) { absent(); }
 int64_t norm_blocks(Cuda, int64_t) { absent(); }
 int64_t attention_workspace(Cuda, const AttentionShape&) { absent(); }
 
+template <class T>
+int64_t embedding_workspace(Cuda, int64_t, int64_t, int64_t) { absent(); }
 template <class T>
 void embedding_backward(Cuda, const EmbeddingBackward<T>&) { absent(); }
 template <class T>
@@ -89,6 +91,7 @@ template <class T>
 void attention_backward(Cuda, const AttentionBackward<T>&) { absent(); }
 
 #define WEFT_INSTANCES(T)                                                                                                     \
+  template int64_t embedding_workspace<T>(Cuda, int64_t, int64_t, int64_t);                                                   \
   template void embedding_backward(Cuda, const EmbeddingBackward<T>&);                                                        \
   template void gather_backward(Cuda, const GatherLines&, const T*, Accumulate<T>*);                                          \
   template void dropout_forward(Cuda, const T*, T*, int64_t, double, const RandomStream&, uint64_t);                          \

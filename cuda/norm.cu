@@ -345,6 +345,24 @@ constexpr int kMostForward = 4;
 template <class T>
 constexpr int kMostBackward = sizeof(T) == 4 ? 4 : 3;
 
+/// Backwards a block has as many rows as its warps allow, which wait for each other: the layout with the fewest threads
+/// without work in blocks of 256, or for long rows 512.
+RowLayout side_by_side(int64_t packs, int most_packs) {
+  const auto within = [&](int block_warps) {
+    RowLayout best;
+    for (int warps = 1; warps <= block_warps; ++warps) {
+      const int64_t each = cuda::divide_up(packs, kWarp * warps);
+      if (each > most_packs) continue;
+      const int rows = block_warps / warps;
+      // Of a block's block_warps * each slots, rows * packs are used.
+      if (!best || rows * best.packs > best.rows * each) best = {warps, static_cast<int>(each), rows};
+    }
+    return best;
+  };
+  const RowLayout best = within(8);
+  return best ? best : within(kMostThreads / kWarp);
+}
+
 /// Whether all arrays can be read in packs.
 template <class T, class... Arrays>
 bool in_packs(int64_t columns, const Arrays*... arrays) {
@@ -362,9 +380,7 @@ void norm_forward(Cuda device, const NormForward<T>& a) {
   if constexpr (!std::is_same_v<T, double>) {
     RowLayout layout;
     if (in_packs<T>(a.columns, a.x, a.residual, a.weight, a.bias, a.sum, a.y)) {
-      const int64_t packs = a.columns / kFull<T>;
-      layout = cuda::row_layout(packs, kMostForward, 4);
-      if (!layout) layout = cuda::row_layout(packs, kMostForward, kMostThreads / kWarp);
+      layout = cuda::row_layout(a.columns / kFull<T>, kMostForward, kMostThreads / kWarp);
     }
     if (layout) {
       return cuda::with_packs<kMostForward>(layout.packs, [&]<int kPacks>() {
@@ -383,9 +399,7 @@ void norm_backward(Cuda device, const NormBackward<T>& a) {
     constexpr int kMost = kMostBackward<T>;
     RowLayout layout;
     if (in_packs<T>(a.columns, a.dy, a.x, a.weight, a.added, a.dx)) {
-      const int64_t packs = a.columns / kFull<T>;
-      layout = cuda::row_layout(packs, kMost, 8);
-      if (!layout) layout = cuda::row_layout(packs, kMost, kMostThreads / kWarp);
+      layout = side_by_side(a.columns / kFull<T>, kMost);
     }
     if (layout) {
       const size_t shared =

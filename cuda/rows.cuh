@@ -9,8 +9,8 @@
 
 namespace weft::cuda {
 
-/// Each row belongs to `warps` warps, of which every thread holds up to `packs` packs; a block has `rows` such rows,
-/// threadIdx.x counts within a row and threadIdx.y the rows.
+/// A row belongs to `warps` warps, of which every thread holds up to `packs` packs; a block has `rows` rows. threadIdx.x
+/// counts within a row, threadIdx.y the rows.
 struct RowLayout {
   int warps = 0;
   int packs = 0;
@@ -19,16 +19,15 @@ struct RowLayout {
   dim3 threads() const { return dim3(static_cast<unsigned>(warps * kWarp), static_cast<unsigned>(rows)); }
 };
 
-/// The layout that leaves the fewest threads of a block without work, with the fewest warps to a row among equals; false
-/// if `block_warps` warps cannot hold a row of `packs` packs with `most_packs` to a thread.
-inline RowLayout row_layout(int64_t packs, int most_packs, int block_warps) {
+/// For rows that know nothing of each other, so that block_reduce() is over one row: four of one warp each to a block, or
+/// one row of several warps. Leaves the fewest threads without work, with the fewest warps among equals; false if
+/// `most_warps` cannot hold a row of `packs` packs with `most_packs` to a thread.
+inline RowLayout row_layout(int64_t packs, int most_packs, int most_warps) {
   RowLayout best;
-  for (int warps = 1; warps <= block_warps; ++warps) {
+  for (int warps = 1; warps <= most_warps; ++warps) {
     const int64_t each = divide_up(packs, kWarp * warps);
     if (each > most_packs) continue;
-    const int rows = block_warps / warps;
-    // Work to a slot is packs * rows / (block_warps * each).
-    if (!best || rows * best.packs > best.rows * each) best = {warps, static_cast<int>(each), rows};
+    if (!best || warps * each < best.warps * best.packs) best = {warps, static_cast<int>(each), warps == 1 ? 4 : 1};
   }
   return best;
 }

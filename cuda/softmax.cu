@@ -150,6 +150,7 @@ __global__ void __launch_bounds__(kMostThreads) backward_held(const __grid_const
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       if (first + p * step >= packs) continue;
+      g[p].forget(), v[p].forget();
       Pack<T, kCount> out;
 #pragma unroll
       for (int e = 0; e < kCount; ++e) out.at[e] = narrow<T>(gradient<kLog>(g[p][e], v[p][e], total));
@@ -160,15 +161,15 @@ __global__ void __launch_bounds__(kMostThreads) backward_held(const __grid_const
 
 // ---- rows of any length ----
 
-/// Loads of a thread that are on their way at once.
-template <int kCount>
-constexpr int kInFlight = kCount == 1 ? 8 : 2;
+/// Packs that a thread reads of each array before it looks at the first.
+template <int kCount, int kArrays>
+constexpr int kInFlight = kCount == 1 ? 8 / kArrays : 2;
 
-/// Calls body(base, whole) for every stretch of kInFlight packs of each of the block's threads, last stretch first if
+/// Calls body(base, whole) for every stretch of kPacks packs for each of the block's threads, last stretch first if
 /// kBackwards; a thread's packs are base, base + blockDim.x and so on, all of which exist if `whole`.
-template <int kCount, bool kBackwards, class Body>
+template <int kPacks, bool kBackwards, class Body>
 __device__ void for_stretches(int64_t packs, Body body) {
-  const int64_t step = static_cast<int64_t>(blockDim.x) * kInFlight<kCount>, stretches = (packs + step - 1) / step;
+  const int64_t step = static_cast<int64_t>(blockDim.x) * kPacks, stretches = (packs + step - 1) / step;
   for (int64_t s = 0; s < stretches; ++s) {
     const int64_t begin = (kBackwards ? stretches - 1 - s : s) * step;
     body(begin + threadIdx.x, begin + step <= packs);
@@ -179,7 +180,7 @@ __device__ void for_stretches(int64_t packs, Body body) {
 template <class T, int kCount, bool kLog>
 __global__ void __launch_bounds__(1024) forward_any(const __grid_constant__ Strided<2> rows, T* y, const T* x, int64_t packs) {
   using A = Accumulate<T>;
-  constexpr int kPacks = kInFlight<kCount>;
+  constexpr int kPacks = kInFlight<kCount, 1>;
   __shared__ A scratch[kWarp];
   __shared__ double sum_scratch[kWarp];
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows.count; row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(1024) forward_any(const __grid_constant__ Stri
       }
     };
     ExpSum<A> own;
-    for_stretches<kCount, false>(packs, [&](int64_t base, bool whole) {
+    for_stretches<kPacks, false>(packs, [&](int64_t base, bool whole) {
       Pack<T, kCount> in[kPacks];
       load(base, whole, in);
       A wide[kPacks * kCount];
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(1024) forward_any(const __grid_constant__ Stri
     });
     const A max = block_reduce(own.max, Max(), scratch);
     const Normal<A, kLog> normal(max, block_reduce(own.sum_below(max), Sum(), sum_scratch));
-    for_stretches<kCount, true>(packs, [&](int64_t base, bool whole) {
+    for_stretches<kPacks, true>(packs, [&](int64_t base, bool whole) {
       Pack<T, kCount> v[kPacks];
       load(base, whole, v);
 #pragma unroll
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(1024) forward_any(const __grid_constant__ Stri
 template <class T, int kCount, bool kLog>
 __global__ void __launch_bounds__(1024) backward_any(const __grid_constant__ Strided<3> rows, T* dx, const T* dy, const T* y, int64_t packs) {
   using A = Accumulate<T>;
-  constexpr int kPacks = kInFlight<kCount>;
+  constexpr int kPacks = kInFlight<kCount, 2>;
   __shared__ double scratch[kWarp];
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows.count; row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     int64_t at[3];
@@ -241,7 +242,7 @@ __global__ void __launch_bounds__(1024) backward_any(const __grid_constant__ Str
       }
     };
     double sum = 0;
-    for_stretches<kCount, false>(packs, [&](int64_t base, bool whole) {
+    for_stretches<kPacks, false>(packs, [&](int64_t base, bool whole) {
       Pack<T, kCount> g[kPacks], v[kPacks];
       load(base, whole, g, v);
       A part = 0;
@@ -254,7 +255,7 @@ __global__ void __launch_bounds__(1024) backward_any(const __grid_constant__ Str
       sum += static_cast<double>(part);
     });
     const A total = static_cast<A>(block_reduce(sum, Sum(), scratch));
-    for_stretches<kCount, true>(packs, [&](int64_t base, bool whole) {
+    for_stretches<kPacks, true>(packs, [&](int64_t base, bool whole) {
       Pack<T, kCount> g[kPacks], v[kPacks];
       load(base, whole, g, v);
 #pragma unroll
@@ -377,9 +378,7 @@ void choose(const Rows<N>& work, const StridedView* const (&views)[N], HeldRows 
     in_packs = work.template in_packs<T>(views);
     if (in_packs) {
       packs /= kFull<T>;
-      RowLayout layout = cuda::row_layout(packs, kMostPacks, 4);
-      if (!layout) layout = cuda::row_layout(packs, kMostPacks, kMostThreads / kWarp);
-      if (layout) {
+      if (const RowLayout layout = cuda::row_layout(packs, kMostPacks, kMostThreads / kWarp)) {
         const cuda::Grid grid{cuda::row_blocks(count, layout.rows), layout.threads()};
         return cuda::with_packs<kMostPacks>(layout.packs, [&]<int kPacks>() { held.template operator()<kPacks>(static_cast<int>(packs), grid); });
       }

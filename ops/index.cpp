@@ -64,8 +64,8 @@ Tensor embedding(const Tensor& ids_, const Tensor& table_) {
     const Tensor table = table_.contiguous();
     launch(table.device(), kOp, [&](auto device) {
       check_range(kOp, "ids", device, ids, vocabulary, concat("the table is ", table.describe()));
-      embedding_forward(device, ids.data<int64_t>(), ids.numel(), table.raw(), columns * size_of(table.dtype()),
-                        out.raw());
+      embedding_forward(device, ids.data<int64_t>(), ids.numel(), table.raw(), vocabulary,
+                        columns * size_of(table.dtype()), out.raw());
     });
   }
   const DType dtype = table_.dtype();
@@ -74,19 +74,22 @@ Tensor embedding(const Tensor& ids_, const Tensor& table_) {
     const Tensor ids = context.saved(0), gradient = context.grad().contiguous();
     const auto sink = context.sink(1);
     const Tensor out = sink ? sink->tensor : Tensor::empty({vocabulary, columns}, dtype, gradient.device());
-    Tensor starts, order;
+    Tensor workspace;
     {
       const MemoryScope scope(MemoryCategory::workspace);
-      starts = Tensor::empty({vocabulary + 1}, DType::i64, gradient.device());
-      order = Tensor::empty({ids.numel()}, DType::i64, gradient.device());
+      workspace = dispatch_float(dtype, kOp, [&]<class T>() {
+        const int64_t elements = ask(gradient.device(), [&](auto device) {
+          return embedding_workspace<T>(device, ids.numel(), vocabulary, columns);
+        });
+        return Tensor::empty({elements}, DType::i64, gradient.device());
+      });
     }
     launch(gradient.device(), kOp, [&](auto device) {
       dispatch_float(dtype, kOp, [&]<class T>() {
         embedding_backward(device, EmbeddingBackward<T>{.dy = gradient.data<T>(),
                                                         .ids = ids.data<int64_t>(),
-                                                        .starts = starts.data<int64_t>(),
-                                                        .order = order.data<int64_t>(),
                                                         .dtable = out.data<T>(),
+                                                        .workspace = workspace.data<int64_t>(),
                                                         .count = ids.numel(),
                                                         .vocabulary = vocabulary,
                                                         .columns = columns,

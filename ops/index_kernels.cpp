@@ -34,21 +34,22 @@ HWY_BEFORE_NAMESPACE();
 namespace weft::detail {
 namespace HWY_NAMESPACE {
 
-/// Rows [begin, end) of the table: each is written once, by one thread.
+/// Rows [begin, end) of the table: each is written once, by one thread. The workspace holds starts and order.
 template <class T>
 void embedding_rows(const EmbeddingBackward<T>& a, int64_t begin, int64_t end) {
   const Tag<T> d;
+  const int64_t *starts = a.workspace, *order = starts + a.vocabulary + 1;
   for (int64_t v = begin; v < end; ++v) {
-    const int64_t first = a.starts[v], last = a.starts[v + 1];
+    const int64_t first = starts[v], last = starts[v + 1];
     T* out = a.dtable + v * a.columns;
     if (first == last) {
       if (!a.accumulate) std::memset(static_cast<void*>(out), 0, static_cast<size_t>(a.columns) * sizeof(T));
       continue;
     }
     for_lanes(d, a.columns, [&](auto, int64_t j, auto which) HWY_ATTR {
-      auto sum = load<T>(d, a.dy + a.order[first] * a.columns + j, which);
+      auto sum = load<T>(d, a.dy + order[first] * a.columns + j, which);
       for (int64_t i = first + 1; i < last; ++i)
-        sum = hn::Add(sum, load<T>(d, a.dy + a.order[i] * a.columns + j, which));
+        sum = hn::Add(sum, load<T>(d, a.dy + order[i] * a.columns + j, which));
       if (a.accumulate) sum = hn::Add(load<T>(d, out + j, which), sum);
       store<T>(d, sum, out + j, which);
     });
@@ -113,7 +114,7 @@ int64_t first_outside(Cpu, const int64_t* ids, int64_t count, int64_t limit) {
   return found == ids + count ? -1 : found - ids;
 }
 
-void embedding_forward(Cpu, const int64_t* ids, int64_t count, const void* table, int64_t bytes, void* y) {
+void embedding_forward(Cpu, const int64_t* ids, int64_t count, const void* table, int64_t, int64_t bytes, void* y) {
   if (bytes == 0) return;
   const detail::RowCopy rows{ids, static_cast<const uint8_t*>(table), static_cast<uint8_t*>(y), count, bytes};
   const auto copy = HWY_DYNAMIC_DISPATCH(detail::copy_rows);
@@ -121,15 +122,21 @@ void embedding_forward(Cpu, const int64_t* ids, int64_t count, const void* table
 }
 
 template <class T>
+int64_t embedding_workspace(Cpu, int64_t count, int64_t vocabulary, int64_t) {
+  return vocabulary + 1 + count;
+}
+
+template <class T>
 void embedding_backward(Cpu, const EmbeddingBackward<T>& a) {
   // A stable counting sort: order[starts[v]] to order[starts[v + 1] - 1] are the places of id v, in order. While places
   // are handed out starts[v] moves to where starts[v + 1] was, so the counts go in one further on.
-  std::fill(a.starts, a.starts + a.vocabulary + 1, int64_t{0});
-  for (int64_t i = 0; i < a.count; ++i) ++a.starts[a.ids[i] + 1];
-  for (int64_t v = 0; v < a.vocabulary; ++v) a.starts[v + 1] += a.starts[v];
-  for (int64_t i = 0; i < a.count; ++i) a.order[a.starts[a.ids[i]]++] = i;
-  for (int64_t v = a.vocabulary; v > 0; --v) a.starts[v] = a.starts[v - 1];
-  a.starts[0] = 0;
+  int64_t *starts = a.workspace, *order = starts + a.vocabulary + 1;
+  std::fill(starts, order, int64_t{0});
+  for (int64_t i = 0; i < a.count; ++i) ++starts[a.ids[i] + 1];
+  for (int64_t v = 0; v < a.vocabulary; ++v) starts[v + 1] += starts[v];
+  for (int64_t i = 0; i < a.count; ++i) order[starts[a.ids[i]]++] = i;
+  for (int64_t v = a.vocabulary; v > 0; --v) starts[v] = starts[v - 1];
+  starts[0] = 0;
   const auto rows = std::get<detail::EmbeddingRows<T>>(*HWY_DYNAMIC_DISPATCH(detail::embedding_table)());
   parallel_for(a.vocabulary, grain(a.columns * static_cast<int64_t>(sizeof(T))),
                [&](int64_t begin, int64_t end) { rows(a, begin, end); });
@@ -179,8 +186,9 @@ void gather_backward(Cpu, const GatherLines& lines, const T* dy, Accumulate<T>* 
   for_all_lines(lines, [&](int64_t at, int64_t to) { dx[to] += static_cast<Accumulate<T>>(dy[at]); });
 }
 
-#define WEFT_INDEX_INSTANCE(T)                                        \
-  template void embedding_backward(Cpu, const EmbeddingBackward<T>&); \
+#define WEFT_INDEX_INSTANCE(T)                                                 \
+  template int64_t embedding_workspace<T>(Cpu, int64_t, int64_t, int64_t);     \
+  template void embedding_backward(Cpu, const EmbeddingBackward<T>&);          \
   template void gather_backward(Cpu, const GatherLines&, const T*, Accumulate<T>*);
 WEFT_INDEX_INSTANCE(float)
 WEFT_INDEX_INSTANCE(double)

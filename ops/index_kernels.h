@@ -12,21 +12,27 @@ int64_t first_outside(Cpu, const int64_t* ids, int64_t count, int64_t limit);
 /// Reports it (core/backend.h) if there is one; `what` is a string literal.
 void report_outside(Cuda, const char* what, const int64_t* ids, int64_t count, int64_t limit);
 
-/// y[i] = table[ids[i]]; rows of `bytes` bytes.
-void embedding_forward(Cpu, const int64_t* ids, int64_t count, const void* table, int64_t bytes, void* y);
-void embedding_forward(Cuda, const int64_t* ids, int64_t count, const void* table, int64_t bytes, void* y);
+/// y[i] = table[ids[i]]; rows of `bytes` bytes. CUDA leaves y[i] alone where ids[i] is not in [0, vocabulary).
+void embedding_forward(Cpu, const int64_t* ids, int64_t count, const void* table, int64_t vocabulary, int64_t bytes,
+                       void* y);
+void embedding_forward(Cuda, const int64_t* ids, int64_t count, const void* table, int64_t vocabulary, int64_t bytes,
+                       void* y);
 
-/// Gradient of a table [vocabulary, columns].
+/// Gradient of a table [vocabulary, columns]. The order of the sums is a function of the ids alone. CUDA leaves out the
+/// rows whose id is not in [0, vocabulary).
 template <class T>
 struct EmbeddingBackward {
   const T* dy;         ///< [count, columns]
   const int64_t* ids;  ///< [count], each in [0, vocabulary)
-  int64_t* starts;     ///< scratch [vocabulary + 1]
-  int64_t* order;      ///< scratch [count]
   T* dtable;           ///< [vocabulary, columns]
+  int64_t* workspace;  ///< embedding_workspace<T>() elements
   int64_t count, vocabulary, columns;
   bool accumulate;  ///< add to dtable instead of overwriting it
 };
+template <class T>
+int64_t embedding_workspace(Cpu, int64_t count, int64_t vocabulary, int64_t columns);
+template <class T>
+int64_t embedding_workspace(Cuda, int64_t count, int64_t vocabulary, int64_t columns);
 template <class T>
 void embedding_backward(Cpu, const EmbeddingBackward<T>& arguments);
 template <class T>
@@ -55,7 +61,8 @@ struct GatherLines {
     return start;
   }
 };
-/// y[o, j, i] = x[line_start(o, i) + index[o, j, i] * stride]; elements of `size` bytes: 1, 2, 4 or 8.
+/// y[o, j, i] = x[line_start(o, i) + index[o, j, i] * stride]; elements of `size` bytes: 1, 2, 4 or 8. CUDA leaves out,
+/// here and below, the elements whose index is not in [0, length).
 void gather_forward(Cpu, const GatherLines& lines, const void* x, int size, void* y);
 void gather_forward(Cuda, const GatherLines& lines, const void* x, int size, void* y);
 /// dx[...] += dy, a line at a time in order; A is f32 or f64.
