@@ -37,7 +37,8 @@ constexpr int kFlight = 4;
 
 __device__ bool is_inside(int64_t id, int64_t limit) { return id >= 0 && id < limit; }
 
-__global__ void report_ids(const int64_t* ids, int64_t count, int64_t limit, const char* op, const char* what, cuda::Fault* fault) {
+__global__ void report_ids(const int64_t* ids, int64_t count, int64_t limit, const char* op, const char* what,
+                           cuda::Fault* fault) {
   for (int64_t i = thread_index(); i < count; i += thread_count()) {
     const int64_t id = ids[i];
     if (!is_inside(id, limit)) cuda::report(fault, cuda::Fault::kOutside, op, what, i, id, limit);
@@ -74,13 +75,15 @@ __global__ void __launch_bounds__(kThreads)
 
 /// Rows of the table that no id names.
 template <class T, int kCount>
-__global__ void __launch_bounds__(kThreads) clear_rows(const unsigned char* named, int64_t vocabulary, int64_t columns, T* dtable) {
+__global__ void __launch_bounds__(kThreads)
+    clear_rows(const unsigned char* named, int64_t vocabulary, int64_t columns, T* dtable) {
   Pack<T, kCount> zeros;
 #pragma unroll
   for (int e = 0; e < kCount; ++e) zeros.at[e] = T(0.0f);
   for (int64_t v = thread_index() / kWarp; v < vocabulary; v += thread_count() / kWarp) {
     if (named[v]) continue;
-    for (int64_t at = threadIdx.x % kWarp * kCount; at < columns; at += kWarp * kCount) store_pack(dtable + v * columns + at, zeros);
+    for (int64_t at = threadIdx.x % kWarp * kCount; at < columns; at += kWarp * kCount)
+      store_pack(dtable + v * columns + at, zeros);
   }
 }
 
@@ -208,14 +211,18 @@ struct Sorted {
   int place_bits;
 
   __device__ int64_t id(int64_t i) const { return static_cast<int64_t>(words[i] >> place_bits); }
-  __device__ int64_t place(int64_t i) const { return static_cast<int64_t>(words[i] & ((uint64_t{1} << place_bits) - 1)); }
+  __device__ int64_t place(int64_t i) const {
+    return static_cast<int64_t>(words[i] & ((uint64_t{1} << place_bits) - 1));
+  }
   /// The first word of an id larger than `id`.
   __device__ int64_t end_of(int64_t id) const {
     int64_t begin = 0, end = count;
     while (begin < end) {
       const int64_t middle = begin + (end - begin) / 2;
-      if (this->id(middle) <= id) begin = middle + 1;
-      else end = middle;
+      if (this->id(middle) <= id)
+        begin = middle + 1;
+      else
+        end = middle;
     }
     return begin;
   }
@@ -244,7 +251,8 @@ __device__ void store_sums(A* to, const A (&sums)[kCount]) {
 }
 
 template <int kCount, class T>
-__device__ void finish_row(const EmbeddingBackward<T>& a, int64_t id, int64_t column, const Accumulate<T> (&sums)[kCount]) {
+__device__ void finish_row(const EmbeddingBackward<T>& a, int64_t id, int64_t column,
+                           const Accumulate<T> (&sums)[kCount]) {
   T* const to = a.dtable + id * a.columns + column;
   Accumulate<T> values[kCount];
 #pragma unroll
@@ -260,9 +268,9 @@ __device__ void finish_row(const EmbeddingBackward<T>& a, int64_t id, int64_t co
   store_whole(to, row);
 }
 
-/// A block adds the rows of one tile of sorted places, blockIdx.y counts its columns. Sums of ids that also have rows in
-/// a neighbouring tile go to partials[tile]: [0] if the id has rows in front of the tile, else [1]. Reads each element
-/// of dy once.
+/// A block adds the rows of one tile of sorted places, blockIdx.y counts its columns. Sums of ids that also have rows
+/// in a neighbouring tile go to partials[tile]: [0] if the id has rows in front of the tile, else [1]. Reads each
+/// element of dy once.
 template <class T, int kCount>
 __global__ void __launch_bounds__(kThreads) sum_tiles(EmbeddingBackward<T> a, Sorted sorted, Accumulate<T>* partials) {
   using A = Accumulate<T>;
@@ -278,7 +286,8 @@ __global__ void __launch_bounds__(kThreads) sum_tiles(EmbeddingBackward<T> a, So
   }
   __syncthreads();
   const auto is_row = [&](int i) { return is_inside(ids[i + 1], a.vocabulary); };
-  for (int64_t column = (blockIdx.y * blockDim.x + threadIdx.x) * kCount; column < a.columns; column += gridDim.y * blockDim.x * kCount) {
+  for (int64_t column = (blockIdx.y * blockDim.x + threadIdx.x) * kCount; column < a.columns;
+       column += gridDim.y * blockDim.x * kCount) {
     A sums[kCount];
     for (int first = 0; first < kTile && is_row(first); first += kAhead) {
       Pack<T, kCount> rows[kAhead];
@@ -311,13 +320,15 @@ __global__ void __launch_bounds__(kThreads) sum_tiles(EmbeddingBackward<T> a, So
 
 /// Ids with rows in several tiles: the block of the first one adds the tiles' sums in order.
 template <class T, int kCount>
-__global__ void __launch_bounds__(kThreads) join_tiles(EmbeddingBackward<T> a, Sorted sorted, const Accumulate<T>* partials) {
+__global__ void __launch_bounds__(kThreads)
+    join_tiles(EmbeddingBackward<T> a, Sorted sorted, const Accumulate<T>* partials) {
   const int64_t tile = blockIdx.x, begin = tile * kTile, end = begin + kTile;
   if (end >= sorted.count) return;
   const int64_t id = sorted.id(end);
   if (id >= a.vocabulary || sorted.id(end - 1) != id || (begin > 0 && sorted.id(begin - 1) == id)) return;
   const int64_t last = (sorted.end_of(id) - 1) / kTile;
-  for (int64_t column = (blockIdx.y * blockDim.x + threadIdx.x) * kCount; column < a.columns; column += gridDim.y * blockDim.x * kCount) {
+  for (int64_t column = (blockIdx.y * blockDim.x + threadIdx.x) * kCount; column < a.columns;
+       column += gridDim.y * blockDim.x * kCount) {
     Accumulate<T> sums[kCount], more[kCount];
     load_sums(partials + (2 * tile + 1) * a.columns + column, sums);
 #pragma unroll 4
@@ -349,12 +360,14 @@ struct Workspace {
 template <class T, int kCount>
 void add_rows(Cuda device, const EmbeddingBackward<T>& a, const Sorted& sorted, int64_t tiles, Accumulate<T>* partials,
               const unsigned char* named) {
-  if (!a.accumulate) start(device, grid_for_rows(a.vocabulary), clear_rows<T, kCount>, named, a.vocabulary, a.columns, a.dtable);
+  if (!a.accumulate)
+    start(device, grid_for_rows(a.vocabulary), clear_rows<T, kCount>, named, a.vocabulary, a.columns, a.dtable);
   if (tiles == 0) return;
   constexpr int64_t kMostParts = 65535;
   const int64_t packs = a.columns / kCount;
   const int threads = static_cast<int>(std::min<int64_t>(divide_up(packs, kWarp) * kWarp, kThreads));
-  const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(std::min(divide_up(packs, threads), kMostParts)));
+  const dim3 blocks(static_cast<unsigned>(tiles),
+                    static_cast<unsigned>(std::min(divide_up(packs, threads), kMostParts)));
   start(device, {blocks, static_cast<unsigned>(threads)}, sum_tiles<T, kCount>, a, sorted, partials);
   start(device, {blocks, static_cast<unsigned>(threads)}, join_tiles<T, kCount>, a, sorted, partials);
 }
@@ -379,7 +392,8 @@ Strided<2> lines_of(const GatherLines& lines) {
 }
 
 template <class Word>
-__global__ void gather_elements(const __grid_constant__ Strided<1> starts, const int64_t* index, int64_t length, int64_t stride, const Word* x, Word* y) {
+__global__ void gather_elements(const __grid_constant__ Strided<1> starts, const int64_t* index, int64_t length,
+                                int64_t stride, const Word* x, Word* y) {
   for (int64_t i = thread_index(); i < starts.count; i += thread_count()) {
     int64_t offset[1];
     starts.offsets(i, offset);
@@ -390,8 +404,9 @@ __global__ void gather_elements(const __grid_constant__ Strided<1> starts, const
 
 /// A thread to a line: no two lines share an element of x.
 template <class T>
-__global__ void scatter_lines(const __grid_constant__ Strided<2> lines, const int64_t* __restrict__ index, int64_t count, int64_t inner, int64_t length, int64_t stride,
-                              const T* __restrict__ dy, Accumulate<T>* __restrict__ dx) {
+__global__ void scatter_lines(const __grid_constant__ Strided<2> lines, const int64_t* __restrict__ index,
+                              int64_t count, int64_t inner, int64_t length, int64_t stride, const T* __restrict__ dy,
+                              Accumulate<T>* __restrict__ dx) {
   for (int64_t line = thread_index(); line < lines.count; line += thread_count()) {
     int64_t offset[2];
     lines.offsets(line, offset);
@@ -410,13 +425,15 @@ void report_outside(Cuda device, const char* what, const int64_t* ids, int64_t c
   start(device, grid_for(count), report_ids, ids, count, limit, device.op, what, cuda::current_context().fault);
 }
 
-void embedding_forward(Cuda device, const int64_t* ids, int64_t count, const void* table, int64_t vocabulary, int64_t bytes, void* y) {
+void embedding_forward(Cuda device, const int64_t* ids, int64_t count, const void* table, int64_t vocabulary,
+                       int64_t bytes, void* y) {
   if (count == 0 || bytes == 0) return;
   const auto rows = [&]<class Word>() {
     start(device, grid_for_rows(count), copy_rows<Word>, ids, count, static_cast<const Word*>(table), vocabulary,
           bytes / static_cast<int64_t>(sizeof(Word)), static_cast<Word*>(y));
   };
-  const uint64_t all = reinterpret_cast<uintptr_t>(table) | reinterpret_cast<uintptr_t>(y) | static_cast<uint64_t>(bytes);
+  const uint64_t all =
+      reinterpret_cast<uintptr_t>(table) | reinterpret_cast<uintptr_t>(y) | static_cast<uint64_t>(bytes);
   if (all % 16 == 0) return rows.template operator()<Pack<uint64_t, 2>>();
   if (all % 8 == 0) return rows.template operator()<uint64_t>();
   if (all % 4 == 0) return rows.template operator()<uint32_t>();
@@ -470,8 +487,8 @@ void gather_forward(Cuda device, const GatherLines& lines, const void* x, int si
   const Strided<1> starts = starts_of(lines);
   if (starts.count == 0) return;
   const auto elements = [&]<class Word>() {
-    start(device, grid_for(starts.count), gather_elements<Word>, starts, lines.index, lines.length, lines.stride, static_cast<const Word*>(x),
-          static_cast<Word*>(y));
+    start(device, grid_for(starts.count), gather_elements<Word>, starts, lines.index, lines.length, lines.stride,
+          static_cast<const Word*>(x), static_cast<Word*>(y));
   };
   switch (size) {
     case 1:
@@ -489,7 +506,8 @@ template <class T>
 void gather_backward(Cuda device, const GatherLines& lines, const T* dy, Accumulate<T>* dx) {
   const Strided<2> starts = lines_of(lines);
   if (starts.count == 0 || lines.count == 0) return;
-  start(device, grid_for(starts.count), scatter_lines<T>, starts, lines.index, lines.count, lines.inner, lines.length, lines.stride, dy, dx);
+  start(device, grid_for(starts.count), scatter_lines<T>, starts, lines.index, lines.count, lines.inner, lines.length,
+        lines.stride, dy, dx);
 }
 
 #define WEFT_INDEX_INSTANCE(T)                                              \

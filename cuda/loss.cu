@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(kTotalThreads)
 
 /// Each thread adds every 1024th loss, then the threads' sums are added pairwise.
 template <class A>
-__global__ void __launch_bounds__(kTotalThreads) total_loss(const double* losses, int64_t rows, const double* denominator, A* out) {
+__global__ void __launch_bounds__(kTotalThreads)
+    total_loss(const double* losses, int64_t rows, const double* denominator, A* out) {
   __shared__ double scratch[kWarp];
   double sum = 0;
 #pragma unroll 8
@@ -148,7 +149,8 @@ __global__ void __launch_bounds__(kTotalThreads) total_loss(const double* losses
 // ---- losses alone ----
 
 template <class T, int kCount>
-__global__ void __launch_bounds__(kRowThreads, 2) row_losses(LossTargets t, const T* logits, Accumulate<T>* lse, double* loss) {
+__global__ void __launch_bounds__(kRowThreads, 2)
+    row_losses(LossTargets t, const T* logits, Accumulate<T>* lse, double* loss) {
   using A = Accumulate<T>;
   __shared__ A scratch[kWarp];
   for (int64_t n = blockIdx.x; n < t.rows; n += gridDim.x) {
@@ -182,7 +184,8 @@ template <class T, int kCount>
 __global__ void __launch_bounds__(kPieceThreads)
     logits_gradient(LossTargets t, const T* logits, const Accumulate<T>* lse, LossScale<Accumulate<T>> by, T* dlogits) {
   using A = Accumulate<T>;
-  const int64_t packs = t.classes / kCount, first = static_cast<int64_t>(blockIdx.x) * kFlight * kPieceThreads + threadIdx.x;
+  const int64_t packs = t.classes / kCount,
+                first = static_cast<int64_t>(blockIdx.x) * kFlight * kPieceThreads + threadIdx.x;
   for (int64_t n = blockIdx.y; n < t.rows; n += gridDim.y) {
     const int64_t target = t.targets[n];
     const bool valid = is_valid(t, target);
@@ -328,7 +331,8 @@ __global__ void __launch_bounds__(kRowThreads, 1)
 }
 
 template <class T, int kCount>
-void start_in_place(Cuda device, const LossTargets& t, Accumulate<T>* logits, const LossScale<Accumulate<T>>& by, double* loss) {
+void start_in_place(Cuda device, const LossTargets& t, Accumulate<T>* logits, const LossScale<Accumulate<T>>& by,
+                    double* loss) {
   using A = Accumulate<T>;
   const auto kernel = losses_in_place<T, kCount>;
   const cuda::Context& context = cuda::current_context();
@@ -342,8 +346,10 @@ void start_in_place(Cuda device, const LossTargets& t, Accumulate<T>* logits, co
   cuda::allow_shared(kernel, shared);
   int resident = 0;
   WEFT_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared));
-  const int64_t blocks = std::min<int64_t>(t.rows, static_cast<int64_t>(context.multiprocessors) * std::max(1, resident));
-  start(device, {static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared}, kernel, t, logits, by, loss, held);
+  const int64_t blocks =
+      std::min<int64_t>(t.rows, static_cast<int64_t>(context.multiprocessors) * std::max(1, resident));
+  start(device, {static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared}, kernel, t, logits, by, loss,
+        held);
 }
 
 // ---- scaling ----
@@ -388,16 +394,17 @@ void loss_forward(Cuda device, const LossTargets& t, const T* logits, Accumulate
   if (t.rows == 0) return;
   constexpr int64_t kMostBlocks = 1 << 20;
   const auto rows = [&](auto kernel, int count) {
-    start(device, {static_cast<unsigned>(std::min(t.rows, kMostBlocks)), static_cast<unsigned>(row_threads(t.classes / count))}, kernel, t,
-          logits, lse, loss);
+    start(device,
+          {static_cast<unsigned>(std::min(t.rows, kMostBlocks)), static_cast<unsigned>(row_threads(t.classes / count))},
+          kernel, t, logits, lse, loss);
   };
   if (packs_fit<kFull<T>>(logits, t.classes)) return rows(row_losses<T, kFull<T>>, kFull<T>);
   rows(row_losses<T, 1>, 1);
 }
 
 template <class T>
-void loss_backward(Cuda device, const LossTargets& t, const T* logits, const Accumulate<T>* lse, const LossScale<Accumulate<T>>& scale,
-                   T* dlogits) {
+void loss_backward(Cuda device, const LossTargets& t, const T* logits, const Accumulate<T>* lse,
+                   const LossScale<Accumulate<T>>& scale, T* dlogits) {
   if (t.rows == 0) return;
   constexpr int64_t kMostRows = 65535;
   const auto pieces = [&](auto kernel, int count) {
@@ -412,7 +419,8 @@ void loss_backward(Cuda device, const LossTargets& t, const T* logits, const Acc
 }
 
 template <class T>
-void loss_in_place(Cuda device, const LossTargets& t, Accumulate<T>* logits, const LossScale<Accumulate<T>>& scale, double* loss) {
+void loss_in_place(Cuda device, const LossTargets& t, Accumulate<T>* logits, const LossScale<Accumulate<T>>& scale,
+                   double* loss) {
   using A = Accumulate<T>;
   if (t.rows == 0) return;
   if (packs_fit<kFull<A>>(logits, t.classes)) return start_in_place<T, kFull<A>>(device, t, logits, scale, loss);
@@ -432,10 +440,11 @@ void scale_to(Cuda device, const Accumulate<T>* x, int64_t count, const Accumula
   elements(accumulate ? scale_elements<T, 1, true> : scale_elements<T, 1, false>, 1);
 }
 
-#define WEFT_LOSS_INSTANCE(T)                                                                                                  \
-  template void loss_forward(Cuda, const LossTargets&, const T*, Accumulate<T>*, double*);                                     \
-  template void loss_backward(Cuda, const LossTargets&, const T*, const Accumulate<T>*, const LossScale<Accumulate<T>>&, T*);  \
-  template void loss_in_place<T>(Cuda, const LossTargets&, Accumulate<T>*, const LossScale<Accumulate<T>>&, double*);          \
+#define WEFT_LOSS_INSTANCE(T)                                                                                         \
+  template void loss_forward(Cuda, const LossTargets&, const T*, Accumulate<T>*, double*);                            \
+  template void loss_backward(Cuda, const LossTargets&, const T*, const Accumulate<T>*,                               \
+                              const LossScale<Accumulate<T>>&, T*);                                                   \
+  template void loss_in_place<T>(Cuda, const LossTargets&, Accumulate<T>*, const LossScale<Accumulate<T>>&, double*); \
   template void scale_to(Cuda, const Accumulate<T>*, int64_t, const Accumulate<T>*, T*, bool);
 WEFT_LOSS_INSTANCE(float)
 WEFT_LOSS_INSTANCE(double)

@@ -3,8 +3,8 @@
 
 namespace weft::cuda {
 
-/// store_pack() for packs of 8 or 16 bytes behind branches, where the compiler may lose sight of the alignment and store
-/// element by element: this one it cannot take apart. It keeps its order among the thread's other accesses.
+/// store_pack() for packs of 8 or 16 bytes behind branches, where the compiler may lose sight of the alignment and
+/// store element by element: this one it cannot take apart. It keeps its order among the thread's other accesses.
 template <int kCount, class T>
 __device__ inline void store_whole(T* to, const Pack<T, kCount>& pack) {
 #if !defined(WEFT_CUDA_EMULATION)

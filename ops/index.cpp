@@ -145,7 +145,8 @@ Tensor gather(const Tensor& x_, int64_t dim_, const Tensor& index_) {
     launch(x.device(), kOp, [&](auto device) {
       check_range(kOp, "index", device, index, x.size(dim),
                   concat("dimension ", dim, " of x, which is ", x.describe()));
-      gather_forward(device, gather_lines(x.shape(), dim, index), x.raw(), static_cast<int>(size_of(x.dtype())), out.raw());
+      gather_forward(device, gather_lines(x.shape(), dim, index), x.raw(), static_cast<int>(size_of(x.dtype())),
+                     out.raw());
     });
   }
   if (!is_float(x_.dtype())) return out;
@@ -155,9 +156,8 @@ Tensor gather(const Tensor& x_, int64_t dim_, const Tensor& index_) {
     const Tensor dx = Tensor::zeros(shape, dtype == DType::f64 ? DType::f64 : DType::f32, gradient.device());
     launch(dx.device(), kOp, [&](auto device) {
       const GatherLines lines = gather_lines(shape, dim, index);
-      dispatch_float(dtype, kOp, [&]<class T>() {
-        gather_backward(device, lines, gradient.data<T>(), dx.data<Accumulate<T>>());
-      });
+      dispatch_float(dtype, kOp,
+                     [&]<class T>() { gather_backward(device, lines, gradient.data<T>(), dx.data<Accumulate<T>>()); });
     });
     context.set(0, dx.to(dtype));
   });

@@ -48,8 +48,7 @@ void embedding_rows(const EmbeddingBackward<T>& a, int64_t begin, int64_t end) {
     }
     for_lanes(d, a.columns, [&](auto, int64_t j, auto which) HWY_ATTR {
       auto sum = load<T>(d, a.dy + order[first] * a.columns + j, which);
-      for (int64_t i = first + 1; i < last; ++i)
-        sum = hn::Add(sum, load<T>(d, a.dy + order[i] * a.columns + j, which));
+      for (int64_t i = first + 1; i < last; ++i) sum = hn::Add(sum, load<T>(d, a.dy + order[i] * a.columns + j, which));
       if (a.accumulate) sum = hn::Add(load<T>(d, out + j, which), sum);
       store<T>(d, sum, out + j, which);
     });
@@ -186,9 +185,9 @@ void gather_backward(Cpu, const GatherLines& lines, const T* dy, Accumulate<T>* 
   for_all_lines(lines, [&](int64_t at, int64_t to) { dx[to] += static_cast<Accumulate<T>>(dy[at]); });
 }
 
-#define WEFT_INDEX_INSTANCE(T)                                                 \
-  template int64_t embedding_workspace<T>(Cpu, int64_t, int64_t, int64_t);     \
-  template void embedding_backward(Cpu, const EmbeddingBackward<T>&);          \
+#define WEFT_INDEX_INSTANCE(T)                                             \
+  template int64_t embedding_workspace<T>(Cpu, int64_t, int64_t, int64_t); \
+  template void embedding_backward(Cpu, const EmbeddingBackward<T>&);      \
   template void gather_backward(Cpu, const GatherLines&, const T*, Accumulate<T>*);
 WEFT_INDEX_INSTANCE(float)
 WEFT_INDEX_INSTANCE(double)
