@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_keys_mma(Attent
   dk.clear();
   dv.clear();
   for (int tile = begin, stage = 0; head < end_head; stage ^= 1) {
-    cuda::wait_for_copies();
+    cuda::wait_for_loads();
     __syncthreads();  // the tile is there, and nobody needs the one before it
     const int tile_first = tile;
     tile += kQueries;
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_keys_mma(Attent
       cuda::add_products<kWidth>(dk, ds, q + chunk * Tiles::kStride);
     }
   }
-  cuda::wait_for_copies();  // of k and v, if no query sees them
+  cuda::wait_for_loads();  // of k and v, if no query sees them
   __syncthreads();
 
   float one[kM][2], scales[kM][2];
@@ -392,7 +392,7 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_queries_mma(Att
   dq.clear();
   int stage = 0;
   for (int key = 0; key < keys; key += kKeys, stage ^= 1) {
-    cuda::wait_for_copies();
+    cuda::wait_for_loads();
     __syncthreads();  // the tile is there, and nobody needs the one before it
     if (key + kKeys < keys) load_keys(key + kKeys, stage ^ 1);
     const T* const k = kv + stage * 2 * kKeyRows;

@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) forward_mma(AttentionFor
   }
   int stage = 0;
   for (int key = 0; key < keys; key += kKeys, stage ^= 1) {
-    cuda::wait_for_copies();
+    cuda::wait_for_loads();
     __syncthreads();  // the tile is there, and nobody needs the one before it
     if (key + kKeys < keys) load_keys(key + kKeys, stage ^ 1);
     if (key >= warp_keys) continue;

@@ -27,7 +27,7 @@ __device__ inline void load_tile(T* to, const T* from, int64_t stride, int rows,
   if (packed) {
 #pragma unroll
     for (int row = 0; row < kRows; row += kStep) {
-      copy_async<16>(at + row * kRowStride<kWidth>, source, row < valid);
+      load_async<16>(at + row * kRowStride<kWidth>, source, row < valid);
       source += kStep * stride;
     }
   } else {
@@ -47,7 +47,7 @@ template <int kCount>
 __device__ inline void load_numbers(float* to, const float* from, int count) {
   static_assert(kCount <= kMmaThreads);
   const int i = static_cast<int>(threadIdx.x);
-  if (i < kCount) copy_async<4>(to + i, from + i, i < count);
+  if (i < kCount) load_async<4>(to + i, from + i, i < count);
 }
 
 /// A warp's matrix of 16 kM x 8 kN in registers, as fragments of C.

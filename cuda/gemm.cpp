@@ -28,7 +28,7 @@ void check(cublasStatus_t status, const char* call) {
 #define WEFT_BLAS(call) check((call), #call)
 
 template <class T>
-constexpr cudaDataType_t kType = std::is_same_v<T, double> ? CUDA_R_64F : std::is_same_v<T, float> ? CUDA_R_32F : CUDA_R_16BF;
+constexpr cudaDataType_t kType = std::is_same_v<T, double> ? CUDA_R_64F : std::is_same_v<T, float> ? CUDA_R_32F : std::is_same_v<T, Half> ? CUDA_R_16F : CUDA_R_16BF;
 
 /// One operand as cuBLASLt takes it: `rows` x `columns` in columns, `ld` apart, perhaps transposed.
 struct Columns {
@@ -115,7 +115,7 @@ cublasLtMatmulAlgo_t algorithm(Context& context, const Key& key, const Descripto
 }
 
 template <class T>
-constexpr DType kDType = std::is_same_v<T, double> ? DType::f64 : std::is_same_v<T, float> ? DType::f32 : DType::bf16;
+constexpr DType kDType = std::is_same_v<T, double> ? DType::f64 : std::is_same_v<T, float> ? DType::f32 : std::is_same_v<T, Half> ? DType::f16 : DType::bf16;
 
 /// C of all products of a batch.
 template <class TA, class TB, class TC>
@@ -225,6 +225,8 @@ WEFT_GEMM_INSTANCE(float, float, float)
 WEFT_GEMM_INSTANCE(double, double, double)
 WEFT_GEMM_INSTANCE(uint16_t, uint16_t, float)
 WEFT_GEMM_INSTANCE(uint16_t, uint16_t, uint16_t)
+WEFT_GEMM_INSTANCE(Half, Half, float)
+WEFT_GEMM_INSTANCE(Half, Half, Half)
 #undef WEFT_GEMM_INSTANCE
 
 }  // namespace weft

@@ -78,9 +78,9 @@ __device__ inline float exp2_fast(float x) {
 }
 
 /// Starts to copy kBytes (4 or 16, both sides aligned to them) into shared memory; zeros if not `exists`, when nothing is
-/// read and `global` may be anything. They are there for this thread after wait_for_copies(), for others after a barrier behind that.
+/// read and `global` may be anything. They are there for this thread after wait_for_loads(), for others after a barrier behind that.
 template <int kBytes>
-__device__ inline void copy_async(void* shared, const void* global, bool exists) {
+__device__ inline void load_async(void* shared, const void* global, bool exists) {
   if constexpr (kBytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(exists ? 16 : 0) : "memory");
   } else {
@@ -88,7 +88,7 @@ __device__ inline void copy_async(void* shared, const void* global, bool exists)
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(exists ? 4 : 0) : "memory");
   }
 }
-__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline void wait_for_loads() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 #else
 
@@ -158,27 +158,27 @@ uint32_t narrow_pair(float low, float high) {
 
 inline float exp2_fast(float x) { return x < -126 ? 0 : std::exp2(x); }
 
-/// Copies land as late as they may, when their thread waits, so that a missing wait shows.
-struct EmulatedCopy {
+/// Loads land as late as they may, when their thread waits, so that a missing wait shows.
+struct EmulatedLoad {
   void* to;
   const void* from;
   size_t bytes;
   bool exists;
 };
-inline std::vector<EmulatedCopy>& emulated_copies() {
-  static thread_local std::vector<EmulatedCopy> pending[1024];
+inline std::vector<EmulatedLoad>& emulated_loads() {
+  static thread_local std::vector<EmulatedLoad> pending[1024];
   return pending[threadIdx.x];
 }
 template <int kBytes>
-void copy_async(void* shared, const void* global, bool exists) {
-  emulated_copies().push_back({shared, global, kBytes, exists});
+void load_async(void* shared, const void* global, bool exists) {
+  emulated_loads().push_back({shared, global, kBytes, exists});
 }
-inline void wait_for_copies() {
-  for (const EmulatedCopy& copy : emulated_copies()) {
-    if (copy.exists) std::memcpy(copy.to, copy.from, copy.bytes);
-    else std::memset(copy.to, 0, copy.bytes);
+inline void wait_for_loads() {
+  for (const EmulatedLoad& load : emulated_loads()) {
+    if (load.exists) std::memcpy(load.to, load.from, load.bytes);
+    else std::memset(load.to, 0, load.bytes);
   }
-  emulated_copies().clear();
+  emulated_loads().clear();
 }
 
 #endif

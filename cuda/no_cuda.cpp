@@ -132,6 +132,8 @@ WEFT_GEMM_INSTANCE(float, float, float)
 WEFT_GEMM_INSTANCE(double, double, double)
 WEFT_GEMM_INSTANCE(uint16_t, uint16_t, float)
 WEFT_GEMM_INSTANCE(uint16_t, uint16_t, uint16_t)
+WEFT_GEMM_INSTANCE(Half, Half, float)
+WEFT_GEMM_INSTANCE(Half, Half, Half)
 #undef WEFT_GEMM_INSTANCE
 
 // ---- optimizers ----

@@ -366,8 +366,15 @@ __global__ void __launch_bounds__(kThreads) follow_chunks(const __grid_constant_
 template <class T>
 AdamEntry<T> entry_of(const AdamTensor& t, double* partials = nullptr) {
   using A = Accumulate<T>;
-  return {static_cast<T*>(t.parameter), static_cast<const T*>(t.gradient), static_cast<A*>(t.weight),      static_cast<A*>(t.exp_avg), static_cast<A*>(t.exp_avg_sq),
-          partials,                     t.count,                           static_cast<A>(t.weight_decay), static_cast<A>(t.lr)};
+  return {static_cast<T*>(t.parameter),
+          static_cast<const T*>(t.gradient),
+          static_cast<A*>(t.weight),
+          static_cast<A*>(t.exp_avg),
+          static_cast<A*>(t.exp_avg_sq),
+          partials,
+          t.count,
+          static_cast<A>(t.weight_decay),
+          static_cast<A>(t.lr)};
 }
 
 /// partials(i): where those of tensors[i] begin.

@@ -111,7 +111,8 @@ void start_row_sums(Cuda device, RowSums shape, const T* x, const SumOutput<T>& 
   // As many threads to a sum as have something to do, a whole block from 1024 packs on; several blocks to a long sum
   // where there are not enough sums for all.
   constexpr int64_t kLong = 1024;
-  const int64_t lanes = shape.packs >= kLong ? kThreads : static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::clamp<int64_t>(shape.packs, 1, kWarp))));
+  const auto few = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::clamp<int64_t>(shape.packs, 1, kWarp))));
+  const int64_t lanes = shape.packs >= kLong ? kThreads : few;
   shape.pieces = std::clamp<int64_t>(cuda::kSumBlocks / shape.outputs.count, 1, std::max<int64_t>(1, shape.packs / (kThreads * 8)));
   shape.piece_packs = divide_up(shape.packs, shape.pieces);
   shape.pieces = std::max<int64_t>(1, divide_up(shape.packs, std::max<int64_t>(1, shape.piece_packs)));
@@ -307,7 +308,13 @@ void sum_over(Cuda device, const StridedView& y, const StridedView& x, double di
 }
 
 void extreme_index(Cuda device, const StridedView& x, bool largest, int64_t* index) {
-  ExtremeRows shape{.rows = x.shape[0], .n = x.shape[1], .row_stride = x.strides[0], .stride = x.strides[1], .pieces = 1, .candidates = nullptr, .largest = largest};
+  ExtremeRows shape{.rows = x.shape[0],
+                    .n = x.shape[1],
+                    .row_stride = x.strides[0],
+                    .stride = x.strides[1],
+                    .pieces = 1,
+                    .candidates = nullptr,
+                    .largest = largest};
   if (shape.rows == 0 || shape.n == 0) return;
   dispatch_float(x.dtype, largest ? "max" : "min", [&]<class T>() {
     const T* from = static_cast<const T*>(x.data);

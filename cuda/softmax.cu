@@ -216,9 +216,10 @@ __global__ void __launch_bounds__(1024) forward_any(const __grid_constant__ Stri
       for (int p = 0; p < kPacks; ++p) {
         const int64_t pack = base + p * static_cast<int64_t>(blockDim.x);
         if (!whole && pack >= packs) continue;
+        Pack<T, kCount> out;
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) v[p].at[e] = narrow<T>(normal(widen(v[p].at[e])));
-        store_pack(y + at[0] + pack * kCount, v[p]);
+        for (int e = 0; e < kCount; ++e) out.at[e] = narrow<T>(normal(widen(v[p].at[e])));
+        store_pack(y + at[0] + pack * kCount, out);
       }
     });
   }
@@ -262,9 +263,10 @@ __global__ void __launch_bounds__(1024) backward_any(const __grid_constant__ Str
       for (int p = 0; p < kPacks; ++p) {
         const int64_t pack = base + p * static_cast<int64_t>(blockDim.x);
         if (!whole && pack >= packs) continue;
+        Pack<T, kCount> out;
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) v[p].at[e] = narrow<T>(gradient<kLog>(widen(g[p].at[e]), widen(v[p].at[e]), total));
-        store_pack(dx + at[0] + pack * kCount, v[p]);
+        for (int e = 0; e < kCount; ++e) out.at[e] = narrow<T>(gradient<kLog>(widen(g[p].at[e]), widen(v[p].at[e]), total));
+        store_pack(dx + at[0] + pack * kCount, out);
       }
     });
   }
@@ -285,7 +287,8 @@ __device__ double sum_along(double own, double (&scratch)[kAlong][kAcross]) {
 }
 
 template <class T, bool kLog>
-__global__ void __launch_bounds__(kAcross* kAlong) forward_across(const __grid_constant__ Strided<2> rows, T* y, const T* x, int64_t n, int64_t y_step, int64_t x_step) {
+__global__ void __launch_bounds__(kAcross* kAlong)
+    forward_across(const __grid_constant__ Strided<2> rows, T* y, const T* x, int64_t n, int64_t y_step, int64_t x_step) {
   using A = Accumulate<T>;
   __shared__ A maxima[kAlong][kAcross];
   __shared__ double scratch[kAlong][kAcross];

@@ -21,15 +21,21 @@ void check_float(const char* op, const Tensor& x) {
 template <class T>
 using GemmType = std::conditional_t<std::is_same_v<T, BFloat16>, uint16_t, T>;
 
-/// Calls f<T>() for the types that gemm() multiplies: f32, f64, bf16.
+/// Calls f<T>() for the types that gemm() multiplies: f32, f64, bf16, and on CUDA f16.
 template <class F>
-void dispatch_gemm(DType dtype, F&& f) {
+void dispatch_gemm(auto device, DType dtype, F&& f) {
   switch (dtype) {
     case DType::f64: return f.template operator()<double>();
     case DType::bf16: return f.template operator()<uint16_t>();
+    case DType::f16:
+      if constexpr (std::is_same_v<decltype(device), Cuda>) return f.template operator()<Half>();
+      [[fallthrough]];
     default: return f.template operator()<float>();
   }
 }
+
+/// The CPU's products have no f16: it goes through f32 there.
+bool widens(const Tensor& x) { return x.dtype() == DType::f16 && x.device().kind == DeviceKind::cpu; }
 
 /// Product of all sizes but the last: the rows of a tensor read as a matrix.
 int64_t row_count(const Shape& shape) {
@@ -53,19 +59,19 @@ MatrixRef<T> matrix(const Tensor& x) {
   return {static_cast<const T*>(x.raw()), row, column};
 }
 
-/// c[b] = a[b] * b[b] + beta * c[b] over matrices [batch, ., .]; c contiguous; f32, f64 or bf16.
+/// c[b] = a[b] * b[b] + beta * c[b] over matrices [batch, ., .]; c contiguous; f32, f64, bf16, on CUDA f16.
 void product(const Tensor& a_, const Tensor& b_, const Tensor& c, bool accumulate = false, const Tensor& bias = {}) {
   const autograd::NoGrad no_grad;
   const Tensor a = with_unit_stride(a_), b = with_unit_stride(b_);
   launch(c.device(), "matmul", [&](auto device) {
-    dispatch_gemm(c.dtype(), [&]<class T>() {
+    dispatch_gemm(device, c.dtype(), [&]<class T>() {
       Gemm<T> g;
       g.m = c.size(-2), g.n = c.size(-1), g.k = a.size(-1);
       g.a = matrix<T>(a), g.b = matrix<T>(b);
       g.c = static_cast<T*>(c.raw()), g.ldc = c.size(-1);
       g.beta = accumulate ? 1 : 0;
       g.tf32 = AllowTf32::active();
-      if (bias.defined() && bias.dtype() == DType::bf16) {
+      if (bias.defined() && size_of(bias.dtype()) == 2) {
         g.bias_of_c = static_cast<const T*>(bias.raw());
       } else if (bias.defined()) {
         g.bias = bias.data<typename Gemm<T>::Sum>();
@@ -90,7 +96,7 @@ Tensor matmul(const Tensor& a, const Tensor& b) {
   if (a.rank() < 2 || b.rank() < 2 || a.size(-1) != b.size(-2)) {
     fail(ErrorKind::kShape, "matmul", "needs [..., M, K] and [..., K, N], got ", a.describe(), " and ", b.describe());
   }
-  if (a.dtype() == DType::f16) return matmul(a.to(DType::f32), b.to(DType::f32)).to(DType::f16);
+  if (widens(a)) return matmul(a.to(DType::f32), b.to(DType::f32)).to(DType::f16);
   if (b.rank() == 2 && a.rank() > 2) {  // one large product instead of many small ones
     Shape shape = a.shape();
     shape[a.rank() - 1] = b.size(1);
@@ -132,7 +138,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   if (bias.defined() && !(bias.shape() == Shape{weight.size(0)})) {
     fail(ErrorKind::kShape, "linear", "weight is ", weight.describe(), ", bias is ", bias.describe(), "; expected bias [", weight.size(0), "]");
   }
-  if (x.dtype() == DType::f16) {
+  if (widens(x)) {
     return linear(x.to(DType::f32), weight.to(DType::f32), bias.defined() ? bias.to(DType::f32) : bias).to(DType::f16);
   }
   const int64_t in = weight.size(1), out_features = weight.size(0);
@@ -160,7 +166,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
       if (!sink) context.set(1, dw);
     }
     if (!context.needs(2)) return;
-    if (x.dtype() == DType::bf16) {
+    if (size_of(x.dtype()) == 2) {
       // Many rows add up to one number: sum in f32 and round once.
       context.set(2, [&] {
         Tensor sum = Tensor::empty({out_features}, DType::f32, x.device());
@@ -168,7 +174,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
         launch(x.device(), "linear", [&](auto device) {
           column_sum(device, wide.data<float>(), rows, out_features, out_features, sum.data<float>(), false);
         });
-        return sum.to(DType::bf16);
+        return sum.to(x.dtype());
       }());
       return;
     }
