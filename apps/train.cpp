@@ -78,6 +78,9 @@ std::string run_id() {
   return text;
 }
 
+/// Where a checkpoint's state keeps that of the loss scale.
+constexpr const char* kLossScale = "loss_scale";
+
 /// A run: everything that lives from the first step to the last.
 class Run {
  public:
@@ -107,6 +110,17 @@ class Run {
       }
     }
     trainer_.emplace(gpt_, optimizer_, loader_, options.schedule(), options.accumulate, step);
+    if (options.precision == Precision::f16) {
+      optim::LossScale scale;
+      if (from) {
+        const auto found = from->state.find(kLossScale);
+        if (found == from->state.end()) {
+          fail(ErrorKind::kUsage, "train", "precision = f16: the checkpoint is of a run that did not scale its loss; a run keeps its precision");
+        }
+        scale.load_state(found->second);
+      }
+      trainer_->scale_loss(scale);
+    }
   }
 
   /// Trains to the last step or to the first signal. Returns whether the run is complete.
@@ -133,6 +147,8 @@ class Run {
                           {"loss", m.loss},
                           {"grad_norm", m.grad_norm},
                           {"lr", m.lr},
+                          {"loss_scale", m.loss_scale},
+                          {"skipped", m.skipped},
                           {"tokens", m.tokens},
                           {"tokens_per_second", static_cast<double>(m.tokens) / m.times.total()},
                           {"percent_of_speed_of_light", percent},
@@ -141,6 +157,7 @@ class Run {
                             {"forward", m.times.forward},
                             {"backward", m.times.backward},
                             {"optimizer", m.times.optimizer}}}});
+      if (m.skipped) log::info("step ", done, " was skipped: gradients overflowed at a loss scale of ", significant(m.loss_scale));
       if (progress.due(done)) {
         fields = concat("loss ", fixed(m.loss, 4), "  |g| ", fixed(m.grad_norm, 3), "  lr ", significant(m.lr), "  ",
                         grouped(static_cast<int64_t>(static_cast<double>(m.tokens) / m.times.total())), " tok/s  ",
@@ -184,6 +201,7 @@ class Run {
     content.data_cursor = loader_.position();
     content.seed = static_cast<uint64_t>(o_.seed);
     content.state = models::to_state(gpt_.config());
+    if (trainer_->loss_scale()) content.state[kLossScale] = trainer_->loss_scale()->state();
     content.text_files = {{"config.toml", config_text_}, {"tokenizer.json", data_.tokenizer_json}};
     last_checkpoint_ = save_checkpoint(o_.out.string(), content, {.keep_n = static_cast<int>(o_.keep)});
     saved_ = trainer_->steps();

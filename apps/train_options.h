@@ -15,8 +15,9 @@ namespace weft::apps {
 enum class OptimizerKind : uint8_t { adamw, lamb };
 
 /// In what numbers a model is trained. f32: everything. tf32: products on GPUs that have it round their operands to 10
-/// bits; elsewhere it is f32. bf16: weights, activations and gradients; the optimizer keeps the weights in f32.
-enum class Precision : uint8_t { f32, tf32, bf16 };
+/// bits; elsewhere it is f32. bf16, f16: weights, activations and gradients; the optimizer keeps the weights in f32, and
+/// with f16 losses are scaled dynamically (optim/loss_scale.h).
+enum class Precision : uint8_t { f32, tf32, bf16, f16 };
 
 /// Everything that `weft train` can be told.
 struct TrainOptions {
@@ -54,7 +55,9 @@ struct TrainOptions {
   void check(const Options& options) const;
 
   models::GptConfig model(int64_t vocab) const;
-  DType dtype() const { return precision == Precision::bf16 ? DType::bf16 : DType::f32; }
+  DType dtype() const {
+    return precision == Precision::bf16 ? DType::bf16 : precision == Precision::f16 ? DType::f16 : DType::f32;
+  }
   optim::AdamOptions adam() const;
   optim::CosineSchedule schedule() const;
 };

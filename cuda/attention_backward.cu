@@ -59,16 +59,15 @@ __global__ void __launch_bounds__(kDeltaThreads) sum_delta(AttentionBackward<T> 
 template <class T>
 void start_delta(Cuda device, const AttentionBackward<T>& a) {
   const int64_t rows = a.shape.batch * a.shape.heads * a.shape.queries;
-  cuda::start(device, {static_cast<unsigned>(divide_up(rows, kDeltaRows)), kDeltaThreads}, sum_delta<T>, a,
-              cuda::packs_fit(a.out) && cuda::packs_fit(a.dout));
+  cuda::start(device, {static_cast<unsigned>(divide_up(rows, kDeltaRows)), kDeltaThreads}, sum_delta<T>, a, cuda::packs_fit(a.out) && cuda::packs_fit(a.dout));
 }
 
 // ---- without tensor cores ----
 
 /// s = a b^T over all columns of a head, chunk by chunk through shared memory; rows of a tile that do not exist are 0.
 template <class S, class T>
-__device__ void all_dots(typename S::Scores& s, typename S::A* tile_a, typename S::A* tile_b, const T* a, int64_t a_stride, int a_rows,
-                         const T* b, int64_t b_stride, int b_rows, int64_t head_size, int chunks, bool packed) {
+__device__ void all_dots(typename S::Scores& s, typename S::A* tile_a, typename S::A* tile_b, const T* a, int64_t a_stride, int a_rows, const T* b,
+                         int64_t b_stride, int b_rows, int64_t head_size, int chunks, bool packed) {
   S::clear(s);
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const int columns = S::columns_of(chunk, head_size);
@@ -239,7 +238,7 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_keys_mma(Attent
   constexpr int kM = Tiles::kM, kQueries = Tiles::kQueries, kQueryRows = Tiles::kQueryRows, kN = kChunkRows / 8;
   T* const k = cuda::dynamic_shared<T>();
   T* const v = k + Tiles::kKeyRows;
-  T* const query_rows = v + Tiles::kKeyRows;                                          // two stages of q and dout
+  T* const query_rows = v + Tiles::kKeyRows;                                           // two stages of q and dout
   float* const query_numbers = reinterpret_cast<float*>(query_rows + 4 * kQueryRows);  // two stages of lse and delta
 
   const Unit unit(a.shape.kv_heads, a.shape.batch, 1);
@@ -456,8 +455,7 @@ void start_backward_mma(Cuda device, const AttentionBackward<T>& a) {
     using Queries = BackwardQueriesTiles<T, kWidth>;
     run(backward_keys_mma<T, kWidth>, s.batch * s.kv_heads * divide_up(s.keys, Keys::kKeys), Keys::kShared,
         whole && cuda::packs_fit(a.dk) && cuda::packs_fit(a.dv));
-    run(backward_queries_mma<T, kWidth>, s.batch * s.heads * divide_up(s.queries, Queries::kQueries), Queries::kShared,
-        whole && cuda::packs_fit(a.dq));
+    run(backward_queries_mma<T, kWidth>, s.batch * s.heads * divide_up(s.queries, Queries::kQueries), Queries::kShared, whole && cuda::packs_fit(a.dq));
   });
 }
 

@@ -219,8 +219,11 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) forward_mma(AttentionFor
     s.clear();
     cuda::add_dots<kWidth, Tiles::kUnroll>(s, q + warp_row * Tiles::kStride, k);
     const Visibility in_tile = visible.from(warp_first, key);
-    if (in_tile.keys_of(0) >= kKeys) softmax_tile<false>(s, scale, high, sum, out, in_tile);
-    else softmax_tile<true>(s, scale, high, sum, out, in_tile);
+    if (in_tile.keys_of(0) >= kKeys) {
+      softmax_tile<false>(s, scale, high, sum, out, in_tile);
+    } else {
+      softmax_tile<true>(s, scale, high, sum, out, in_tile);
+    }
     cuda::add_products<kWidth>(out, s, k + kKeyRows);
   }
 
@@ -249,8 +252,7 @@ void start_forward_mma(Cuda device, const AttentionForward<T>& a) {
     const bool packed = whole && cuda::packs_fit(a.q) && cuda::packs_fit(a.k) && cuda::packs_fit(a.v);
     const int64_t blocks = a.shape.batch * a.shape.heads * cuda::divide_up(a.shape.queries, Tiles::kQueries);
     cuda::allow_shared(forward_mma<T, kWidth>, Tiles::kShared);
-    cuda::start(device, {static_cast<unsigned>(blocks), cuda::kMmaThreads, Tiles::kShared}, forward_mma<T, kWidth>, a, packed,
-                whole && cuda::packs_fit(a.out));
+    cuda::start(device, {static_cast<unsigned>(blocks), cuda::kMmaThreads, Tiles::kShared}, forward_mma<T, kWidth>, a, packed, whole && cuda::packs_fit(a.out));
   });
 }
 

@@ -1,6 +1,8 @@
 #pragma once
 // Tiles of attention in shared memory, multiplied by the tensor cores: for f16 and bf16 with heads of up to 128 columns.
-// A block is four warps, each of which has rows of its own; only the tiles that it multiplies with are shared.
+// A block is four warps, each of which has rows of its own; only the tiles that it multiplies with are shared. Sums are
+// f32; weights and their gradients are rounded to T before they are multiplied on, each with a relative error of half a
+// unit in T's last place.
 #include "cuda/attention_tiles.cuh"
 #include "cuda/mma.cuh"
 
@@ -165,10 +167,10 @@ __device__ inline void store_tile(T* to, int64_t stride, int rows, int columns, 
 /// Calls f.operator()<kWidth>() with the smallest width of the tensor core kernels that holds `head_size` columns.
 template <class F>
 void with_width(int64_t head_size, F&& f) {
-  if (head_size <= 32) f.template operator()<32>();
-  else if (head_size <= 64) f.template operator()<64>();
-  else if (head_size <= 96) f.template operator()<96>();
-  else f.template operator()<128>();
+  if (head_size <= 32) return f.template operator()<32>();
+  if (head_size <= 64) return f.template operator()<64>();
+  if (head_size <= 96) return f.template operator()<96>();
+  f.template operator()<128>();
 }
 inline constexpr int64_t kWidestMma = 128;
 

@@ -2,6 +2,7 @@
 // Sums over the rows of matrices: the bias gradient, and every sum whose terms are further apart than its neighbours.
 // Each element is read once. Up to four rows at a time are added in f32, their totals in f64, which costs a fraction of the time
 // that the memory takes.
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -83,8 +84,10 @@ __global__ void __launch_bounds__(kSumThreads, kFlat ? 2 : 1)
           in[r] = {};
           if (row + r * groups >= end) continue;
           int64_t at[1];
-          if constexpr (kFlat) at[0] = (row + r * groups) * shape.rows.strides[0][0];
-          else shape.rows.offsets(row + r * groups, at);
+          if constexpr (kFlat)
+            at[0] = (row + r * groups) * shape.rows.strides[0][0];
+          else
+            shape.rows.offsets(row + r * groups, at);
           if constexpr (kAligned) {
             in[r] = load_pack<kCount>(from + at[0]);
           } else {
@@ -129,8 +132,8 @@ void start_column_sums(Cuda device, ColumnSums shape, const From* x, const SumOu
   const int64_t count = packs ? kFull<From> : 1;
   // A line of 128 bytes across, or a whole warp's 512 where there is enough to do for all; the other threads go down.
   constexpr int64_t kLarge = int64_t{1} << 22;
-  const auto lanes = static_cast<int64_t>(
-      std::bit_ceil(static_cast<uint64_t>(std::min<int64_t>(divide_up(shape.columns, count), packs && elements < kLarge ? 8 : kWarp))));
+  const auto lanes =
+      static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::min<int64_t>(divide_up(shape.columns, count), packs && elements < kLarge ? 8 : kWarp))));
   const auto wanted = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(1, divide_up(rows, 4)))));
   const int64_t groups = std::clamp<int64_t>(wanted, kWarp / lanes, kSumThreads / lanes);
   shape.tiles = divide_up(shape.columns, lanes * count);

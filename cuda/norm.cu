@@ -35,8 +35,7 @@ __global__ void __launch_bounds__(kMostThreads) forward_held(NormForward<T> a) {
   using A = Accumulate<T>;
   constexpr int kCount = kFull<T>;
   __shared__ A scratch[kWarp];
-  const int packs = static_cast<int>(a.columns / kCount), first = static_cast<int>(threadIdx.x),
-            step = static_cast<int>(blockDim.x);
+  const int packs = static_cast<int>(a.columns / kCount), first = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x);
   const A scale = A(1) / static_cast<A>(a.columns);
   const int64_t row_step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < a.rows; row += row_step) {
@@ -207,8 +206,7 @@ __global__ void __launch_bounds__(kMostThreads) backward_held(NormBackward<T> a)
   using A = Accumulate<T>;
   constexpr int kCount = kFull<T>;
   __shared__ A scratch[2][2][kMostThreads / kWarp];
-  const int packs = static_cast<int>(a.columns / kCount), first = static_cast<int>(threadIdx.x),
-            step = static_cast<int>(blockDim.x);
+  const int packs = static_cast<int>(a.columns / kCount), first = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x);
   const A scale = A(1) / static_cast<A>(a.columns);
   Held<T> weight[kPacks];
   A dweight[kPacks][kCount] = {}, dbias[kPacks][kCount] = {};
@@ -383,9 +381,8 @@ void norm_forward(Cuda device, const NormForward<T>& a) {
       layout = cuda::row_layout(a.columns / kFull<T>, kMostForward, kMostThreads / kWarp);
     }
     if (layout) {
-      return cuda::with_packs<kMostForward>(layout.packs, [&]<int kPacks>() {
-        start(device, {cuda::row_blocks(a.rows, layout.rows), layout.threads()}, forward_held<T, kPacks>, a);
-      });
+      return cuda::with_packs<kMostForward>(
+          layout.packs, [&]<int kPacks>() { start(device, {cuda::row_blocks(a.rows, layout.rows), layout.threads()}, forward_held<T, kPacks>, a); });
     }
   }
   start(device, {cuda::row_blocks(a.rows, 1), kThreads}, forward_any<T>, a);
@@ -402,8 +399,7 @@ void norm_backward(Cuda device, const NormBackward<T>& a) {
       layout = side_by_side(a.columns / kFull<T>, kMost);
     }
     if (layout) {
-      const size_t shared =
-          layout.rows == 1 ? 0 : static_cast<size_t>(layout.rows * a.columns) * sizeof(Accumulate<T>);
+      const size_t shared = layout.rows == 1 ? 0 : static_cast<size_t>(layout.rows * a.columns) * sizeof(Accumulate<T>);
       const cuda::Grid grid{blocks, layout.threads(), shared};
       return cuda::with_packs<kMost>(layout.packs, [&]<int kPacks>() {
         constexpr bool kAhead = kPacks <= 2;  // more would not fit into registers

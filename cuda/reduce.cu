@@ -1,4 +1,5 @@
 // Sums over any dimensions, and which element of a row is the extreme one.
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -62,8 +63,10 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const __grid_constant__ Row
           const int64_t pack = first + k * lanes;
           if (pack >= end) continue;
           int64_t offset[1] = {};
-          if constexpr (kFlat) offset[0] = pack * kCount * shape.terms.strides[0][0];
-          else shape.terms.offsets(pack * kCount, offset);
+          if constexpr (kFlat)
+            offset[0] = pack * kCount * shape.terms.strides[0][0];
+          else
+            shape.terms.offsets(pack * kCount, offset);
           const T* from = x + at[1] + offset[0];
           if (kAligned && (pack + 1) * kCount <= shape.terms.count) {
             in[k] = load_pack<kCount>(from);
@@ -308,13 +311,8 @@ void sum_over(Cuda device, const StridedView& y, const StridedView& x, double di
 }
 
 void extreme_index(Cuda device, const StridedView& x, bool largest, int64_t* index) {
-  ExtremeRows shape{.rows = x.shape[0],
-                    .n = x.shape[1],
-                    .row_stride = x.strides[0],
-                    .stride = x.strides[1],
-                    .pieces = 1,
-                    .candidates = nullptr,
-                    .largest = largest};
+  ExtremeRows shape{
+      .rows = x.shape[0], .n = x.shape[1], .row_stride = x.strides[0], .stride = x.strides[1], .pieces = 1, .candidates = nullptr, .largest = largest};
   if (shape.rows == 0 || shape.n == 0) return;
   dispatch_float(x.dtype, largest ? "max" : "min", [&]<class T>() {
     const T* from = static_cast<const T*>(x.data);

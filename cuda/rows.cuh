@@ -1,5 +1,6 @@
 #pragma once
 // Rows that are read once and stay in registers: how they are dealt to the threads of a block.
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <type_traits>
@@ -30,6 +31,22 @@ inline RowLayout row_layout(int64_t packs, int most_packs, int most_warps) {
     if (!best || warps * each < best.warps * best.packs) best = {warps, static_cast<int>(each), warps == 1 ? 4 : 1};
   }
   return best;
+}
+
+/// store_pack() that stays one instruction: in the loops over long rows the compiler takes its 16 bytes apart.
+template <int kCount, class T>
+__device__ inline void store_whole(T* to, const Pack<T, kCount>& pack) {
+#if !defined(WEFT_CUDA_EMULATION)
+  if constexpr (sizeof(pack) == 16) {
+    struct Words {
+      uint32_t a, b, c, d;
+    };
+    const Words words = std::bit_cast<Words>(pack);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" : : "l"(__cvta_generic_to_global(to)), "r"(words.a), "r"(words.b), "r"(words.c), "r"(words.d));
+    return;
+  }
+#endif
+  store_pack(to, pack);
 }
 
 /// f.operator()<packs>() for a number from 1 to kMost.
@@ -68,8 +85,6 @@ struct Held {
 };
 
 /// Blocks for `rows` rows, `each` to a block; kernels loop over what is left beyond the limit.
-inline unsigned row_blocks(int64_t rows, int64_t each) {
-  return static_cast<unsigned>(std::min<int64_t>(divide_up(rows, each), int64_t{1} << 20));
-}
+inline unsigned row_blocks(int64_t rows, int64_t each) { return static_cast<unsigned>(std::min<int64_t>(divide_up(rows, each), int64_t{1} << 20)); }
 
 }  // namespace weft::cuda

@@ -1,9 +1,11 @@
 // Softmax and its logarithm along one dimension. A row of neighbours that fits stays in registers, so that each array is
 // moved once; a longer one is read twice, the second time from its end, which the caches still have. Sums are of
 // f32 terms, a few of them in f32 and those in f64.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/device.cuh"
 #include "cuda/launch.cuh"
@@ -219,7 +221,7 @@ __global__ void __launch_bounds__(1024) forward_any(const __grid_constant__ Stri
         Pack<T, kCount> out;
 #pragma unroll
         for (int e = 0; e < kCount; ++e) out.at[e] = narrow<T>(normal(widen(v[p].at[e])));
-        store_pack(y + at[0] + pack * kCount, out);
+        cuda::store_whole(y + at[0] + pack * kCount, out);
       }
     });
   }
@@ -266,7 +268,7 @@ __global__ void __launch_bounds__(1024) backward_any(const __grid_constant__ Str
         Pack<T, kCount> out;
 #pragma unroll
         for (int e = 0; e < kCount; ++e) out.at[e] = narrow<T>(gradient<kLog>(widen(g[p].at[e]), widen(v[p].at[e]), total));
-        store_pack(dx + at[0] + pack * kCount, out);
+        cuda::store_whole(dx + at[0] + pack * kCount, out);
       }
     });
   }
@@ -405,8 +407,7 @@ void forward(Cuda device, const char* op, const StridedView& y_, const StridedVi
     T* y = static_cast<T*>(y_.data);
     const T* x = static_cast<const T*>(x_.data);
     choose<T>(
-        work, views,
-        [&]<int kPacks>(int packs, const cuda::Grid& grid) { start(device, grid, forward_held<T, kPacks, kLog>, work.rows, y, x, packs); },
+        work, views, [&]<int kPacks>(int packs, const cuda::Grid& grid) { start(device, grid, forward_held<T, kPacks, kLog>, work.rows, y, x, packs); },
         [&]<int kCount>(int64_t packs, const cuda::Grid& grid) { start(device, grid, forward_any<T, kCount, kLog>, work.rows, y, x, packs); },
         [&](const cuda::Grid& grid) { start(device, grid, forward_across<T, kLog>, work.rows, y, x, work.n, work.steps[0], work.steps[1]); });
   });
@@ -420,8 +421,7 @@ void backward(Cuda device, const char* op, const StridedView& dx_, const Strided
     T* dx = static_cast<T*>(dx_.data);
     const T *dy = static_cast<const T*>(dy_.data), *y = static_cast<const T*>(y_.data);
     choose<T>(
-        work, views,
-        [&]<int kPacks>(int packs, const cuda::Grid& grid) { start(device, grid, backward_held<T, kPacks, kLog>, work.rows, dx, dy, y, packs); },
+        work, views, [&]<int kPacks>(int packs, const cuda::Grid& grid) { start(device, grid, backward_held<T, kPacks, kLog>, work.rows, dx, dy, y, packs); },
         [&]<int kCount>(int64_t packs, const cuda::Grid& grid) { start(device, grid, backward_any<T, kCount, kLog>, work.rows, dx, dy, y, packs); },
         [&](const cuda::Grid& grid) {
           start(device, grid, backward_across<T, kLog>, work.rows, dx, dy, y, work.n, work.steps[0], work.steps[1], work.steps[2]);

@@ -64,17 +64,27 @@ StepMetrics Trainer::step() {
   GptStep settings;
   settings.step = static_cast<uint64_t>(step_);
   settings.valid_tokens = static_cast<double>(metrics.valid);
+  // Losses are read when all work of the step is queued: a device that waits for the host between micro-batches idles.
+  if (loss_scale_) metrics.loss_scale = loss_scale_->value();
+  std::vector<Tensor> losses;
   for (const text::Batch& batch : batches) {
     const auto [inputs, targets] = to_tensors(batch, device);
     const Tensor loss = gpt_.loss(inputs, targets, settings);
-    if (!DryRun::active()) metrics.loss += loss.item();
+    losses.push_back(loss.detach());
     watch.lap(metrics.times.forward);
-    if (!std::isfinite(metrics.loss)) explain_loss(metrics.loss, batch, settings);
-    loss.backward();
+    loss.backward(Tensor::full(loss.shape(), metrics.loss_scale, loss.dtype(), device));
     settings.first_row += batch.rows;
     watch.lap(metrics.times.backward);
   }
-  const optim::StepReport report = optimizer_.step(metrics.lr);
+  if (!DryRun::active()) {
+    for (const Tensor& loss : losses) metrics.loss += loss.item();
+    if (!std::isfinite(metrics.loss)) explain_loss(metrics.loss, batches, settings);
+  }
+  watch.lap(metrics.times.backward);
+  const optim::StepReport report =
+      optimizer_.step(metrics.lr, {.factor = 1 / metrics.loss_scale, .skip_overflow = loss_scale_.has_value()});
+  metrics.skipped = report.skipped;
+  if (loss_scale_) loss_scale_->update(report.skipped);
   optimizer_.zero_grad();
   watch.lap(metrics.times.optimizer);
   metrics.grad_norm = report.grad_norm;
@@ -83,7 +93,7 @@ StepMetrics Trainer::step() {
   return metrics;
 }
 
-void Trainer::explain_loss(double loss, const text::Batch& batch, const GptStep& settings) const {
+void Trainer::explain_loss(double loss, const std::vector<text::Batch>& batches, GptStep settings) const {
   const auto failed = concat("the loss of step ", step_, " is ", loss, ": ");
   constexpr const char* kAfter = ". No weight was changed by this step. Hint: a lower learning rate or more warm-up";
   const Parameters parameters = gpt_.parameters();
@@ -109,9 +119,13 @@ void Trainer::explain_loss(double loss, const text::Batch& batch, const GptStep&
            output.describe(), ", ", weights, ", with ", at->value, " at element ", grouped(at->element), kAfter);
     }
   });
-  const auto [inputs, targets] = to_tensors(batch, parameters.front().tensor.device());
-  gpt_.loss(inputs, targets, settings);
-  fail(ErrorKind::kValue, "trainer", failed, "every weight and every tensor of this micro-batch is finite: the sum over the micro-batches overflowed", kAfter);
+  settings.first_row = 0;
+  for (const text::Batch& batch : batches) {
+    const auto [inputs, targets] = to_tensors(batch, parameters.front().tensor.device());
+    gpt_.loss(inputs, targets, settings);
+    settings.first_row += batch.rows;
+  }
+  fail(ErrorKind::kValue, "trainer", failed, "every weight and every tensor of the forward pass is finite: the sum over the micro-batches overflowed", kAfter);
 }
 
 EvaluationResult evaluate(Gpt& gpt, const text::Evaluation& data, const std::function<bool(double)>& progress) {

@@ -1,8 +1,10 @@
 #pragma once
 #include <functional>
+#include <optional>
 
 #include "models/gpt.h"
 #include "models/text/loader.h"
+#include "optim/loss_scale.h"
 #include "optim/optimizer.h"
 #include "optim/schedule.h"
 
@@ -21,6 +23,8 @@ struct StepMetrics {
   double grad_norm = 0;
   double clip_factor = 1;
   double lr = 0;
+  double loss_scale = 1;  ///< by which the loss was multiplied for the backward pass
+  bool skipped = false;   ///< gradients overflowed at that scale: no weight was changed
   int64_t tokens = 0;  ///< inputs read
   int64_t valid = 0;   ///< targets that counted
   StepTimes times;
@@ -33,6 +37,10 @@ class Trainer {
   /// The objects must outlive the trainer. `step` is the number of steps already taken.
   Trainer(Gpt& gpt, optim::Optimizer& optimizer, text::Loader& loader, const optim::CosineSchedule& schedule, int64_t accumulate, int64_t step = 0);
 
+  /// From now on losses are scaled: for f16 (optim/loss_scale.h).
+  void scale_loss(const optim::LossScale& scale) { loss_scale_ = scale; }
+  const std::optional<optim::LossScale>& loss_scale() const { return loss_scale_; }
+
   /// One step. @throws Error kValue, before any weight changes, if the loss or a gradient is NaN or infinite; it names
   /// the first tensor that has one.
   StepMetrics step();
@@ -41,8 +49,8 @@ class Trainer {
   int64_t steps() const { return step_; }
 
  private:
-  /// Why the loss of this micro-batch is not finite: computes it again, looking at every tensor.
-  [[noreturn]] void explain_loss(double loss, const text::Batch& batch, const GptStep& settings) const;
+  /// Why the loss is not finite: computes it again, looking at every tensor.
+  [[noreturn]] void explain_loss(double loss, const std::vector<text::Batch>& batches, GptStep settings) const;
 
   Gpt& gpt_;
   optim::Optimizer& optimizer_;
@@ -50,6 +58,7 @@ class Trainer {
   optim::CosineSchedule schedule_;
   int64_t accumulate_;
   int64_t step_;
+  std::optional<optim::LossScale> loss_scale_;
 };
 
 /// A batch as tensors {inputs, targets}, i32 [B, T].

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "core/autograd.h"
 #include "ops/launch.h"
@@ -61,14 +62,24 @@ NamedTensors Adam::state_tensors() const {
   return tensors;
 }
 
-StepReport Adam::step(double lr) {
+StepReport Adam::step(double lr, const GradientScale& scale) {
   if (!(lr >= 0) || !std::isfinite(static_cast<float>(lr))) {
     fail(ErrorKind::kValue, "adam", "the learning rate must be at least 0 and finite, got ", lr);
   }
   const autograd::NoGrad no_grad;
   const MemoryScope scope(MemoryCategory::workspace);
   StepReport report;
-  report.grad_norm = grad_norm(parameters_, *norms_);
+  if (!(scale.factor > 0) || !std::isfinite(scale.factor)) {
+    fail(ErrorKind::kValue, "adam", "the gradients' factor must be positive and finite, got ", scale.factor);
+  }
+  if (scale.skip_overflow) {
+    const std::optional<double> norm = finite_grad_norm(parameters_, *norms_);
+    report.grad_norm = norm.value_or(0) * scale.factor;
+    report.skipped = !norm.has_value();
+    if (report.skipped) return report;
+  } else {
+    report.grad_norm = grad_norm(parameters_, *norms_) * scale.factor;
+  }
   report.clip_factor = options_.clip_norm > 0 ? clip_factor(report.grad_norm, options_.clip_norm) : 1.0;
   const bool narrow = std::any_of(parameters_.begin(), parameters_.end(),
                                   [](const Parameter& p) { return p.tensor.dtype() != DType::f64; });
@@ -124,7 +135,7 @@ StepReport Adam::step(double lr) {
 
   const double t = static_cast<double>(steps_);
   const AdamConstants<double> constants = {
-      .grad_scale = report.clip_factor,
+      .grad_scale = scale.factor * report.clip_factor,
       .beta1 = options_.beta1,
       .beta2 = options_.beta2,
       .rest1 = 1 - options_.beta1,

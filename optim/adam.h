@@ -37,7 +37,7 @@ class Adam final : public Optimizer {
        std::shared_ptr<NormReducer> norms = std::make_shared<LocalNorms>());
   /// @throws Error kValue, before anything is changed, for a learning rate that is not finite and >= 0, and for
   /// gradients that are not finite or whose squares do not fit in an f32 state.
-  StepReport step(double lr) override;
+  StepReport step(double lr, const GradientScale& scale = {}) override;
 
  protected:
   NamedTensors state_tensors() const override;

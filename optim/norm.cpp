@@ -45,7 +45,15 @@ Device device_of(const char* op, const Parameters& parameters) {
   return first.tensor.device();
 }
 
-double grad_norm(const Parameters& parameters, NormReducer& reducer) {
+namespace {
+
+/// The squares of each parameter's gradient: what this process holds, and the whole.
+struct Squares {
+  std::vector<double> own, whole;
+};
+
+/// Nothing in a dry run.
+Squares gradient_squares(const Parameters& parameters, NormReducer& reducer) {
   const autograd::NoGrad no_grad;
   const MemoryScope scope(MemoryCategory::workspace);
   const Device device = device_of("grad_norm", parameters);
@@ -60,20 +68,33 @@ double grad_norm(const Parameters& parameters, NormReducer& reducer) {
   }
   const Tensor partial = Tensor::empty({partials}, DType::f64, device);
   const Tensor sums = Tensor::empty({static_cast<int64_t>(parameters.size())}, DType::f64, device);
-  if (DryRun::active()) return 0;
+  if (DryRun::active()) return {};
   launch(device, "grad_norm", [&](auto on) { sum_squares(on, data, partial.data<double>(), sums.data<double>()); });
-  std::vector<double> squares = sums.to_vector<double>();
-  const std::vector<double> own = squares;
-  reducer.reduce(squares, parameters);
-  for (size_t p = 0; p < parameters.size(); ++p) {
-    if (!std::isfinite(own[p])) report(parameters[p]);
+  Squares squares;
+  squares.own = squares.whole = sums.to_vector<double>();
+  reducer.reduce(squares.whole, parameters);
+  return squares;
+}
+
+}  // namespace
+
+double grad_norm(const Parameters& parameters, NormReducer& reducer) {
+  const Squares squares = gradient_squares(parameters, reducer);
+  for (size_t p = 0; p < squares.own.size(); ++p) {
+    if (!std::isfinite(squares.own[p])) report(parameters[p]);
   }
   double total = 0;
-  for (size_t p = 0; p < parameters.size(); ++p) {
-    total += squares[p];
+  for (size_t p = 0; p < squares.whole.size(); ++p) {
+    total += squares.whole[p];
     if (!std::isfinite(total)) report(parameters[p]);
   }
   return std::sqrt(total);
+}
+
+std::optional<double> finite_grad_norm(const Parameters& parameters, NormReducer& reducer) {
+  double total = 0;
+  for (const double square : gradient_squares(parameters, reducer).whole) total += square;
+  return std::isfinite(total) ? std::optional(std::sqrt(total)) : std::nullopt;
 }
 
 double grad_norm(const Parameters& parameters) {

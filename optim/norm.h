@@ -1,4 +1,5 @@
 #pragma once
+#include <optional>
 #include <span>
 
 #include "optim/parameter.h"
@@ -31,6 +32,9 @@ Device device_of(const char* op, const Parameters& parameters);
 /// sum of squares is beyond f64; kDevice unless all parameters are on one device.
 double grad_norm(const Parameters& parameters, NormReducer& reducer);
 double grad_norm(const Parameters& parameters);
+
+/// The same, but nothing where a gradient is not finite: the same answer in every process of a group.
+std::optional<double> finite_grad_norm(const Parameters& parameters, NormReducer& reducer);
 
 /// min(1, max_norm / norm): the factor that clips a gradient of this norm. @throws Error kValue unless max_norm > 0.
 double clip_factor(double norm, double max_norm);

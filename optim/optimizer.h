@@ -5,8 +5,15 @@ namespace weft::optim {
 
 /// What a step did.
 struct StepReport {
-  double grad_norm = 0;    ///< before clipping
-  double clip_factor = 1;  ///< by which gradients were multiplied
+  double grad_norm = 0;    ///< of the gradients times GradientScale::factor, before clipping
+  double clip_factor = 1;  ///< by which gradients were multiplied beside that
+  bool skipped = false;    ///< gradients overflowed, and nothing was changed
+};
+
+/// What the gradients were multiplied by on their way (optim/loss_scale.h), and what that means for a step.
+struct GradientScale {
+  double factor = 1;           ///< gradients are multiplied by it before anything else: 1 over the loss scale
+  bool skip_overflow = false;  ///< gradients that are not finite skip the step instead of throwing
 };
 
 /// Changes parameters by their gradients. Its whole state is a set of named tensors, so that it is stored, resumed and
@@ -17,7 +24,7 @@ class Optimizer {
   /// One update with this learning rate. Gradients stay; parameters without one are left as they are.
   /// @throws Error kValue, before anything is changed (steps() included), if a gradient is NaN or infinite: it names
   /// the first such tensor.
-  virtual StepReport step(double lr) = 0;
+  virtual StepReport step(double lr, const GradientScale& scale = {}) = 0;
   /// Forgets the gradients; their memory goes back to the allocator.
   void zero_grad();
   /// Steps taken so far.
