@@ -288,39 +288,16 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_keys_mma(Attent
       const int query = tile_first + chunk;
       const Visibility in_chunk = visible.from(query, warp_first);
       if (query >= all_queries || in_chunk.keys_of(kChunkRows - 1) <= 0) continue;
-      const bool all_seen = in_chunk.keys_of(0) >= Tiles::kWarpKeys;
       Registers<kM, kN> p, ds;
       p.clear();
       cuda::add_dots<kWidth, Tiles::kUnroll>(p, k + warp_row * Tiles::kStride, q + chunk * Tiles::kStride);
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int i = cuda::register_column(n, e);
-          const float log = lse[chunk + i] * static_cast<float>(kLog2E);
-          const int seen = all_seen ? Tiles::kWarpKeys : in_chunk.keys_of(i);
-#pragma unroll
-          for (int m = 0; m < kM; ++m) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              float& x = p.at[m][n][e + 2 * half];
-              x = cuda::register_row(m, 2 * half) < seen ? cuda::exp2_fast(fmaf(x, scale, -log)) : 0;
-            }
-          }
-        }
-      }
+      p.update([&](int, int i, float x) { return cuda::exp2_fast(fmaf(x, scale, lse[chunk + i] * -static_cast<float>(kLog2E))); });
+      if (in_chunk.keys_of(0) < Tiles::kWarpKeys) p.update([&](int row, int i, float x) { return row < in_chunk.keys_of(i) ? x : 0; });
       cuda::add_products<kWidth>(dv, p, dout + chunk * Tiles::kStride);
       ds.clear();
       cuda::add_dots<kWidth, Tiles::kUnroll>(ds, v + warp_row * Tiles::kStride, dout + chunk * Tiles::kStride);
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float sum = delta[chunk + cuda::register_column(n, e)];
-#pragma unroll
-          for (int m = 0; m < kM; ++m) ds.at[m][n][e] = p.at[m][n][e] * (ds.at[m][n][e] - sum);
-        }
-      }
+      ds.update([&](int, int i, float x) { return x - delta[chunk + i]; });
+      ds.multiply(p);
       cuda::add_products<kWidth>(dk, ds, q + chunk * Tiles::kStride);
     }
   }
@@ -373,12 +350,14 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_queries_mma(Att
   const float scale = static_cast<float>(a.shape.scale * kLog2E);
 
   const int64_t kv_head = unit.head / (a.shape.heads / a.shape.kv_heads);
-  const T* const all_k = row_at(a.k, unit.b, kv_head, 0);
-  const T* const all_v = row_at(a.v, unit.b, kv_head, 0);
+  const T* next_k = row_at(a.k, unit.b, kv_head, 0);
+  const T* next_v = row_at(a.v, unit.b, kv_head, 0);
   const auto load_keys = [&](int key, int stage) {
     T* const to = kv + stage * 2 * kKeyRows;
-    cuda::load_tile<kKeys, kWidth>(to, all_k + key * a.k.token, a.k.token, keys - key, columns, packed);
-    cuda::load_tile<kKeys, kWidth>(to + kKeyRows, all_v + key * a.v.token, a.v.token, keys - key, columns, packed);
+    cuda::load_tile<kKeys, kWidth>(to, next_k, a.k.token, keys - key, columns, packed);
+    cuda::load_tile<kKeys, kWidth>(to + kKeyRows, next_v, a.v.token, keys - key, columns, packed);
+    next_k += kKeys * a.k.token;
+    next_v += kKeys * a.v.token;
   };
   cuda::load_tile<Tiles::kQueries, kWidth>(q, row_at(a.q, unit.b, unit.head, first), a.q.token, queries, columns, packed);
   cuda::load_tile<Tiles::kQueries, kWidth>(dout, row_at(a.dout, unit.b, unit.head, first), a.dout.token, queries, columns, packed);
@@ -399,36 +378,15 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_queries_mma(Att
 #pragma unroll 1
     for (int chunk = 0; chunk < kKeys && key + chunk < warp_keys; chunk += kChunkRows) {
       const Visibility in_chunk = visible.from(warp_first, key + chunk);
-      const bool all_seen = in_chunk.keys_of(0) >= kChunkRows;
       Registers<kM, kN> p, ds;
       p.clear();
       cuda::add_dots<kWidth, Tiles::kUnroll>(p, q + warp_row * Tiles::kStride, k + chunk * Tiles::kStride);
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = cuda::register_row(m, 2 * half), seen = all_seen ? kChunkRows : in_chunk.keys_of(row);
-          const float log = lse[warp_row + row] * static_cast<float>(kLog2E);
-#pragma unroll
-          for (int n = 0; n < kN; ++n) {
-#pragma unroll
-            for (int e = 2 * half; e < 2 * half + 2; ++e) {
-              float& x = p.at[m][n][e];
-              x = cuda::register_column(n, e) < seen ? cuda::exp2_fast(fmaf(x, scale, -log)) : 0;
-            }
-          }
-        }
-      }
+      p.update([&](int i, int, float x) { return cuda::exp2_fast(fmaf(x, scale, lse[warp_row + i] * -static_cast<float>(kLog2E))); });
+      if (in_chunk.keys_of(0) < kChunkRows) p.update([&](int i, int column, float x) { return column < in_chunk.keys_of(i) ? x : 0; });
       ds.clear();
       cuda::add_dots<kWidth, Tiles::kUnroll>(ds, dout + warp_row * Tiles::kStride, v + chunk * Tiles::kStride);
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) ds.at[m][n][e] = p.at[m][n][e] * (ds.at[m][n][e] - delta[warp_row + cuda::register_row(m, e)]);
-        }
-      }
+      ds.update([&](int i, int, float x) { return x - delta[warp_row + i]; });
+      ds.multiply(p);
       cuda::add_products<kWidth>(dq, ds, k + chunk * Tiles::kStride);
     }
   }

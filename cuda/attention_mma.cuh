@@ -52,27 +52,44 @@ __device__ inline void load_numbers(float* to, const float* from, int count) {
   if (i < kCount) load_async<4>(to + i, from + i, i < count);
 }
 
-/// A warp's matrix of 16 kM x 8 kN in registers, as fragments of C.
+__device__ inline int lane_of_warp() { return static_cast<int>(threadIdx.x) % kWarp; }
+
+// Where value e of a lane's fragment (m, n) lies in a matrix that a warp holds in Registers.
+__device__ inline int register_row(int m, int e) { return 16 * m + lane_of_warp() / 4 + e / 2 * 8; }
+__device__ inline int register_column(int n, int e) { return 8 * n + lane_of_warp() % 4 * 2 + e % 2; }
+
+/// A warp's matrix of 16 kM x 8 kN, as fragments of C.
 template <int kM, int kN>
 struct Registers {
   float at[kM][kN][4];
 
+  /// Every value x of the lane becomes f(row, column, x).
+  template <class F>
+  __device__ void update(F f) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) at[m][n][e] = f(register_row(m, e), register_column(n, e), at[m][n][e]);
+      }
+    }
+  }
   __device__ void clear() {
+    update([](int, int, float) { return 0.0f; });
+  }
+  /// Times the values of another matrix, each in its place.
+  __device__ void multiply(const Registers& other) {
 #pragma unroll
-    for (auto& row : at) {
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-      for (auto& fragment : row) {
+      for (int n = 0; n < kN; ++n) {
 #pragma unroll
-        for (float& value : fragment) value = 0;
+        for (int e = 0; e < 4; ++e) at[m][n][e] *= other.at[m][n][e];
       }
     }
   }
 };
-
-// Where a lane's values of Registers lie: value e of fragment (m, n).
-__device__ inline int lane_of_warp() { return static_cast<int>(threadIdx.x) % kWarp; }
-__device__ inline int register_row(int m, int e) { return 16 * m + lane_of_warp() / 4 + e / 2 * 8; }
-__device__ inline int register_column(int n, int e) { return 8 * n + lane_of_warp() % 4 * 2 + e % 2; }
 
 /// s += a b^T: the warp's 16 kM rows of `a` and 8 kN rows of `b`, kWidth columns. With kUnroll steps at a time, more loads
 /// come early and take more registers.

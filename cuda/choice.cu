@@ -34,7 +34,7 @@ __device__ bool holds(Comparison comparison, X a, X b) {
 }
 
 template <class T>
-__global__ void compare_strided(Strided<3> arrays, Comparison comparison, bool* y, const T* a, const T* b, double number) {
+__global__ void compare_strided(const __grid_constant__ Strided<3> arrays, Comparison comparison, bool* y, const T* a, const T* b, double number) {
   for (int64_t i = thread_index(); i < arrays.count; i += thread_count()) {
     int64_t offset[3];
     arrays.offsets(i, offset);
@@ -45,7 +45,7 @@ __global__ void compare_strided(Strided<3> arrays, Comparison comparison, bool* 
 
 /// By bits: a chosen NaN keeps its payload.
 template <class Bits>
-__global__ void select_strided(Strided<4> arrays, Bits* y, const bool* condition, const Bits* a, Bits a_number, const Bits* b, Bits b_number) {
+__global__ void select_strided(const __grid_constant__ Strided<4> arrays, Bits* y, const bool* condition, const Bits* a, Bits a_number, const Bits* b, Bits b_number) {
   for (int64_t i = thread_index(); i < arrays.count; i += thread_count()) {
     int64_t offset[4];
     arrays.offsets(i, offset);

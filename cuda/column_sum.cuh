@@ -32,7 +32,7 @@ inline constexpr int64_t kSumBlocks = 1056;
 /// The f64 sums of the pieces into which the terms of each of `outputs` results are cut, [pieces, outputs]. They lie in
 /// the memory that all work on the device's stream shares, of which they need a few MiB at most: what is queued behind
 /// the kernel that adds them up may use it for itself.
-inline double* piece_sums() { return static_cast<double*>(current_context().blas_workspace); }
+inline double* piece_sums() { return static_cast<double*>(current_context().workspace); }
 
 template <class T>
 __global__ void add_pieces(const __grid_constant__ Strided<1> outputs, int64_t pieces, const double* sums, SumOutput<T> out) {

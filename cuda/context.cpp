@@ -29,7 +29,7 @@ Context::Context(int i) : index(i) {
   WEFT_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&fault), sizeof(Fault), cudaHostAllocMapped));
   *fault = Fault{};
   if (cublasLtCreate(&blas) != CUBLAS_STATUS_SUCCESS) fail(ErrorKind::kDevice, "cuda", "cublasLtCreate failed on device ", index);
-  WEFT_CUDA(cudaMalloc(&blas_workspace, kBlasWorkspace));
+  WEFT_CUDA(cudaMalloc(&workspace, kWorkspace));
   struct {
     double wide[2] = {0, 1};
     float narrow[2] = {0, 1};
@@ -42,7 +42,7 @@ Context::Context(int i) : index(i) {
 Context::~Context() {
   contexts[static_cast<size_t>(index)] = nullptr;
   cudaFree(constants_);
-  cudaFree(blas_workspace);
+  cudaFree(workspace);
   cublasLtDestroy(blas);
   cudaFreeHost(fault);
   cudaStreamDestroy(stream);

@@ -112,8 +112,14 @@ __device__ inline A block_reduce(A value, Combine combine, A* scratch) {
   if (warps == 1) return value;
   if (lane == 0) scratch[warp] = value;
   __syncthreads();
-  A total = scratch[0];
-  for (int w = 1; w < warps; ++w) total = combine(total, scratch[w]);
+  A total;
+  if ((warps & (warps - 1)) == 0) {  // a butterfly again; every warp makes the same one
+    total = scratch[lane & (warps - 1)];
+    for (int step = warps / 2; step > 0; step /= 2) total = combine(total, __shfl_xor_sync(0xffffffffu, total, step));
+  } else {
+    total = scratch[0];
+    for (int w = 1; w < warps; ++w) total = combine(total, scratch[w]);
+  }
   __syncthreads();
   return total;
 }

@@ -31,7 +31,7 @@ struct Sources {
 };
 
 template <class T, int N, class Function>
-__global__ void map_strided(Strided<N + 1> arrays, T* y, Sources<T, N> sources, Function function) {
+__global__ void map_strided(const __grid_constant__ Strided<N + 1> arrays, T* y, Sources<T, N> sources, Function function) {
   using A = Accumulate<T>;
   for (int64_t i = thread_index(); i < arrays.count; i += thread_count()) {
     int64_t offset[N + 1];

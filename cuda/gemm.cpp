@@ -98,7 +98,7 @@ cublasLtMatmulAlgo_t algorithm(Context& context, const Key& key, const Descripto
   if (const auto found = known.find(key); found != known.end()) return found->second;
   cublasLtMatmulPreference_t preference = nullptr;
   WEFT_BLAS(cublasLtMatmulPreferenceCreate(&preference));
-  const size_t workspace = Context::kBlasWorkspace;
+  const size_t workspace = Context::kWorkspace;
   cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace);
   cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &alignment[0], sizeof(uint32_t));
   cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &alignment[1], sizeof(uint32_t));
@@ -203,7 +203,7 @@ void run(Cuda device, Gemm<TA, TB, TC> g, const GemmBatch& batch) {
   }
   const cublasLtMatmulAlgo_t chosen = algorithm(context, key, product, a, b, c, alignment);
   WEFT_BLAS(cublasLtMatmul(context.blas, product.get(), alpha_at, g.b.data, a.get(), g.a.data, b.get(), beta_at, written, c.get(), written, c.get(), &chosen,
-                           context.blas_workspace, Context::kBlasWorkspace, stream));
+                           context.workspace, Context::kWorkspace, stream));
 }
 
 }  // namespace

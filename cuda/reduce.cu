@@ -332,7 +332,7 @@ void extreme_index(Cuda device, const StridedView& x, bool largest, int64_t* ind
     shape.pieces = std::clamp<int64_t>(cuda::kSumBlocks / shape.rows, 1, divide_up(shape.n, kPiece));
     shape.pieces = divide_up(shape.n, divide_up(shape.n, shape.pieces));
     if (shape.pieces == 1) return run(shape, index);
-    auto* found = static_cast<int64_t*>(cuda::current_context().blas_workspace);
+    auto* found = static_cast<int64_t*>(cuda::current_context().workspace);
     run(shape, found);
     shape.n = shape.pieces;
     shape.pieces = 1;

@@ -62,7 +62,7 @@ __device__ To cast(From x) {
 // ---- copies ----
 
 template <class To, class From>
-__global__ void copy_strided(Strided<2> at, To* dst, const From* src) {
+__global__ void copy_strided(const __grid_constant__ Strided<2> at, To* dst, const From* src) {
   for (int64_t i = thread_index(); i < at.count; i += thread_count()) {
     int64_t offset[2];
     at.offsets(i, offset);
@@ -138,7 +138,7 @@ void copy_as(Cuda device, const Strided<2>& at, void* dst_, const void* src_) {
 // ---- fill and add ----
 
 template <class T>
-__global__ void fill_strided(Strided<1> at, T* dst, T value) {
+__global__ void fill_strided(const __grid_constant__ Strided<1> at, T* dst, T value) {
   for (int64_t i = thread_index(); i < at.count; i += thread_count()) {
     int64_t offset[1];
     at.offsets(i, offset);
@@ -147,7 +147,7 @@ __global__ void fill_strided(Strided<1> at, T* dst, T value) {
 }
 
 template <class T>
-__global__ void add_strided(Strided<2> at, T* dst, const T* src) {
+__global__ void add_strided(const __grid_constant__ Strided<2> at, T* dst, const T* src) {
   for (int64_t i = thread_index(); i < at.count; i += thread_count()) {
     int64_t offset[2];
     at.offsets(i, offset);

@@ -6,6 +6,7 @@
 #include "ops/column_sum.h"
 #include "ops/gemm.h"
 #include "ops/launch.h"
+#include "ops/reduce.h"
 
 namespace weft {
 namespace {
@@ -169,6 +170,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
     if (size_of(x.dtype()) == 2) {
       // Many rows add up to one number: sum in f32 and round once.
       context.set(2, [&] {
+        if (x.device().kind == DeviceKind::cuda) return weft::sum(gradient, {0});
         Tensor sum = Tensor::empty({out_features}, DType::f32, x.device());
         const Tensor wide = gradient.to(DType::f32);
         launch(x.device(), "linear", [&](auto device) {
