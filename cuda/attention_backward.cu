@@ -352,8 +352,8 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_queries_mma(Att
   const int64_t kv_head = unit.head / (a.shape.heads / a.shape.kv_heads);
   const T* next_k = row_at(a.k, unit.b, kv_head, 0);
   const T* next_v = row_at(a.v, unit.b, kv_head, 0);
-  const auto load_keys = [&](int key, int stage) {
-    T* const to = kv + stage * 2 * kKeyRows;
+  const auto load_keys = [&](int key) {
+    T* const to = kv + key / kKeys % 2 * 2 * kKeyRows;
     cuda::load_tile<kKeys, kWidth>(to, next_k, a.k.token, keys - key, columns, packed);
     cuda::load_tile<kKeys, kWidth>(to + kKeyRows, next_v, a.v.token, keys - key, columns, packed);
     next_k += kKeys * a.k.token;
@@ -364,16 +364,15 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_queries_mma(Att
   const int64_t number = (unit.b * a.shape.heads + unit.head) * a.shape.queries + first;
   cuda::load_numbers<Tiles::kQueries>(lse, a.lse + number, queries);
   cuda::load_numbers<Tiles::kQueries>(delta, a.workspace + number, queries);
-  load_keys(0, 0);
+  load_keys(0);
 
   Registers<kM, kWidth / 8> dq;
   dq.clear();
-  int stage = 0;
-  for (int key = 0; key < keys; key += kKeys, stage ^= 1) {
+  for (int key = 0; key < keys; key += kKeys) {
     cuda::wait_for_loads();
     __syncthreads();  // the tile is there, and nobody needs the one before it
-    if (key + kKeys < keys) load_keys(key + kKeys, stage ^ 1);
-    const T* const k = kv + stage * 2 * kKeyRows;
+    if (key + kKeys < keys) load_keys(key + kKeys);
+    const T* const k = kv + key / kKeys % 2 * 2 * kKeyRows;
     const T* const v = k + kKeyRows;
 #pragma unroll 1
     for (int chunk = 0; chunk < kKeys && key + chunk < warp_keys; chunk += kChunkRows) {

@@ -3,12 +3,13 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
+#include <mutex>
 #include <string>
 
 #include "core/error.h"
 #include "cuda/context.h"
 #include "cuda/error.h"
+#include "cuda/staging.h"
 #include "cuda/strided.h"
 #include "ops/reduce_kernels.h"
 
@@ -54,6 +55,10 @@ class CudaBackend : public Backend {
 
   void to_device(void* dst, const void* src, size_t bytes) override {
     context_.use();
+    if (bytes <= cuda::Staging::kSlotBytes) {
+      const std::lock_guard lock(staging_mutex_);
+      return staging_.copy(dst, src, bytes, context_.stream);
+    }
     WEFT_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, context_.stream));
     context_.synchronize();
   }
@@ -68,6 +73,8 @@ class CudaBackend : public Backend {
   Cuda queue(const char* op) { return {use(), op}; }
 
   cuda::Context context_;
+  std::mutex staging_mutex_;
+  cuda::Staging staging_;
 };
 
 /// Number of devices, or what the driver says instead.

@@ -3,6 +3,7 @@
 # passed, failed and skipped (with reasons), and exits non-zero on a failure.
 #   bash tests/run.sh                 release build, all tests
 #   WEFT_SANITIZE=1 bash tests/run.sh the same under AddressSanitizer and UndefinedBehaviorSanitizer as well
+#   WEFT_ALL_GPUS=1 bash tests/run.sh device code is compiled for compute capabilities 8.0 and 10.0 beside 9.0 as well
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source cmake/install_dependencies.sh
@@ -11,12 +12,16 @@ install_dependencies with-tests
 jobs=$(nproc)
 failures=0
 
-# suite DIRECTORY TITLE CMAKE-OPTIONS...: configures, builds and runs one build of everything.
+# configured PRESET: configures build/PRESET as CMakePresets.json says, with tests.
+configured() {
+  echo "== $1: configure and build in build/$1"
+  cmake --preset "$1" -DWEFT_BUILD_TESTS=ON > "build/$1.configure.log" 2>&1 || { cat "build/$1.configure.log"; exit 1; }
+}
+
+# suite PRESET TITLE: configures, builds and runs one build of everything.
 suite() {
-  local directory=$1 title=$2
-  shift 2
-  echo "== $title: configure and build in $directory"
-  cmake -S . -B "$directory" -G Ninja -DWEFT_BUILD_TESTS=ON "$@" > "$directory.configure.log" 2>&1 || { cat "$directory.configure.log"; exit 1; }
+  local directory=build/$1 title=$2
+  configured "$1"
   cmake --build "$directory" -j "$jobs"
   echo "== $title: test"
   local log=$directory/tests.log status=0
@@ -27,9 +32,12 @@ suite() {
 
 mkdir -p build
 command -v nvcc > /dev/null || echo "== there is no nvcc here: the CUDA backend is not compiled for a GPU, only as C++ for the emulated device"
-suite build/release "release" -DCMAKE_BUILD_TYPE=Release
+suite release "release"
+if [ "${WEFT_ALL_GPUS:-0}" != 0 ] && command -v nvcc > /dev/null; then
+  configured all-gpus
+  cmake --build build/all-gpus -j "$jobs" --target weft_cuda
+fi
 if [ "${WEFT_SANITIZE:-0}" != 0 ]; then
-  suite build/sanitize "address and undefined-behaviour sanitizers" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-g1 \
-    -DWEFT_SANITIZE=ON -DWEFT_CUDA=OFF
+  suite sanitize "address and undefined-behaviour sanitizers"
 fi
 exit "$failures"
