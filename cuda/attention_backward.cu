@@ -294,9 +294,8 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_keys_mma(Attent
       p.update([&](int, int i, float x) { return cuda::exp2_fast(fmaf(x, scale, lse[chunk + i] * -static_cast<float>(kLog2E))); });
       if (in_chunk.keys_of(0) < Tiles::kWarpKeys) p.update([&](int row, int i, float x) { return row < in_chunk.keys_of(i) ? x : 0; });
       cuda::add_products<kWidth>(dv, p, dout + chunk * Tiles::kStride);
-      ds.clear();
+      ds.update([&](int, int i, float) { return -delta[chunk + i]; });
       cuda::add_dots<kWidth, Tiles::kUnroll>(ds, v + warp_row * Tiles::kStride, dout + chunk * Tiles::kStride);
-      ds.update([&](int, int i, float x) { return x - delta[chunk + i]; });
       ds.multiply(p);
       cuda::add_products<kWidth>(dk, ds, q + chunk * Tiles::kStride);
     }
@@ -354,8 +353,8 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_queries_mma(Att
   const T* next_v = row_at(a.v, unit.b, kv_head, 0);
   const auto load_keys = [&](int key) {
     T* const to = kv + key / kKeys % 2 * 2 * kKeyRows;
-    cuda::load_tile<kKeys, kWidth>(to, next_k, a.k.token, keys - key, columns, packed);
-    cuda::load_tile<kKeys, kWidth>(to + kKeyRows, next_v, a.v.token, keys - key, columns, packed);
+    cuda::load_tile<kKeys, kWidth>(to, next_k, a.k.token, visible.keys - key, columns, packed);
+    cuda::load_tile<kKeys, kWidth>(to + kKeyRows, next_v, a.v.token, visible.keys - key, columns, packed);
     next_k += kKeys * a.k.token;
     next_v += kKeys * a.v.token;
   };
@@ -382,9 +381,8 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_queries_mma(Att
       cuda::add_dots<kWidth, Tiles::kUnroll>(p, q + warp_row * Tiles::kStride, k + chunk * Tiles::kStride);
       p.update([&](int i, int, float x) { return cuda::exp2_fast(fmaf(x, scale, lse[warp_row + i] * -static_cast<float>(kLog2E))); });
       if (in_chunk.keys_of(0) < kChunkRows) p.update([&](int i, int column, float x) { return column < in_chunk.keys_of(i) ? x : 0; });
-      ds.clear();
+      ds.update([&](int i, int, float) { return -delta[warp_row + i]; });
       cuda::add_dots<kWidth, Tiles::kUnroll>(ds, dout + warp_row * Tiles::kStride, v + chunk * Tiles::kStride);
-      ds.update([&](int i, int, float x) { return x - delta[warp_row + i]; });
       ds.multiply(p);
       cuda::add_products<kWidth>(dq, ds, k + chunk * Tiles::kStride);
     }

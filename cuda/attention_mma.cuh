@@ -33,12 +33,11 @@ __device__ inline void load_tile(T* to, const T* from, int64_t stride, int rows,
       source += kStep * stride;
     }
   } else {
+    // Rare, and not worth the registers that it would take to be fast.
 #pragma unroll 1
     for (int row = 0; row < kRows; row += kStep) {
-      Pack<T, kCount> pack;
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) pack.at[e] = row < valid && column + e < columns ? source[e] : T(0.0f);
-      store_pack(at + row * kRowStride<kWidth>, pack);
+#pragma unroll 1
+      for (int e = 0; e < kCount; ++e) at[row * kRowStride<kWidth> + e] = row < valid && column + e < columns ? source[e] : T(0.0f);
       source += kStep * stride;
     }
   }
