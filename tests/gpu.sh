@@ -32,7 +32,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limi
 run weft doctor 2>&1 | tee -a "$logs/device.log"
 
 # ---- tests ----
-for program in op_drivers_cuda_test optim_cuda_test models_cuda_test; do
+for program in gemm_cuda_test op_drivers_cuda_test optim_cuda_test models_cuda_test; do
   run "$program" --gtest_brief=1 > "$logs/$program.log" 2>&1
   status=$?
   passed=$(grep -oE '\[  PASSED  \] [0-9]+' "$logs/$program.log" | grep -oE '[0-9]+$' | tail -1)
