@@ -24,11 +24,14 @@ int bench_machine(std::span<const std::string> args) {
   device.declare(options);
   if (!options.parse(args)) return 0;
   if (threads > 0) set_num_threads(static_cast<int>(threads));
-  const models::MachineSpeed speed = models::measure_machine(device.device(options), precision == "bf16" ? DType::bf16 : DType::f32);
+  const models::MachineSpeed speed =
+      models::measure_machine(device.device(options), precision == "bf16" ? DType::bf16 : DType::f32);
   const bool cpu = speed.device.kind == DeviceKind::cpu;
-  std::cout << speed.name << (cpu ? concat(", ", speed.threads, " threads, ", gemm_isa(), " kernels") : "") << "\nGEMM peak (" << speed.dtype << ", "
-            << (cpu ? "1,024" : "8,192") << "^3): " << fixed(speed.gemm_flops * 1e-9, 1) << " GFLOP/s\ncopy bandwidth (far beyond cache): "
-            << fixed(speed.copy_bytes * 1e-9, 1) << " GB/s read plus written\n";
+  std::cout << speed.name << (cpu ? concat(", ", speed.threads, " threads, ", gemm_isa(), " kernels") : "")
+            << "\nGEMM peak (" << speed.dtype << ", " << (cpu ? "1,024" : "8,192")
+            << "^3): " << fixed(speed.gemm_flops * 1e-9, 1)
+            << " GFLOP/s\ncopy bandwidth (far beyond cache): " << fixed(speed.copy_bytes * 1e-9, 1)
+            << " GB/s read plus written\n";
   return 0;
 }
 
@@ -37,7 +40,8 @@ int run_bench(std::span<const std::string> args) {
       {"machine", "measures GEMM peak and copy bandwidth", bench_machine},
       {"step", "times whole training steps against their speed of light", bench_step},
   };
-  return dispatch("weft bench", "Measures the speed of this machine and of models on it.", kCommands, args, process_environment(), std::cout);
+  return dispatch("weft bench", "Measures the speed of this machine and of models on it.", kCommands, args,
+                  process_environment(), std::cout);
 }
 
 }  // namespace weft::apps

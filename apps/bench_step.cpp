@@ -49,7 +49,8 @@ class StepBench {
         gpt_(shape.config, device, 1, dtype),
         optimizer_(gpt_.parameters(), {.beta2 = 0.95, .weight_decay = 0.1, .clip_norm = 1.0}),
         loader_(random_tokens(shape), {.batch = shape.batch, .context = shape.config.context, .prefetch = 0}),
-        trainer_(gpt_, optimizer_, loader_, {.peak = 3e-4, .floor = 3e-5, .warmup = 10, .total = 1000000}, accumulate) {}
+        trainer_(gpt_, optimizer_, loader_, {.peak = 3e-4, .floor = 3e-5, .warmup = 10, .total = 1000000}, accumulate) {
+  }
 
   models::StepMetrics step() { return trainer_.step(); }
   int64_t tokens() const { return shape_.batch * shape_.config.context * accumulate_; }
@@ -58,13 +59,16 @@ class StepBench {
   int64_t peak_bytes() const { return device_.kind == DeviceKind::cpu ? peak_resident_bytes() : memory().reserved; }
   const models::StepBound& bound() const { return bound_; }
   /// The bound after one more measurement of the machine, which takes a second and memory of its own.
-  models::StepBound measured_bound() const { return models::step_bound(shape_.config, tokens(), models::measure_machine(device_, dtype_)); }
+  models::StepBound measured_bound() const {
+    return models::step_bound(shape_.config, tokens(), models::measure_machine(device_, dtype_));
+  }
 
  private:
   static std::shared_ptr<text::TokenVector> random_tokens(const StepShape& shape) {
     const RandomStream stream(1, "bench tokens");
     std::vector<int32_t> tokens(static_cast<size_t>(64 * shape.batch * shape.config.context + 1));
-    for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(stream.below(i, static_cast<uint64_t>(shape.config.vocab)));
+    for (size_t i = 0; i < tokens.size(); ++i)
+      tokens[i] = static_cast<int32_t>(stream.below(i, static_cast<uint64_t>(shape.config.vocab)));
     return std::make_shared<text::TokenVector>(std::move(tokens), shape.config.vocab);
   }
 
@@ -119,18 +123,24 @@ int bench_step(std::span<const std::string> args) {
   DeviceOption device;
   Options options("bench step", "Times whole training steps (forward, backward, clipping, AdamW) on random tokens.");
   options.add("shape", &shape, {.choices = {"a", "b", "c", "124m", "350m", "1558m"}},
-              "a: 4 layers x 128, T=64, B=12, V=65; b: 6 x 384, T=256, B=16, V=65; c: GPT-2 124M, T=64, B=4; 124m, 350m, 1558m: "
+              "a: 4 layers x 128, T=64, B=12, V=65; b: 6 x 384, T=256, B=16, V=65; c: GPT-2 124M, T=64, B=4; 124m, "
+              "350m, 1558m: "
               "GPT-2's sizes, T=1,024, V=50,304, B=64, 32, 8");
-  options.add("batch", &batch, {.min = 0, .max = 1 << 20, .unit = "sequences"}, "rows of a micro-batch; 0: the shape's");
-  options.add("accumulate", &accumulate, {.min = 1, .max = 1 << 20, .unit = "micro-batches"}, "micro-batches of one step");
-  options.add("precision", &precision, {.choices = {"f32", "bf16"}}, "of weights and activations; the optimizer keeps f32");
+  options.add("batch", &batch, {.min = 0, .max = 1 << 20, .unit = "sequences"},
+              "rows of a micro-batch; 0: the shape's");
+  options.add("accumulate", &accumulate, {.min = 1, .max = 1 << 20, .unit = "micro-batches"},
+              "micro-batches of one step");
+  options.add("precision", &precision, {.choices = {"f32", "bf16"}},
+              "of weights and activations; the optimizer keeps f32");
   device.declare(options);
   options.add("threads", &threads, {.min = 0, .max = 1024}, "threads; 0: as many as the process may use");
   options.add("steps", &steps, {.min = 1, .max = 1000000}, "steps that are timed, after 3 that are not");
-  options.action("serve", &serving, "answer commands on standard input (step N, rss, sol, quit) with JSON lines instead");
+  options.action("serve", &serving,
+                 "answer commands on standard input (step N, rss, sol, quit) with JSON lines instead");
   if (!options.parse(args)) return 0;
   if (threads > 0) set_num_threads(static_cast<int>(threads));
-  const auto found = std::find_if(shapes().begin(), shapes().end(), [&](const StepShape& each) { return each.name == shape; });
+  const auto found =
+      std::find_if(shapes().begin(), shapes().end(), [&](const StepShape& each) { return each.name == shape; });
   StepShape chosen = *found;
   if (batch > 0) chosen.batch = batch;
   const Device where = device.device(options);
@@ -149,12 +159,17 @@ int bench_step(std::span<const std::string> args) {
   }
   const double seconds = median(total);
   const models::StepBound& bound = bench.bound();
-  std::printf("shape %s on %s (%d threads), %s, median of %lld steps: %.2f ms (forward %.2f, backward %.2f, optimizer %.2f), best %.2f ms\n", shape.c_str(), to_string(where).c_str(), num_threads(), precision.c_str(),
-              static_cast<long long>(steps), seconds * 1e3, median(forward) * 1e3, median(backward) * 1e3, median(optimizer) * 1e3,
-              *std::min_element(total.begin(), total.end()) * 1e3);
-  std::printf("%s tokens/s; speed of light %.2f ms (products %.2f, attention %.2f, passes %.2f, optimizer %.2f): %.1f%%\n",
-              grouped(static_cast<int64_t>(static_cast<double>(bench.tokens()) / seconds)).c_str(), bound.total() * 1e3, bound.products * 1e3,
-              bound.attention * 1e3, bound.passes * 1e3, bound.optimizer * 1e3, 100 * bound.total() / seconds);
+  std::printf(
+      "shape %s on %s (%d threads), %s, median of %lld steps: %.2f ms (forward %.2f, backward %.2f, optimizer %.2f), "
+      "best %.2f ms\n",
+      shape.c_str(), to_string(where).c_str(), num_threads(), precision.c_str(), static_cast<long long>(steps),
+      seconds * 1e3, median(forward) * 1e3, median(backward) * 1e3, median(optimizer) * 1e3,
+      *std::min_element(total.begin(), total.end()) * 1e3);
+  std::printf(
+      "%s tokens/s; speed of light %.2f ms (products %.2f, attention %.2f, passes %.2f, optimizer %.2f): %.1f%%\n",
+      grouped(static_cast<int64_t>(static_cast<double>(bench.tokens()) / seconds)).c_str(), bound.total() * 1e3,
+      bound.products * 1e3, bound.attention * 1e3, bound.passes * 1e3, bound.optimizer * 1e3,
+      100 * bound.total() / seconds);
   std::printf("peak memory %s; system allocations in the timed steps: %lld\n", human_bytes(bench.peak_bytes()).c_str(),
               static_cast<long long>(bench.memory().system_allocations - allocations));
   std::printf("memory:\n%s", memory_table(bench.memory()).c_str());

@@ -5,7 +5,8 @@
 namespace weft::apps {
 
 void DeviceOption::declare(Options& o) {
-  o.add("device", &text, {.placeholder = "DEVICE"}, "where to compute: auto (the first GPU, else the CPU), cpu, cuda or cuda:N");
+  o.add("device", &text, {.placeholder = "DEVICE"},
+        "where to compute: auto (the first GPU, else the CPU), cpu, cuda or cuda:N");
 }
 
 Device DeviceOption::planned(const Options& options) const {

@@ -51,7 +51,9 @@ class CudaBackend : public Backend {
   void copy(const StridedView& dst, const StridedView& src) override { cuda::copy(queue("copy"), dst, src); }
   void fill(const StridedView& dst, double value) override { cuda::fill(queue("fill"), dst, value); }
   void add(const StridedView& dst, const StridedView& src) override { cuda::add(queue("accumulate"), dst, src); }
-  void sum_broadcast(const StridedView& dst, const StridedView& src) override { sum_over(queue("sum_broadcast"), dst, src, 1); }
+  void sum_broadcast(const StridedView& dst, const StridedView& src) override {
+    sum_over(queue("sum_broadcast"), dst, src, 1);
+  }
 
   void to_device(void* dst, const void* src, size_t bytes) override {
     context_.use();
@@ -84,8 +86,9 @@ int device_count(std::string& why) {
   if (status == cudaSuccess && count > 0) return count;
   cudaGetLastError();
   why = status == cudaSuccess || status == cudaErrorNoDevice ? "this machine has no CUDA device"
-        : status == cudaErrorInsufficientDriver             ? "this machine has no CUDA driver, or one that is older than this build's CUDA"
-                                                            : std::string("CUDA says ") + cudaGetErrorName(status) + ": " + cudaGetErrorString(status);
+        : status == cudaErrorInsufficientDriver
+            ? "this machine has no CUDA driver, or one that is older than this build's CUDA"
+            : std::string("CUDA says ") + cudaGetErrorName(status) + ": " + cudaGetErrorString(status);
   return 0;
 }
 

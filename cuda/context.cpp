@@ -21,14 +21,15 @@ Context::Context(int i) : index(i) {
   cudaDeviceProp properties{};
   WEFT_CUDA(cudaGetDeviceProperties(&properties, index));
   if (properties.major < 8) {
-    fail(ErrorKind::kDevice, "cuda", properties.name, " has compute capability ", properties.major, '.', properties.minor,
-         "; the kernels need 8.0 or newer (Ampere)");
+    fail(ErrorKind::kDevice, "cuda", properties.name, " has compute capability ", properties.major, '.',
+         properties.minor, "; the kernels need 8.0 or newer (Ampere)");
   }
   multiprocessors = properties.multiProcessorCount;
   WEFT_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   WEFT_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&fault), sizeof(Fault), cudaHostAllocMapped));
   *fault = Fault{};
-  if (cublasLtCreate(&blas) != CUBLAS_STATUS_SUCCESS) fail(ErrorKind::kDevice, "cuda", "cublasLtCreate failed on device ", index);
+  if (cublasLtCreate(&blas) != CUBLAS_STATUS_SUCCESS)
+    fail(ErrorKind::kDevice, "cuda", "cublasLtCreate failed on device ", index);
   WEFT_CUDA(cudaMalloc(&workspace, kWorkspace));
   struct {
     double wide[2] = {0, 1};
@@ -66,11 +67,13 @@ void Context::throw_fault() {
   *fault = Fault{};
   switch (found.kind) {
     case Fault::kOutside:
-      fail(ErrorKind::kIndex, found.op, found.what, " element ", found.position, " is ", found.value, " but must be from 0 to ", found.limit - 1,
+      fail(ErrorKind::kIndex, found.op, found.what, " element ", found.position, " is ", found.value,
+           " but must be from 0 to ", found.limit - 1,
            " (found on the device by work queued earlier, whose results are not to be used)");
     default:
       fail(ErrorKind::kValue, found.op, "the mean is over valid tokens, but none of the ", found.limit,
-           " targets is valid (found on the device by work queued earlier). Hint: Reduction::kSum, or valid_tokens of the whole batch");
+           " targets is valid (found on the device by work queued earlier). Hint: Reduction::kSum, or valid_tokens of "
+           "the whole batch");
   }
 }
 

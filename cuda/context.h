@@ -26,9 +26,11 @@ class Context {
   cudaStream_t stream = nullptr;
   cublasLtHandle_t blas = nullptr;
   void* workspace = nullptr;  ///< for one kernel or product at a time, in the order of the stream
-  Fault* fault = nullptr;  ///< written by kernels
+  Fault* fault = nullptr;     ///< written by kernels
   /// {0, 1} in the device's memory, as double or float: factors for products whose other factor lies there.
-  const void* zero_and_one(bool as_double) const { return static_cast<const char*>(constants_) + (as_double ? 0 : 2 * sizeof(double)); }
+  const void* zero_and_one(bool as_double) const {
+    return static_cast<const char*>(constants_) + (as_double ? 0 : 2 * sizeof(double));
+  }
   int multiprocessors = 0;
   static constexpr size_t kWorkspace = size_t{32} << 20;
 

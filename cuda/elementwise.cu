@@ -31,7 +31,8 @@ struct Sources {
 };
 
 template <class T, int N, class Function>
-__global__ void map_strided(const __grid_constant__ Strided<N + 1> arrays, T* y, Sources<T, N> sources, Function function) {
+__global__ void map_strided(const __grid_constant__ Strided<N + 1> arrays, T* y, Sources<T, N> sources,
+                            Function function) {
   using A = Accumulate<T>;
   for (int64_t i = thread_index(); i < arrays.count; i += thread_count()) {
     int64_t offset[N + 1];
@@ -71,7 +72,8 @@ __global__ void map_flat(int64_t count, T* y, Sources<T, N> sources, Function fu
     for (int e = 0; e < kCount; ++e) {
       A x[N];
 #pragma unroll
-      for (int k = 0; k < N; ++k) x[k] = sources.at[k].data == nullptr ? sources.at[k].number : cuda::widen(in[k].at[e]);
+      for (int k = 0; k < N; ++k)
+        x[k] = sources.at[k].data == nullptr ? sources.at[k].number : cuda::widen(in[k].at[e]);
       out.at[e] = cuda::narrow<T>(function(x));
     }
     if (whole) {
@@ -103,7 +105,9 @@ void map(Cuda device, const char* op, const StridedView& y, const Operand* const
       flat = flat && arrays.is_flat(k + 1) && cuda::packs_fit<kFull<T>>(from);
     }
     if constexpr (!std::is_same_v<T, double>) {
-      if (flat) return start(device, grid_for(divide_up(arrays.count, kFull<T>)), map_flat<T, N, Function>, arrays.count, to, sources, function);
+      if (flat)
+        return start(device, grid_for(divide_up(arrays.count, kFull<T>)), map_flat<T, N, Function>, arrays.count, to,
+                     sources, function);
     }
     start(device, grid_for(arrays.count), map_strided<T, N, Function>, arrays, to, sources, function);
   });

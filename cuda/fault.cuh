@@ -6,7 +6,8 @@
 namespace weft::cuda {
 
 /// Writes down what is wrong, if nothing is yet.
-__device__ inline void report(Fault* fault, Fault::Kind kind, const char* op, const char* what, int64_t position, int64_t value, int64_t limit) {
+__device__ inline void report(Fault* fault, Fault::Kind kind, const char* op, const char* what, int64_t position,
+                              int64_t value, int64_t limit) {
   if (atomicCAS(&fault->kind, static_cast<unsigned>(Fault::kNone), static_cast<unsigned>(kind)) != Fault::kNone) return;
   fault->op = op;
   fault->what = what;

@@ -8,7 +8,7 @@ namespace weft::cuda {
 struct Fault {
   enum Kind : unsigned { kNone, kOutside, kNoTarget };
   unsigned kind = kNone;
-  const char* op = nullptr;    ///< string literals of the host
+  const char* op = nullptr;  ///< string literals of the host
   const char* what = nullptr;
   int64_t position = 0, value = 0, limit = 0;
 };

@@ -4,8 +4,8 @@
 
 #include <cublasLt.h>
 
-#include <array>
 #include <algorithm>
+#include <array>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -28,7 +28,10 @@ void check(cublasStatus_t status, const char* call) {
 #define WEFT_BLAS(call) check((call), #call)
 
 template <class T>
-constexpr cudaDataType_t kType = std::is_same_v<T, double> ? CUDA_R_64F : std::is_same_v<T, float> ? CUDA_R_32F : std::is_same_v<T, Half> ? CUDA_R_16F : CUDA_R_16BF;
+constexpr cudaDataType_t kType = std::is_same_v<T, double>  ? CUDA_R_64F
+                                 : std::is_same_v<T, float> ? CUDA_R_32F
+                                 : std::is_same_v<T, Half>  ? CUDA_R_16F
+                                                            : CUDA_R_16BF;
 
 /// One operand as cuBLASLt takes it: `rows` x `columns` in columns, `ld` apart, perhaps transposed.
 struct Columns {
@@ -47,7 +50,9 @@ Columns columns_of(const MatrixRef<T>& x, int64_t rows, int64_t columns) {
 /// Descriptors are made, used and destroyed with one product: they are host structs of some hundred bytes.
 class Descriptor {
  public:
-  Descriptor(cublasComputeType_t compute, cudaDataType_t scale) { WEFT_BLAS(cublasLtMatmulDescCreate(&descriptor_, compute, scale)); }
+  Descriptor(cublasComputeType_t compute, cudaDataType_t scale) {
+    WEFT_BLAS(cublasLtMatmulDescCreate(&descriptor_, compute, scale));
+  }
   Descriptor(const Descriptor&) = delete;
   Descriptor& operator=(const Descriptor&) = delete;
   ~Descriptor() { cublasLtMatmulDescDestroy(descriptor_); }
@@ -64,11 +69,13 @@ class Descriptor {
 class Layout {
  public:
   Layout(cudaDataType_t type, const Columns& x, int64_t batch, int64_t batch_stride) {
-    WEFT_BLAS(cublasLtMatrixLayoutCreate(&layout_, type, static_cast<uint64_t>(x.rows), static_cast<uint64_t>(x.columns), x.ld));
+    WEFT_BLAS(cublasLtMatrixLayoutCreate(&layout_, type, static_cast<uint64_t>(x.rows),
+                                         static_cast<uint64_t>(x.columns), x.ld));
     if (batch == 1) return;
     const auto count = static_cast<int32_t>(batch);
     WEFT_BLAS(cublasLtMatrixLayoutSetAttribute(layout_, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count));
-    WEFT_BLAS(cublasLtMatrixLayoutSetAttribute(layout_, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &batch_stride, sizeof batch_stride));
+    WEFT_BLAS(cublasLtMatrixLayoutSetAttribute(layout_, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &batch_stride,
+                                               sizeof batch_stride));
   }
   Layout(const Layout&) = delete;
   Layout& operator=(const Layout&) = delete;
@@ -80,7 +87,8 @@ class Layout {
 };
 
 /// What an algorithm depends on. Alignment counts: an algorithm for 16-byte loads may not be given other pointers.
-using Key = std::tuple<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, int, int, int, unsigned>;
+using Key = std::tuple<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, int,
+                       int, int, unsigned>;
 
 /// The largest power of two up to 256 that divides the address.
 uint32_t alignment_of(const void* p) {
@@ -88,10 +96,10 @@ uint32_t alignment_of(const void* p) {
   return static_cast<uint32_t>(address & (~address + 1));
 }
 
-/// cuBLASLt's first choice for a shape, asked for once: the answer is a function of the shape and the library's version,
-/// so that every run makes the same choice and has the same bits.
-cublasLtMatmulAlgo_t algorithm(Context& context, const Key& key, const Descriptor& product, const Layout& a, const Layout& b, const Layout& c,
-                               const std::array<uint32_t, 3>& alignment) {
+/// cuBLASLt's first choice for a shape, asked for once: the answer is a function of the shape and the library's
+/// version, so that every run makes the same choice and has the same bits.
+cublasLtMatmulAlgo_t algorithm(Context& context, const Key& key, const Descriptor& product, const Layout& a,
+                               const Layout& b, const Layout& c, const std::array<uint32_t, 3>& alignment) {
   static std::mutex& mutex = *new std::mutex;
   static auto& known = *new std::map<Key, cublasLtMatmulAlgo_t>;
   const std::lock_guard lock(mutex);
@@ -99,14 +107,20 @@ cublasLtMatmulAlgo_t algorithm(Context& context, const Key& key, const Descripto
   cublasLtMatmulPreference_t preference = nullptr;
   WEFT_BLAS(cublasLtMatmulPreferenceCreate(&preference));
   const size_t workspace = Context::kWorkspace;
-  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace);
-  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &alignment[0], sizeof(uint32_t));
-  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &alignment[1], sizeof(uint32_t));
-  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &alignment[2], sizeof(uint32_t));
-  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &alignment[2], sizeof(uint32_t));
+  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+                                       sizeof workspace);
+  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &alignment[0],
+                                       sizeof(uint32_t));
+  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &alignment[1],
+                                       sizeof(uint32_t));
+  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &alignment[2],
+                                       sizeof(uint32_t));
+  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &alignment[2],
+                                       sizeof(uint32_t));
   cublasLtMatmulHeuristicResult_t result{};
   int count = 0;
-  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(context.blas, product.get(), a.get(), b.get(), c.get(), c.get(), preference, 1, &result, &count);
+  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(context.blas, product.get(), a.get(), b.get(), c.get(),
+                                                               c.get(), preference, 1, &result, &count);
   cublasLtMatmulPreferenceDestroy(preference);
   WEFT_BLAS(status);
   if (count == 0) fail(ErrorKind::kDevice, "gemm", "cuBLASLt has no algorithm for this product");
@@ -115,7 +129,10 @@ cublasLtMatmulAlgo_t algorithm(Context& context, const Key& key, const Descripto
 }
 
 template <class T>
-constexpr DType kDType = std::is_same_v<T, double> ? DType::f64 : std::is_same_v<T, float> ? DType::f32 : std::is_same_v<T, Half> ? DType::f16 : DType::bf16;
+constexpr DType kDType = std::is_same_v<T, double>  ? DType::f64
+                         : std::is_same_v<T, float> ? DType::f32
+                         : std::is_same_v<T, Half>  ? DType::f16
+                                                    : DType::bf16;
 
 /// C of all products of a batch.
 template <class TA, class TB, class TC>
@@ -141,7 +158,8 @@ void run(Cuda device, Gemm<TA, TB, TC> g, const GemmBatch& batch) {
   using Sum = typename Gemm<TA, TB, TC>::Sum;
   if (g.m == 0 || g.n == 0 || batch.count == 0) return;
   if (g.k == 0) {  // not for cuBLASLt: an empty sum
-    if (g.beta != Sum(0) && g.beta != Sum(1)) fail(ErrorKind::kValue, "gemm", "with k = 0 beta must be 0 or 1, got ", g.beta);
+    if (g.beta != Sum(0) && g.beta != Sum(1))
+      fail(ErrorKind::kValue, "gemm", "with k = 0 beta must be 0 or 1, got ", g.beta);
     if (g.beta == Sum(0)) cuda::fill(device, view_of_c(g, batch), 0);
     return add_bias(device, g, batch);
   }
@@ -157,7 +175,10 @@ void run(Cuda device, Gemm<TA, TB, TC> g, const GemmBatch& batch) {
   const auto stream = static_cast<cudaStream_t>(device.stream);
 
   const bool tf32 = g.tf32 && std::is_same_v<TA, float>;
-  Descriptor product(std::is_same_v<Sum, double> ? CUBLAS_COMPUTE_64F : tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, kType<Sum>);
+  Descriptor product(std::is_same_v<Sum, double> ? CUBLAS_COMPUTE_64F
+                     : tf32                      ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                                 : CUBLAS_COMPUTE_32F,
+                     kType<Sum>);
   const Columns first = columns_of(g.b, g.k, g.n), second = columns_of(g.a, g.m, g.k);
   const auto set_transposed = [&](cublasLtMatmulDescAttributes_t which, bool transposed) {
     product.set(which, static_cast<int32_t>(transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
@@ -178,7 +199,9 @@ void run(Cuda device, Gemm<TA, TB, TC> g, const GemmBatch& batch) {
     const void* auxiliary = forward ? static_cast<const void*>(g.c) : static_cast<const void*>(g.aux);
     const int64_t auxiliary_ld = forward ? g.ldc : g.ldaux, auxiliary_step = forward ? batch.c : batch.aux;
     if (forward) written = g.d, written_ld = g.ldd;
-    epilogue = !forward ? CUBLASLT_EPILOGUE_DGELU : bias != nullptr ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
+    epilogue = !forward          ? CUBLASLT_EPILOGUE_DGELU
+               : bias != nullptr ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS
+                                 : CUBLASLT_EPILOGUE_GELU_AUX;
     product.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, auxiliary);
     product.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, auxiliary_ld);
     if (batch.count > 1) product.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE, auxiliary_step);
@@ -187,23 +210,41 @@ void run(Cuda device, Gemm<TA, TB, TC> g, const GemmBatch& batch) {
 
   const Columns out{false, g.n, g.m, std::max(written_ld, g.n)};
   const int64_t out_step = g.activation == GemmActivation::kGelu ? batch.d : batch.c;
-  const Layout a(kType<TB>, first, batch.count, batch.b), b(kType<TA>, second, batch.count, batch.a), c(kType<TC>, out, batch.count, out_step);
+  const Layout a(kType<TB>, first, batch.count, batch.b), b(kType<TA>, second, batch.count, batch.a),
+      c(kType<TC>, out, batch.count, out_step);
   const std::array<uint32_t, 3> alignment = {alignment_of(g.b.data), alignment_of(g.a.data), alignment_of(written)};
-  const Key key{kType<TA>, kType<TB>, kType<TC>, g.m, g.n, g.k, first.ld, second.ld, out.ld, batch.count, first.transposed, second.transposed,
-                context.index, static_cast<int>(epilogue), static_cast<int>(g.scale != nullptr) | static_cast<int>(tf32) << 1, alignment[0] << 18 | alignment[1] << 9 | alignment[2]};
+  const Key key{kType<TA>,
+                kType<TB>,
+                kType<TC>,
+                g.m,
+                g.n,
+                g.k,
+                first.ld,
+                second.ld,
+                out.ld,
+                batch.count,
+                first.transposed,
+                second.transposed,
+                context.index,
+                static_cast<int>(epilogue),
+                static_cast<int>(g.scale != nullptr) | static_cast<int>(tf32) << 1,
+                alignment[0] << 18 | alignment[1] << 9 | alignment[2]};
 
   // alpha from the device's memory: its factor stands there already, and the host's is 1 wherever that is used.
   const void *alpha_at = &g.alpha, *beta_at = &g.beta;
   if (g.scale != nullptr) {
-    if (g.alpha != Sum(1)) fail(ErrorKind::kValue, "gemm", "a factor on the device stands for alpha, which must then be 1, got ", g.alpha);
-    if (g.beta != Sum(0) && g.beta != Sum(1)) fail(ErrorKind::kValue, "gemm", "with a factor on the device beta must be 0 or 1, got ", g.beta);
+    if (g.alpha != Sum(1))
+      fail(ErrorKind::kValue, "gemm", "a factor on the device stands for alpha, which must then be 1, got ", g.alpha);
+    if (g.beta != Sum(0) && g.beta != Sum(1))
+      fail(ErrorKind::kValue, "gemm", "with a factor on the device beta must be 0 or 1, got ", g.beta);
     product.set(CUBLASLT_MATMUL_DESC_POINTER_MODE, static_cast<int32_t>(CUBLASLT_POINTER_MODE_DEVICE));
     alpha_at = g.scale;
     beta_at = static_cast<const Sum*>(context.zero_and_one(std::is_same_v<Sum, double>)) + (g.beta == Sum(1) ? 1 : 0);
   }
   const cublasLtMatmulAlgo_t chosen = algorithm(context, key, product, a, b, c, alignment);
-  WEFT_BLAS(cublasLtMatmul(context.blas, product.get(), alpha_at, g.b.data, a.get(), g.a.data, b.get(), beta_at, written, c.get(), written, c.get(), &chosen,
-                           context.workspace, Context::kWorkspace, stream));
+  WEFT_BLAS(cublasLtMatmul(context.blas, product.get(), alpha_at, g.b.data, a.get(), g.a.data, b.get(), beta_at,
+                           written, c.get(), written, c.get(), &chosen, context.workspace, Context::kWorkspace,
+                           stream));
 }
 
 }  // namespace

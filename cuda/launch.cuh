@@ -24,12 +24,14 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 /// limit, which is far above what the device can hold at once.
 inline Grid grid_for(int64_t count, int threads = 256) {
   constexpr int64_t kMostBlocks = 1 << 16;
-  return {static_cast<unsigned>(std::clamp<int64_t>(divide_up(count, threads), 1, kMostBlocks)), static_cast<unsigned>(threads)};
+  return {static_cast<unsigned>(std::clamp<int64_t>(divide_up(count, threads), 1, kMostBlocks)),
+          static_cast<unsigned>(threads)};
 }
 
 /// Queues kernel(arguments...) on the device's stream.
 template <class... Parameters>
-void start(Cuda device, const Grid& grid, void (*kernel)(Parameters...), std::type_identity_t<Parameters>... arguments) {
+void start(Cuda device, const Grid& grid, void (*kernel)(Parameters...),
+           std::type_identity_t<Parameters>... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid.blocks;
   config.blockDim = grid.threads;
@@ -43,7 +45,8 @@ void start(Cuda device, const Grid& grid, void (*kernel)(Parameters...), std::ty
 template <class... Parameters>
 void allow_shared(void (*kernel)(Parameters...), size_t bytes) {
   if (bytes <= (size_t{48} << 10)) return;
-  WEFT_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  WEFT_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(bytes)));
 }
 
 /// Thread number over the whole grid, and how many there are: for loops over more work than threads.

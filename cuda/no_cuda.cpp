@@ -29,11 +29,17 @@ const char* why_no_cuda() { return kWhy; }
 // ---- elementwise ----
 
 template <class Op>
-void unary(Cuda, const StridedView&, const Operand&) { absent(); }
+void unary(Cuda, const StridedView&, const Operand&) {
+  absent();
+}
 template <class Op>
-void unary_backward(Cuda, const StridedView&, const Operand&, const Operand&) { absent(); }
+void unary_backward(Cuda, const StridedView&, const Operand&, const Operand&) {
+  absent();
+}
 template <class Op>
-void binary(Cuda, const StridedView&, const Operand&, const Operand&) { absent(); }
+void binary(Cuda, const StridedView&, const Operand&, const Operand&) {
+  absent();
+}
 void add_scaled(Cuda, const StridedView&, const Operand&, const Operand&, double) { absent(); }
 void compare(Cuda, Comparison, const StridedView&, const Operand&, const Operand&) { absent(); }
 void select(Cuda, const StridedView&, const StridedView&, const Operand&, const Operand&) { absent(); }
@@ -66,42 +72,67 @@ int64_t norm_blocks(Cuda, int64_t) { absent(); }
 int64_t attention_workspace(Cuda, const AttentionShape&) { absent(); }
 
 template <class T>
-int64_t embedding_workspace(Cuda, int64_t, int64_t, int64_t) { absent(); }
+int64_t embedding_workspace(Cuda, int64_t, int64_t, int64_t) {
+  absent();
+}
 template <class T>
-void embedding_backward(Cuda, const EmbeddingBackward<T>&) { absent(); }
+void embedding_backward(Cuda, const EmbeddingBackward<T>&) {
+  absent();
+}
 template <class T>
-void gather_backward(Cuda, const GatherLines&, const T*, Accumulate<T>*) { absent(); }
+void gather_backward(Cuda, const GatherLines&, const T*, Accumulate<T>*) {
+  absent();
+}
 template <class T>
-void dropout_forward(Cuda, const T*, T*, int64_t, double, const RandomStream&, uint64_t) { absent(); }
+void dropout_forward(Cuda, const T*, T*, int64_t, double, const RandomStream&, uint64_t) {
+  absent();
+}
 template <class T>
-void loss_forward(Cuda, const LossTargets&, const T*, Accumulate<T>*, double*) { absent(); }
+void loss_forward(Cuda, const LossTargets&, const T*, Accumulate<T>*, double*) {
+  absent();
+}
 template <class T>
-void loss_backward(Cuda, const LossTargets&, const T*, const Accumulate<T>*, const LossScale<Accumulate<T>>&, T*) { absent(); }
+void loss_backward(Cuda, const LossTargets&, const T*, const Accumulate<T>*, const LossScale<Accumulate<T>>&, T*) {
+  absent();
+}
 template <class T>
-void loss_in_place(Cuda, const LossTargets&, Accumulate<T>*, const LossScale<Accumulate<T>>&, double*) { absent(); }
+void loss_in_place(Cuda, const LossTargets&, Accumulate<T>*, const LossScale<Accumulate<T>>&, double*) {
+  absent();
+}
 template <class T>
-void scale_to(Cuda, const Accumulate<T>*, int64_t, const Accumulate<T>*, T*, bool) { absent(); }
+void scale_to(Cuda, const Accumulate<T>*, int64_t, const Accumulate<T>*, T*, bool) {
+  absent();
+}
 template <class T>
-void norm_forward(Cuda, const NormForward<T>&) { absent(); }
+void norm_forward(Cuda, const NormForward<T>&) {
+  absent();
+}
 template <class T>
-void norm_backward(Cuda, const NormBackward<T>&) { absent(); }
+void norm_backward(Cuda, const NormBackward<T>&) {
+  absent();
+}
 template <class T>
-void attention_forward(Cuda, const AttentionForward<T>&) { absent(); }
+void attention_forward(Cuda, const AttentionForward<T>&) {
+  absent();
+}
 template <class T>
-void attention_backward(Cuda, const AttentionBackward<T>&) { absent(); }
+void attention_backward(Cuda, const AttentionBackward<T>&) {
+  absent();
+}
 
-#define WEFT_INSTANCES(T)                                                                                                     \
-  template int64_t embedding_workspace<T>(Cuda, int64_t, int64_t, int64_t);                                                   \
-  template void embedding_backward(Cuda, const EmbeddingBackward<T>&);                                                        \
-  template void gather_backward(Cuda, const GatherLines&, const T*, Accumulate<T>*);                                          \
-  template void dropout_forward(Cuda, const T*, T*, int64_t, double, const RandomStream&, uint64_t);                          \
-  template void loss_forward(Cuda, const LossTargets&, const T*, Accumulate<T>*, double*);                                    \
-  template void loss_backward(Cuda, const LossTargets&, const T*, const Accumulate<T>*, const LossScale<Accumulate<T>>&, T*); \
-  template void loss_in_place<T>(Cuda, const LossTargets&, Accumulate<T>*, const LossScale<Accumulate<T>>&, double*);         \
-  template void scale_to(Cuda, const Accumulate<T>*, int64_t, const Accumulate<T>*, T*, bool);                                \
-  template void norm_forward(Cuda, const NormForward<T>&);                                                                    \
-  template void norm_backward(Cuda, const NormBackward<T>&);                                                                  \
-  template void attention_forward(Cuda, const AttentionForward<T>&);                                                          \
+#define WEFT_INSTANCES(T)                                                                                             \
+  template int64_t embedding_workspace<T>(Cuda, int64_t, int64_t, int64_t);                                           \
+  template void embedding_backward(Cuda, const EmbeddingBackward<T>&);                                                \
+  template void gather_backward(Cuda, const GatherLines&, const T*, Accumulate<T>*);                                  \
+  template void dropout_forward(Cuda, const T*, T*, int64_t, double, const RandomStream&, uint64_t);                  \
+  template void loss_forward(Cuda, const LossTargets&, const T*, Accumulate<T>*, double*);                            \
+  template void loss_backward(Cuda, const LossTargets&, const T*, const Accumulate<T>*,                               \
+                              const LossScale<Accumulate<T>>&, T*);                                                   \
+  template void loss_in_place<T>(Cuda, const LossTargets&, Accumulate<T>*, const LossScale<Accumulate<T>>&, double*); \
+  template void scale_to(Cuda, const Accumulate<T>*, int64_t, const Accumulate<T>*, T*, bool);                        \
+  template void norm_forward(Cuda, const NormForward<T>&);                                                            \
+  template void norm_backward(Cuda, const NormBackward<T>&);                                                          \
+  template void attention_forward(Cuda, const AttentionForward<T>&);                                                  \
   template void attention_backward(Cuda, const AttentionBackward<T>&);
 WEFT_INSTANCES(float)
 WEFT_INSTANCES(double)
@@ -112,21 +143,29 @@ WEFT_INSTANCES(BFloat16)
 // ---- sums and products ----
 
 template <class A>
-void reduce_losses(Cuda, const double*, int64_t, const double*, A*) { absent(); }
+void reduce_losses(Cuda, const double*, int64_t, const double*, A*) {
+  absent();
+}
 template void reduce_losses(Cuda, const double*, int64_t, const double*, float*);
 template void reduce_losses(Cuda, const double*, int64_t, const double*, double*);
 
 template <class T>
-void column_sum(Cuda, const T*, int64_t, int64_t, int64_t, T*, bool) { absent(); }
+void column_sum(Cuda, const T*, int64_t, int64_t, int64_t, T*, bool) {
+  absent();
+}
 template void column_sum(Cuda, const float*, int64_t, int64_t, int64_t, float*, bool);
 template void column_sum(Cuda, const double*, int64_t, int64_t, int64_t, double*, bool);
 
 template <class TA, class TB, class TC>
-void gemm(Cuda, const Gemm<TA, TB, TC>&) { absent(); }
+void gemm(Cuda, const Gemm<TA, TB, TC>&) {
+  absent();
+}
 template <class TA, class TB, class TC>
-void gemm_batched(Cuda, const Gemm<TA, TB, TC>&, const GemmBatch&) { absent(); }
-#define WEFT_GEMM_INSTANCE(TA, TB, TC)                         \
-  template void gemm(Cuda, const Gemm<TA, TB, TC>&);           \
+void gemm_batched(Cuda, const Gemm<TA, TB, TC>&, const GemmBatch&) {
+  absent();
+}
+#define WEFT_GEMM_INSTANCE(TA, TB, TC)               \
+  template void gemm(Cuda, const Gemm<TA, TB, TC>&); \
   template void gemm_batched(Cuda, const Gemm<TA, TB, TC>&, const GemmBatch&);
 WEFT_GEMM_INSTANCE(float, float, float)
 WEFT_GEMM_INSTANCE(double, double, double)

@@ -22,7 +22,8 @@ constexpr bool kIsInteger = std::is_integral_v<T> && !std::is_same_v<T, bool>;
 template <class Integer>
 WEFT_HD Integer saturated(double x) {
   constexpr double kLow = static_cast<double>(std::numeric_limits<Integer>::min());
-  constexpr double kEnd = static_cast<double>(std::numeric_limits<Integer>::max() / 2 + 1) * 2;  // exact, one past the largest
+  constexpr double kEnd =
+      static_cast<double>(std::numeric_limits<Integer>::max() / 2 + 1) * 2;  // exact, one past the largest
   if (x != x) return 0;
   if (x <= kLow) return std::numeric_limits<Integer>::min();
   if (x >= kEnd) return std::numeric_limits<Integer>::max();
@@ -40,8 +41,10 @@ __device__ To cast(From x) {
   if constexpr (std::is_same_v<To, From>) {
     return x;
   } else if constexpr (std::is_same_v<To, bool>) {
-    if constexpr (std::is_integral_v<From>) return x != 0;
-    else return static_cast<double>(x) != 0;
+    if constexpr (std::is_integral_v<From>)
+      return x != 0;
+    else
+      return static_cast<double>(x) != 0;
   } else if constexpr (std::is_integral_v<From> && kIsInteger<To>) {
     return saturated<To>(static_cast<int64_t>(x));
   } else if constexpr (std::is_integral_v<From>) {
@@ -91,19 +94,22 @@ __global__ void copy_flat(int64_t count, To* dst, const From* src) {
 /// stride 1 along r and `dst` along c.
 constexpr int kTile = 32, kTileRows = 8;
 template <class Bits>
-__global__ void copy_transposed(int64_t rows, int64_t columns, Bits* dst, int64_t dst_stride, const Bits* src, int64_t src_stride, int64_t batch_dst,
-                                int64_t batch_src) {
+__global__ void copy_transposed(int64_t rows, int64_t columns, Bits* dst, int64_t dst_stride, const Bits* src,
+                                int64_t src_stride, int64_t batch_dst, int64_t batch_src) {
   __shared__ Bits tile[kTile][kTile + 1];
   dst += blockIdx.z * batch_dst;
   src += blockIdx.z * batch_src;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kTile;
-  for (int64_t column0 = static_cast<int64_t>(blockIdx.y) * kTile; column0 < columns; column0 += static_cast<int64_t>(gridDim.y) * kTile) {
+  for (int64_t column0 = static_cast<int64_t>(blockIdx.y) * kTile; column0 < columns;
+       column0 += static_cast<int64_t>(gridDim.y) * kTile) {
     for (int i = static_cast<int>(threadIdx.y); i < kTile; i += kTileRows) {
-      if (column0 + i < columns && row0 + threadIdx.x < rows) tile[i][threadIdx.x] = src[(column0 + i) * src_stride + row0 + threadIdx.x];
+      if (column0 + i < columns && row0 + threadIdx.x < rows)
+        tile[i][threadIdx.x] = src[(column0 + i) * src_stride + row0 + threadIdx.x];
     }
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.y); i < kTile; i += kTileRows) {
-      if (row0 + i < rows && column0 + threadIdx.x < columns) dst[(row0 + i) * dst_stride + column0 + threadIdx.x] = tile[threadIdx.x][i];
+      if (row0 + i < rows && column0 + threadIdx.x < columns)
+        dst[(row0 + i) * dst_stride + column0 + threadIdx.x] = tile[threadIdx.x][i];
     }
     __syncthreads();
   }
@@ -114,12 +120,15 @@ bool copied_as_transpose(Cuda device, const Strided<2>& at, void* dst, const voi
   if (at.rank < 2 || at.rank > 3) return false;
   const int r = at.rank - 2, c = at.rank - 1;
   const int64_t batch = at.rank == 3 ? at.sizes[0] : 1;
-  if (at.strides[0][c] != 1 || at.strides[1][r] != 1 || at.sizes[r] < 8 || at.sizes[c] < 8 || batch > 65535) return false;
+  if (at.strides[0][c] != 1 || at.strides[1][r] != 1 || at.sizes[r] < 8 || at.sizes[c] < 8 || batch > 65535)
+    return false;
   const Grid grid{dim3(static_cast<unsigned>(divide_up(at.sizes[r], kTile)),
-                       static_cast<unsigned>(std::min<int64_t>(divide_up(at.sizes[c], kTile), 65535)), static_cast<unsigned>(batch)),
+                       static_cast<unsigned>(std::min<int64_t>(divide_up(at.sizes[c], kTile), 65535)),
+                       static_cast<unsigned>(batch)),
                   dim3(kTile, kTileRows)};
-  start(device, grid, copy_transposed<Bits>, at.sizes[r], at.sizes[c], static_cast<Bits*>(dst), at.strides[0][r], static_cast<const Bits*>(src),
-        at.strides[1][c], at.rank == 3 ? at.strides[0][0] : 0, at.rank == 3 ? at.strides[1][0] : 0);
+  start(device, grid, copy_transposed<Bits>, at.sizes[r], at.sizes[c], static_cast<Bits*>(dst), at.strides[0][r],
+        static_cast<const Bits*>(src), at.strides[1][c], at.rank == 3 ? at.strides[0][0] : 0,
+        at.rank == 3 ? at.strides[1][0] : 0);
   return true;
 }
 
@@ -179,21 +188,29 @@ void copy(Cuda device, const StridedView& dst, const StridedView& src) {
   if (dst.dtype == src.dtype) {
     const auto size = static_cast<size_t>(size_of(dst.dtype));
     if (at.is_flat(0) && at.is_flat(1)) {
-      WEFT_CUDA(cudaMemcpyAsync(dst.data, src.data, static_cast<size_t>(at.count) * size, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(device.stream)));
+      WEFT_CUDA(cudaMemcpyAsync(dst.data, src.data, static_cast<size_t>(at.count) * size, cudaMemcpyDeviceToDevice,
+                                static_cast<cudaStream_t>(device.stream)));
       return;
     }
     // No arithmetic: by the size of an element alone.
     const auto run = [&]<class Bits>() {
-      if (!copied_as_transpose<Bits>(device, at, dst.data, src.data)) copy_as<Bits, Bits>(device, at, dst.data, src.data);
+      if (!copied_as_transpose<Bits>(device, at, dst.data, src.data))
+        copy_as<Bits, Bits>(device, at, dst.data, src.data);
     };
     switch (size) {
-      case 1: return run.template operator()<uint8_t>();
-      case 2: return run.template operator()<uint16_t>();
-      case 4: return run.template operator()<uint32_t>();
-      default: return run.template operator()<uint64_t>();
+      case 1:
+        return run.template operator()<uint8_t>();
+      case 2:
+        return run.template operator()<uint16_t>();
+      case 4:
+        return run.template operator()<uint32_t>();
+      default:
+        return run.template operator()<uint64_t>();
     }
   }
-  dispatch_all(dst.dtype, [&]<class To>() { dispatch_all(src.dtype, [&]<class From>() { copy_as<To, From>(device, at, dst.data, src.data); }); });
+  dispatch_all(dst.dtype, [&]<class To>() {
+    dispatch_all(src.dtype, [&]<class From>() { copy_as<To, From>(device, at, dst.data, src.data); });
+  });
 }
 
 void fill(Cuda device, const StridedView& dst, double value) {
@@ -201,11 +218,16 @@ void fill(Cuda device, const StridedView& dst, double value) {
   if (at.count == 0) return;
   dispatch_all(dst.dtype, [&]<class T>() {
     T one;
-    if constexpr (std::is_same_v<T, bool>) one = value != 0;
-    else if constexpr (std::is_integral_v<T>) one = saturated<T>(value);
-    else one = T(value);
-    if (at.is_flat(0) && std::bit_cast<std::array<unsigned char, sizeof(T)>>(one) == std::array<unsigned char, sizeof(T)>{}) {
-      WEFT_CUDA(cudaMemsetAsync(dst.data, 0, static_cast<size_t>(at.count) * sizeof(T), static_cast<cudaStream_t>(device.stream)));
+    if constexpr (std::is_same_v<T, bool>)
+      one = value != 0;
+    else if constexpr (std::is_integral_v<T>)
+      one = saturated<T>(value);
+    else
+      one = T(value);
+    if (at.is_flat(0) &&
+        std::bit_cast<std::array<unsigned char, sizeof(T)>>(one) == std::array<unsigned char, sizeof(T)>{}) {
+      WEFT_CUDA(cudaMemsetAsync(dst.data, 0, static_cast<size_t>(at.count) * sizeof(T),
+                                static_cast<cudaStream_t>(device.stream)));
       return;
     }
     start(device, grid_for(at.count), fill_strided<T>, at, static_cast<T*>(dst.data), one);

@@ -6,8 +6,8 @@
 
 namespace weft::cuda {
 
-/// N arrays of one shape, walked by a flat index in row-major order; neighbouring dimensions are merged where all arrays
-/// allow it, and sizes of 1 dropped. Passed to kernels by value.
+/// N arrays of one shape, walked by a flat index in row-major order; neighbouring dimensions are merged where all
+/// arrays allow it, and sizes of 1 dropped. Passed to kernels by value.
 template <int N>
 struct Strided {
   int64_t count = 1;
@@ -35,7 +35,9 @@ struct Strided {
     for (int a = 0; a < N; ++a) out[a] = 0;
     const bool narrow = count <= int64_t{1} << 31;  // 32-bit division is several times cheaper
     for (int d = rank - 1; d >= 0; --d) {
-      const int64_t next = d == 0 ? 0 : narrow ? static_cast<uint32_t>(index) / static_cast<uint32_t>(sizes[d]) : index / sizes[d];
+      const int64_t next = d == 0   ? 0
+                           : narrow ? static_cast<uint32_t>(index) / static_cast<uint32_t>(sizes[d])
+                                    : index / sizes[d];
       const int64_t digit = index - next * sizes[d];
       for (int a = 0; a < N; ++a) out[a] += digit * strides[a][d];
       index = next;

@@ -31,7 +31,8 @@ std::filesystem::path cache_file() {
     return std::filesystem::path(directory) / "machine-speed.json";
   }
   const char* home = std::getenv("HOME");
-  return std::filesystem::path(home != nullptr && *home != '\0' ? home : "/tmp") / ".cache" / "weft" / "machine-speed.json";
+  return std::filesystem::path(home != nullptr && *home != '\0' ? home : "/tmp") / ".cache" / "weft" /
+         "machine-speed.json";
 }
 
 nlohmann::json read_cache(const std::filesystem::path& path) {
@@ -46,9 +47,9 @@ double best_seconds(Device device, int tries, Work&& work) {
   double best = 1e9;
   for (int i = 0; i < tries; ++i) {
     best = std::min(best, seconds_of([&] {
-             work();
-             backend(device).synchronize();
-           }));
+                      work();
+                      backend(device).synchronize();
+                    }));
   }
   return best;
 }
@@ -58,12 +59,14 @@ double gemm_rate(Device device, DType dtype, int tries) {
   const int64_t n = device.kind == DeviceKind::cpu ? 1024 : 8192;
   const MemoryScope scope(MemoryCategory::workspace);
   const autograd::NoGrad no_grad;
-  Tensor a = Tensor::empty({n, n}, dtype, device), b = Tensor::empty({n, n}, dtype, device), c = Tensor::empty({n, n}, dtype, device);
+  Tensor a = Tensor::empty({n, n}, dtype, device), b = Tensor::empty({n, n}, dtype, device),
+         c = Tensor::empty({n, n}, dtype, device);
   fill_uniform(a, RandomStream(0, "speed a"), -1, 1);
   fill_uniform(b, RandomStream(0, "speed b"), -1, 1);
   const auto product = [&]<class T>() {
     launch(device, "speed", [&](auto on) {
-      gemm(on, make_gemm(false, true, n, n, n, static_cast<const T*>(a.raw()), n, static_cast<const T*>(b.raw()), n, static_cast<T*>(c.raw()), n));
+      gemm(on, make_gemm(false, true, n, n, n, static_cast<const T*>(a.raw()), n, static_cast<const T*>(b.raw()), n,
+                         static_cast<T*>(c.raw()), n));
     });
   };
   const double seconds = best_seconds(device, tries, [&] {
@@ -93,11 +96,14 @@ double copy_rate(Device device, int tries) {
          });
 }
 
-MachineSpeed unmeasured(Device device, DType dtype) { return {0, 0, num_threads(), backend(device).name(), device, dtype}; }
+MachineSpeed unmeasured(Device device, DType dtype) {
+  return {0, 0, num_threads(), backend(device).name(), device, dtype};
+}
 
 std::string machine_key(const MachineSpeed& speed) {
-  return speed.device.kind == DeviceKind::cpu ? concat(speed.name, ", ", speed.threads, " threads, ", gemm_isa(), ", ", speed.dtype)
-                                              : concat(speed.name, ", ", speed.dtype);
+  return speed.device.kind == DeviceKind::cpu
+             ? concat(speed.name, ", ", speed.threads, " threads, ", gemm_isa(), ", ", speed.dtype)
+             : concat(speed.name, ", ", speed.dtype);
 }
 
 /// What is stored for this machine; zeros where nothing is.
@@ -148,7 +154,8 @@ MachineSpeed machine_speed(Device device, DType dtype) {
 }
 
 StepBound step_bound(const GptConfig& config, int64_t tokens, const MachineSpeed& machine) {
-  const double l = static_cast<double>(config.layers), c = static_cast<double>(config.width), v = static_cast<double>(config.vocab);
+  const double l = static_cast<double>(config.layers), c = static_cast<double>(config.width),
+               v = static_cast<double>(config.vocab);
   const double t = static_cast<double>(config.context), n = static_cast<double>(tokens);
   StepBound bound;
   bound.products = n * 6 * (12 * l * c * c + v * c) / machine.gemm_flops;

@@ -43,7 +43,8 @@ std::pair<Tensor, Tensor> to_tensors(const text::Batch& batch, Device device) {
   return {Tensor::from(batch.inputs, shape, device), Tensor::from(batch.targets, shape, device)};
 }
 
-Trainer::Trainer(Gpt& gpt, optim::Optimizer& optimizer, text::Loader& loader, const optim::CosineSchedule& schedule, int64_t accumulate, int64_t step)
+Trainer::Trainer(Gpt& gpt, optim::Optimizer& optimizer, text::Loader& loader, const optim::CosineSchedule& schedule,
+                 int64_t accumulate, int64_t step)
     : gpt_(gpt), optimizer_(optimizer), loader_(loader), schedule_(schedule), accumulate_(accumulate), step_(step) {
   if (accumulate < 1) fail(ErrorKind::kValue, "trainer", "a step needs at least one micro-batch, got ", accumulate);
 }
@@ -99,33 +100,39 @@ void Trainer::explain_loss(double loss, const std::vector<text::Batch>& batches,
   const Parameters parameters = gpt_.parameters();
   for (const Parameter& parameter : parameters) {
     if (const auto at = first_not_finite(parameter.tensor)) {
-      fail(ErrorKind::kValue, "trainer", failed, "weight ", quoted(parameter.name), " is ", at->value, " at element ", grouped(at->element), kAfter);
+      fail(ErrorKind::kValue, "trainer", failed, "weight ", quoted(parameter.name), " is ", at->value, " at element ",
+           grouped(at->element), kAfter);
     }
   }
   std::string weights = "before the first weight";
-  const autograd::RecordObserver observer([&](const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {
-    std::string used;
-    for (const Tensor& input : inputs) {
-      for (const Parameter& parameter : parameters) {
-        if (input.defined() && input.storage() == parameter.tensor.storage()) used += (used.empty() ? "" : ", ") + parameter.name;
-      }
-    }
-    if (!used.empty()) weights = "at or after " + used;
-    for (const Tensor& output : outputs) {
-      if (!is_float(output.dtype())) continue;
-      const auto at = first_not_finite(output);
-      if (!at) continue;
-      fail(ErrorKind::kValue, "trainer", failed, "every weight is finite, and the first tensor that is not is the output of ", op, " ",
-           output.describe(), ", ", weights, ", with ", at->value, " at element ", grouped(at->element), kAfter);
-    }
-  });
+  const autograd::RecordObserver observer(
+      [&](const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {
+        std::string used;
+        for (const Tensor& input : inputs) {
+          for (const Parameter& parameter : parameters) {
+            if (input.defined() && input.storage() == parameter.tensor.storage())
+              used += (used.empty() ? "" : ", ") + parameter.name;
+          }
+        }
+        if (!used.empty()) weights = "at or after " + used;
+        for (const Tensor& output : outputs) {
+          if (!is_float(output.dtype())) continue;
+          const auto at = first_not_finite(output);
+          if (!at) continue;
+          fail(ErrorKind::kValue, "trainer", failed,
+               "every weight is finite, and the first tensor that is not is the output of ", op, " ", output.describe(),
+               ", ", weights, ", with ", at->value, " at element ", grouped(at->element), kAfter);
+        }
+      });
   settings.first_row = 0;
   for (const text::Batch& batch : batches) {
     const auto [inputs, targets] = to_tensors(batch, parameters.front().tensor.device());
     gpt_.loss(inputs, targets, settings);
     settings.first_row += batch.rows;
   }
-  fail(ErrorKind::kValue, "trainer", failed, "every weight and every tensor of the forward pass is finite: the sum over the micro-batches overflowed", kAfter);
+  fail(ErrorKind::kValue, "trainer", failed,
+       "every weight and every tensor of the forward pass is finite: the sum over the micro-batches overflowed",
+       kAfter);
 }
 
 EvaluationResult evaluate(Gpt& gpt, const text::Evaluation& data, const std::function<bool(double)>& progress) {

@@ -45,21 +45,22 @@ Tensor cross_entropy(const Tensor& logits_, const Tensor& targets_, const CrossE
       });
     });
   }
-  autograd::record(kOp, {logits_, targets_}, {out}, {logits_, targets, lse, denominator}, [options](BackwardContext& context) {
-    const Tensor logits = context.saved(0).contiguous(), targets = context.saved(1), lse = context.saved(2),
-                 denominator = context.saved(3);
-    const Tensor gradient = context.grad();
-    const Tensor dlogits = Tensor::empty_like(logits);
-    launch(logits.device(), kOp, [&](auto device) {
-      const LossTargets rows = rows_of(logits, targets, options);
-      dispatch_float(logits.dtype(), kOp, [&]<class T>() {
-        using A = Accumulate<T>;
-        loss_backward(device, rows, logits.data<T>(), lse.data<A>(),
-                      LossScale<A>{denominator.data<double>(), gradient.data<A>()}, dlogits.data<T>());
-      });
-    });
-    context.set(0, dlogits);
-  });
+  autograd::record(kOp, {logits_, targets_}, {out}, {logits_, targets, lse, denominator},
+                   [options](BackwardContext& context) {
+                     const Tensor logits = context.saved(0).contiguous(), targets = context.saved(1),
+                                  lse = context.saved(2), denominator = context.saved(3);
+                     const Tensor gradient = context.grad();
+                     const Tensor dlogits = Tensor::empty_like(logits);
+                     launch(logits.device(), kOp, [&](auto device) {
+                       const LossTargets rows = rows_of(logits, targets, options);
+                       dispatch_float(logits.dtype(), kOp, [&]<class T>() {
+                         using A = Accumulate<T>;
+                         loss_backward(device, rows, logits.data<T>(), lse.data<A>(),
+                                       LossScale<A>{denominator.data<double>(), gradient.data<A>()}, dlogits.data<T>());
+                       });
+                     });
+                     context.set(0, dlogits);
+                   });
   return out;
 }
 

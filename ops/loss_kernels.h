@@ -20,8 +20,8 @@ struct LossScale {
   const A* gradient = nullptr;  ///< null: 1
 };
 
-/// *denominator = `known` if that is positive, else the number of targets that are not ignored. CPU: @throws Error kIndex
-/// for a target that is no class; kValue for a mean over no valid target; CUDA: reports them (core/backend.h).
+/// *denominator = `known` if that is positive, else the number of targets that are not ignored. CPU: @throws Error
+/// kIndex for a target that is no class; kValue for a mean over no valid target; CUDA: reports them (core/backend.h).
 void loss_denominator(Cpu, const char* op, const LossTargets& targets, double known, double* denominator);
 void loss_denominator(Cuda, const char* op, const LossTargets& targets, double known, double* denominator);
 

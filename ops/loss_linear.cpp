@@ -117,8 +117,7 @@ void backward_of_chunks(BackwardContext& context, DType dtype) {
     launch(made.device(), kOp, [&](auto device) {
       dispatch_head(device, dtype, [&]<class T>() {
         using A = Accumulate<T>;
-        scale_to(device, made.data<A>(), made.numel(), gradient.data<A>(), out.data<T>(),
-                 sink && sink->accumulate);
+        scale_to(device, made.data<A>(), made.numel(), gradient.data<A>(), out.data<T>(), sink && sink->accumulate);
       });
     });
     if (!sink) context.set(i, out);

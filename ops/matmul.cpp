@@ -26,12 +26,15 @@ using GemmType = std::conditional_t<std::is_same_v<T, BFloat16>, uint16_t, T>;
 template <class F>
 void dispatch_gemm(auto device, DType dtype, F&& f) {
   switch (dtype) {
-    case DType::f64: return f.template operator()<double>();
-    case DType::bf16: return f.template operator()<uint16_t>();
+    case DType::f64:
+      return f.template operator()<double>();
+    case DType::bf16:
+      return f.template operator()<uint16_t>();
     case DType::f16:
       if constexpr (std::is_same_v<decltype(device), Cuda>) return f.template operator()<Half>();
       [[fallthrough]];
-    default: return f.template operator()<float>();
+    default:
+      return f.template operator()<float>();
   }
 }
 
@@ -134,10 +137,12 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   check_same("linear", {&x, &weight, &bias});
   check_float("linear", x);
   if (weight.rank() != 2 || x.rank() < 1 || x.size(-1) != weight.size(1)) {
-    fail(ErrorKind::kShape, "linear", "the last dimension of x must be the weight's second: x is ", x.describe(), ", weight is ", weight.describe());
+    fail(ErrorKind::kShape, "linear", "the last dimension of x must be the weight's second: x is ", x.describe(),
+         ", weight is ", weight.describe());
   }
   if (bias.defined() && !(bias.shape() == Shape{weight.size(0)})) {
-    fail(ErrorKind::kShape, "linear", "weight is ", weight.describe(), ", bias is ", bias.describe(), "; expected bias [", weight.size(0), "]");
+    fail(ErrorKind::kShape, "linear", "weight is ", weight.describe(), ", bias is ", bias.describe(),
+         "; expected bias [", weight.size(0), "]");
   }
   if (widens(x)) {
     return linear(x.to(DType::f32), weight.to(DType::f32), bias.defined() ? bias.to(DType::f32) : bias).to(DType::f16);
@@ -149,7 +154,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   Tensor out = Tensor::empty(shape, x.dtype(), x.device());
   {
     const autograd::NoGrad no_grad;
-    const Tensor sum_bias = !bias.defined() ? bias : x.dtype() == DType::bf16 && x.device().kind == DeviceKind::cpu ? bias.to(DType::f32) : bias.contiguous();
+    const Tensor sum_bias = !bias.defined()                                                  ? bias
+                            : x.dtype() == DType::bf16 && x.device().kind == DeviceKind::cpu ? bias.to(DType::f32)
+                                                                                             : bias.contiguous();
     product(x.reshape({rows, in}), weight.transpose(0, 1), out.reshape({rows, out_features}), false, sum_bias);
   }
   autograd::record("linear", {x, weight, bias}, {out}, {x, weight}, [rows, in, out_features](BackwardContext& context) {
@@ -184,7 +191,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
     Tensor db = sink ? sink->tensor : Tensor::empty({out_features}, x.dtype(), x.device());
     launch(x.device(), "linear", [&](auto device) {
       const auto sum = [&]<class T>() {
-        column_sum(device, gradient.data<T>(), rows, out_features, out_features, db.data<T>(), sink && sink->accumulate);
+        column_sum(device, gradient.data<T>(), rows, out_features, out_features, db.data<T>(),
+                   sink && sink->accumulate);
       };
       x.dtype() == DType::f64 ? sum.template operator()<double>() : sum.template operator()<float>();
     });

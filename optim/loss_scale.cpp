@@ -16,7 +16,8 @@ LossScale::LossScale(const Options& options) : options_(options), value_(options
   require(options.growth > 1 && std::isfinite(options.growth), "growth", options.growth, "above 1");
   require(options.backoff > 0 && options.backoff < 1, "backoff", options.backoff, "in (0, 1)");
   require(options.interval >= 1, "interval", static_cast<double>(options.interval), "at least 1");
-  require(options.largest >= options.initial && std::isfinite(options.largest), "largest", options.largest, "at least `initial`");
+  require(options.largest >= options.initial && std::isfinite(options.largest), "largest", options.largest,
+          "at least `initial`");
 }
 
 void LossScale::update(bool overflowed) {
@@ -37,7 +38,8 @@ void LossScale::update(bool overflowed) {
 
 std::string LossScale::state() const {
   char text[96];
-  std::snprintf(text, sizeof text, "%.17g %lld %lld", value_, static_cast<long long>(good_), static_cast<long long>(skipped_));
+  std::snprintf(text, sizeof text, "%.17g %lld %lld", value_, static_cast<long long>(good_),
+                static_cast<long long>(skipped_));
   return text;
 }
 
@@ -45,7 +47,8 @@ void LossScale::load_state(const std::string& text) {
   double value = 0;
   long long good = -1, skipped = -1;
   int end = 0;
-  const bool read = std::sscanf(text.c_str(), "%lf %lld %lld%n", &value, &good, &skipped, &end) == 3 && end == static_cast<int>(text.size());
+  const bool read = std::sscanf(text.c_str(), "%lf %lld %lld%n", &value, &good, &skipped, &end) == 3 &&
+                    end == static_cast<int>(text.size());
   if (!read || !(value > 0) || !std::isfinite(value) || good < 0 || skipped < 0) {
     fail(ErrorKind::kData, "loss_scale", "not a state of it: ", quoted(text), "; expected \"VALUE STEPS SKIPPED\"");
   }

@@ -38,16 +38,21 @@ double worst(const Tensor& got, const Tensor& want) {
 }
 
 template <class T>
-constexpr DType kDType = std::is_same_v<T, double> ? DType::f64 : std::is_same_v<T, float> ? DType::f32 : DType::bf16;
+constexpr DType kDType = std::is_same_v<T, double>  ? DType::f64
+                         : std::is_same_v<T, float> ? DType::f32
+                                                    : DType::bf16;
 
 /// Sums of 24 products of numbers below 1 in two orders; one rounding of the result in bf16.
 template <class T>
-constexpr double kTolerance = std::is_same_v<T, double> ? 1e-13 : std::is_same_v<T, float> ? 1e-5 : 1e-2;
+constexpr double kTolerance = std::is_same_v<T, double>  ? 1e-13
+                              : std::is_same_v<T, float> ? 1e-5
+                                                         : 1e-2;
 
 template <class T>
 void check_layouts() {
   constexpr int64_t m = 16, n = 40, k = 24, batch = 3;
-  const Tensor a = random_matrix({batch, m, k}, kDType<T>, "a"), b = random_matrix({batch, k, n}, kDType<T>, "b"), c = random_matrix({batch, m, n}, kDType<T>, "c");
+  const Tensor a = random_matrix({batch, m, k}, kDType<T>, "a"), b = random_matrix({batch, k, n}, kDType<T>, "b"),
+               c = random_matrix({batch, m, n}, kDType<T>, "c");
   const Tensor a_t = a.transpose(1, 2).contiguous(), b_t = b.transpose(1, 2).contiguous();
   for (const bool trans_a : {false, true}) {
     for (const bool trans_b : {false, true}) {
@@ -56,15 +61,16 @@ void check_layouts() {
           const Tensor x = (trans_a ? a_t : a).to(device), y = (trans_b ? b_t : b).to(device);
           const Tensor out = c.clone().to(device);
           launch(device, "test", [&](auto on) {
-            auto g = make_gemm(trans_a, trans_b, m, n, k, static_cast<const T*>(x.raw()), trans_a ? m : k, static_cast<const T*>(y.raw()), trans_b ? k : n,
-                               static_cast<T*>(out.raw()), n);
+            auto g = make_gemm(trans_a, trans_b, m, n, k, static_cast<const T*>(x.raw()), trans_a ? m : k,
+                               static_cast<const T*>(y.raw()), trans_b ? k : n, static_cast<T*>(out.raw()), n);
             g.alpha = 0.5f;
             g.beta = static_cast<typename Gemm<T>::Sum>(beta);
             gemm_batched(on, g, {.count = batch, .a = m * k, .b = k * n, .c = m * n});
           });
           return out.to(Device::cpu());
         };
-        EXPECT_LE(worst(run(Device::cuda()), run(Device::cpu())), kTolerance<T>) << kDType<T> << ", transposed " << trans_a << trans_b << ", beta " << beta;
+        EXPECT_LE(worst(run(Device::cuda()), run(Device::cpu())), kTolerance<T>)
+            << kDType<T> << ", transposed " << trans_a << trans_b << ", beta " << beta;
       }
     }
   }
@@ -78,12 +84,15 @@ TEST_F(CudaGemm, EveryLayoutAndBatchIsTheCpus) {
 
 TEST_F(CudaGemm, AFactorMayLieOnTheDevice) {
   constexpr int64_t m = 8, n = 16, k = 24;
-  const Tensor a = random_matrix({m, k}, DType::f32, "a"), b = random_matrix({k, n}, DType::f32, "b"), c = random_matrix({m, n}, DType::f32, "c");
+  const Tensor a = random_matrix({m, k}, DType::f32, "a"), b = random_matrix({k, n}, DType::f32, "b"),
+               c = random_matrix({m, n}, DType::f32, "c");
   for (const float beta : {0.0f, 1.0f}) {
     const auto run = [&](Device device) {
-      const Tensor x = a.to(device), y = b.to(device), out = c.clone().to(device), factor = Tensor::full({}, 0.25, DType::f32, device);
+      const Tensor x = a.to(device), y = b.to(device), out = c.clone().to(device),
+                   factor = Tensor::full({}, 0.25, DType::f32, device);
       launch(device, "test", [&](auto on) {
-        auto g = make_gemm(false, false, m, n, k, static_cast<const float*>(x.raw()), k, static_cast<const float*>(y.raw()), n, static_cast<float*>(out.raw()), n);
+        auto g = make_gemm(false, false, m, n, k, static_cast<const float*>(x.raw()), k,
+                           static_cast<const float*>(y.raw()), n, static_cast<float*>(out.raw()), n);
         g.scale = static_cast<const float*>(factor.raw());
         g.beta = beta;
         gemm(on, g);
@@ -96,15 +105,16 @@ TEST_F(CudaGemm, AFactorMayLieOnTheDevice) {
 
 TEST_F(CudaGemm, GeluAndItsGradientAreFusedAsOnTheCpu) {
   constexpr int64_t m = 8, n = 16, k = 24;
-  const Tensor a = random_matrix({m, k}, DType::f32, "a"), b = random_matrix({k, n}, DType::f32, "b"), bias = random_matrix({n}, DType::f32, "bias"),
-               aux = random_matrix({m, n}, DType::f32, "aux");
+  const Tensor a = random_matrix({m, k}, DType::f32, "a"), b = random_matrix({k, n}, DType::f32, "b"),
+               bias = random_matrix({n}, DType::f32, "bias"), aux = random_matrix({m, n}, DType::f32, "aux");
   for (const GemmActivation activation : {GemmActivation::kGelu, GemmActivation::kGeluGrad}) {
     const auto run = [&](Device device) {
       const Tensor x = a.to(device), y = b.to(device), p = bias.to(device), q = aux.to(device);
       const Tensor out = Tensor::zeros({2, m, n}, DType::f32, device);  // C and D
       launch(device, "test", [&](auto on) {
         float* c = static_cast<float*>(out.raw());
-        auto g = make_gemm(false, false, m, n, k, static_cast<const float*>(x.raw()), k, static_cast<const float*>(y.raw()), n, c, n);
+        auto g = make_gemm(false, false, m, n, k, static_cast<const float*>(x.raw()), k,
+                           static_cast<const float*>(y.raw()), n, c, n);
         g.activation = activation;
         if (activation == GemmActivation::kGelu) {
           g.bias = static_cast<const float*>(p.raw());

@@ -27,10 +27,12 @@ struct Golden {
   explicit Golden(Device on = Device::cpu(), DType dtype = DType::f32)
       : device(on), gpt({.layers = 2, .heads = 2, .width = 16, .context = 12, .vocab = 29}, on, 0, dtype) {
     NamedTensors tensors;
-    for (const Parameter& parameter : gpt.parameters()) tensors.emplace_back(parameter.name, file.load("init." + parameter.name).to(dtype));
+    for (const Parameter& parameter : gpt.parameters())
+      tensors.emplace_back(parameter.name, file.load("init." + parameter.name).to(dtype));
     gpt.load(tensors);
     // Behind the weights, of which it may keep a copy.
-    adam.emplace(gpt.parameters(), optim::AdamOptions{.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .clip_norm = 1.0});
+    adam.emplace(gpt.parameters(),
+                 optim::AdamOptions{.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .clip_norm = 1.0});
   }
 
   double step(int i) {

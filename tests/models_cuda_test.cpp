@@ -1,5 +1,5 @@
-// GPT on a CUDA device: the golden trajectory, the CPU's numbers, the same bits twice and after a resume. Runs on a real
-// device and on the emulated one.
+// GPT on a CUDA device: the golden trajectory, the CPU's numbers, the same bits twice and after a resume. Runs on a
+// real device and on the emulated one.
 #include <gtest/gtest.h>
 
 #include "core/autograd.h"
@@ -21,7 +21,8 @@ class CudaGpt : public ::testing::Test {
 std::shared_ptr<text::TokenVector> random_tokens(int64_t count, int64_t vocab) {
   const RandomStream stream(5, "tokens");
   std::vector<int32_t> tokens(static_cast<size_t>(count));
-  for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(stream.below(i, static_cast<uint64_t>(vocab)));
+  for (size_t i = 0; i < tokens.size(); ++i)
+    tokens[i] = static_cast<int32_t>(stream.below(i, static_cast<uint64_t>(vocab)));
   return std::make_shared<text::TokenVector>(std::move(tokens), vocab);
 }
 
@@ -34,7 +35,14 @@ struct Small {
   Trainer trainer;
 
   explicit Small(Device device, DType dtype = DType::f32, bool recompute = false, int64_t step = 0)
-      : gpt({.layers = 2, .heads = 2, .width = 32, .context = 8, .vocab = kVocab, .dropout = 0.1, .recompute = recompute}, device, 1, dtype),
+      : gpt({.layers = 2,
+             .heads = 2,
+             .width = 32,
+             .context = 8,
+             .vocab = kVocab,
+             .dropout = 0.1,
+             .recompute = recompute},
+            device, 1, dtype),
         adam(gpt.parameters(), {.clip_norm = 1.0}),
         trainer(gpt, adam, loader, {.peak = 1e-3, .warmup = 2, .total = 100}, 2, step) {}
 
@@ -53,19 +61,23 @@ struct Small {
 
 TEST_F(CudaGpt, TenStepsFollowPyTorchInF32Within1e4) {
   Golden golden(Device::cuda());
-  EXPECT_LE(worst(golden.gpt.logits(golden.inputs).to_vector<double>(), golden.file.load("logits").to_vector<double>()), 1e-4);
+  EXPECT_LE(worst(golden.gpt.logits(golden.inputs).to_vector<double>(), golden.file.load("logits").to_vector<double>()),
+            1e-4);
   for (int i = 0; i < kSteps; ++i) {
     EXPECT_NEAR(golden.step(i), golden.loss[static_cast<size_t>(i)], 1e-4) << "step " << i;
-    EXPECT_NEAR(golden.last_norm, golden.norm[static_cast<size_t>(i)], 1e-4 * golden.norm[static_cast<size_t>(i)]) << "step " << i;
+    EXPECT_NEAR(golden.last_norm, golden.norm[static_cast<size_t>(i)], 1e-4 * golden.norm[static_cast<size_t>(i)])
+        << "step " << i;
   }
 }
 
 TEST_F(CudaGpt, TenStepsFollowPyTorchInBf16WithinItsRounding) {
-  // Weights and activations have 8 bits: a relative 2^-9 each, over some dozen roundings in a row; logits are below 1 and
-  // losses near 3.4. The f32 master keeps the trajectory from drifting further.
+  // Weights and activations have 8 bits: a relative 2^-9 each, over some dozen roundings in a row; logits are below 1
+  // and losses near 3.4. The f32 master keeps the trajectory from drifting further.
   Golden golden(Device::cuda(), DType::bf16);
-  EXPECT_LE(worst(golden.gpt.logits(golden.inputs).to_vector<double>(), golden.file.load("logits").to_vector<double>()), 0.05);
-  for (int i = 0; i < kSteps; ++i) EXPECT_NEAR(golden.step(i), golden.loss[static_cast<size_t>(i)], 0.03) << "step " << i;
+  EXPECT_LE(worst(golden.gpt.logits(golden.inputs).to_vector<double>(), golden.file.load("logits").to_vector<double>()),
+            0.05);
+  for (int i = 0; i < kSteps; ++i)
+    EXPECT_NEAR(golden.step(i), golden.loss[static_cast<size_t>(i)], 0.03) << "step " << i;
 }
 
 TEST_F(CudaGpt, EveryGradientIsThatOfPyTorchWithin1e4Relative) {
@@ -97,8 +109,10 @@ TEST_F(CudaGpt, AResumedRunHasTheBitsOfTheStraightOne) {
   Small straight(Device::cuda());
   straight.losses(3);
   NamedTensors model, optimizer;
-  for (const auto& [name, tensor] : straight.gpt.named_tensors()) model.emplace_back(name, tensor.detach().clone().to(Device::cpu()));
-  for (const auto& [name, tensor] : straight.adam.state()) optimizer.emplace_back(name, tensor.detach().clone().to(Device::cpu()));
+  for (const auto& [name, tensor] : straight.gpt.named_tensors())
+    model.emplace_back(name, tensor.detach().clone().to(Device::cpu()));
+  for (const auto& [name, tensor] : straight.adam.state())
+    optimizer.emplace_back(name, tensor.detach().clone().to(Device::cpu()));
   Small again(Device::cuda(), DType::f32, false, 3);
   again.gpt.load(model);
   again.adam.load_state(optimizer);
@@ -137,7 +151,8 @@ TEST_F(CudaGpt, AnIdBeyondTheVocabularyIsReportedAtTheNextReading) {
     FAIL() << "an id of 400 in a vocabulary of 29 went unnoticed";
   } catch (const Error& error) {
     EXPECT_EQ(error.kind(), ErrorKind::kIndex) << error.what();
-    for (const char* part : {"embedding", "400", "28"}) EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
+    for (const char* part : {"embedding", "400", "28"})
+      EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
   }
   EXPECT_NO_THROW(golden.gpt.logits(golden.inputs).to_vector<double>()) << "the report was not taken back";
 }

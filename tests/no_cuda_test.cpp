@@ -19,7 +19,8 @@ TEST(WithoutCuda, ADeviceThatIsNotThereIsAnErrorThatNamesIt) {
     FAIL() << "a tensor was made on a device that is not there";
   } catch (const Error& error) {
     EXPECT_EQ(error.kind(), ErrorKind::kDevice);
-    for (const char* part : {"cuda:1", "no CUDA backend"}) EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
+    for (const char* part : {"cuda:1", "no CUDA backend"})
+      EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
   }
 }
 

@@ -1,5 +1,5 @@
-// The op cases on a CUDA device against the CPU, which is their oracle: forward and gradients, every dtype and layout, the
-// same bits twice, and nothing written around an argument. Runs on a real device and on the emulated one.
+// The op cases on a CUDA device against the CPU, which is their oracle: forward and gradients, every dtype and layout,
+// the same bits twice, and nothing written around an argument. Runs on a real device and on the emulated one.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -84,7 +84,8 @@ TEST_P(CudaOpCases, ForwardAgreesWithTheCpuInEveryDTypeAndLayout) {
             << what << ", output " << i << ": got " << got[i] << ", on the CPU " << want[i];
       }
       for (size_t i = 0; i < placed.size(); ++i) {
-        EXPECT_EQ(before[i], bytes_of(placed[i].buffer)) << what << ": the op wrote into argument " << i << " or around it";
+        EXPECT_EQ(before[i], bytes_of(placed[i].buffer))
+            << what << ": the op wrote into argument " << i << " or around it";
       }
     }
   }
@@ -117,9 +118,13 @@ TEST_P(CudaOpCases, GradientsAgreeWithTheCpuAndHaveTheSameBitsTwice) {
       // small one may be large.
       double largest = 0;
       for (const double value : y) largest = std::max(largest, std::abs(value));
-      const double bound = (4 * tolerance_of(made, dtype) + (dtype == DType::f64 ? 0 : dtype == DType::f32 ? 1e-5 : 1e-2)) * (1 + largest);
+      const double bound = (4 * tolerance_of(made, dtype) + (dtype == DType::f64   ? 0
+                                                             : dtype == DType::f32 ? 1e-5
+                                                                                   : 1e-2)) *
+                           (1 + largest);
       for (size_t i = 0; i < x.size(); ++i) {
-        EXPECT_TRUE(std::abs(x[i] - y[i]) <= bound) << dtype << ", argument " << a << ", element " << i << ": " << x[i] << ", on the CPU " << y[i];
+        EXPECT_TRUE(std::abs(x[i] - y[i]) <= bound)
+            << dtype << ", argument " << a << ", element " << i << ": " << x[i] << ", on the CPU " << y[i];
       }
     }
   }

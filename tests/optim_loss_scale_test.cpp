@@ -45,11 +45,13 @@ TEST(LossScale, ItsStateComesBackExactly) {
 
 TEST(LossScale, RefusesBadOptionsAndStates) {
   using Options = LossScale::Options;
-  for (const Options& options : {Options{.initial = 0}, Options{.growth = 1}, Options{.backoff = 1}, Options{.interval = 0}, Options{.initial = 4, .largest = 2}}) {
+  for (const Options& options : {Options{.initial = 0}, Options{.growth = 1}, Options{.backoff = 1},
+                                 Options{.interval = 0}, Options{.initial = 4, .largest = 2}}) {
     EXPECT_THROW(LossScale{options}, Error);
   }
   LossScale scale;
-  for (const char* text : {"", "1 2", "1 2 3 4", "nan 1 1", "-1 0 0", "1 -1 0", "x 1 1"}) EXPECT_THROW(scale.load_state(text), Error) << text;
+  for (const char* text : {"", "1 2", "1 2 3 4", "nan 1 1", "-1 0 0", "1 -1 0", "x 1 1"})
+    EXPECT_THROW(scale.load_state(text), Error) << text;
 }
 
 TEST(LossScale, AScaleThatFallsWithoutEndIsAnError) {

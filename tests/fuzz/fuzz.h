@@ -25,7 +25,9 @@ std::vector<std::string> words();
 /// was made of.
 std::string repaired(std::string mutated, const std::string& seed);
 
-inline std::string_view text_of(const uint8_t* data, size_t size) { return {reinterpret_cast<const char*>(data), size}; }
+inline std::string_view text_of(const uint8_t* data, size_t size) {
+  return {reinterpret_cast<const char*>(data), size};
+}
 
 /// An input as a file, for parsers that take a path.
 class InputFile {

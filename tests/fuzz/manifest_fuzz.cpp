@@ -1,6 +1,6 @@
 // Fuzz target for the manifest of a checkpoint.
-#include "tests/fuzz/fuzz.h"
 #include "models/checkpoint_manifest.h"
+#include "tests/fuzz/fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   return weft::fuzz::accepts_or_refuses(weft::ErrorKind::kData, [&] {
@@ -19,7 +19,8 @@ std::vector<std::string> seeds() {
 }
 
 std::vector<std::string> words() {
-  return {"{", "}", "[", "]", ",", ":", "\"", "0", "-1", "1e99", "18446744073709551616", "null", "../", "\\u0000", "\xff"};
+  return {"{",    "}",   "[",       "]",   ",", ":", "\"", "0", "-1", "1e99", "18446744073709551616",
+          "null", "../", "\\u0000", "\xff"};
 }
 
 std::string repaired(std::string mutated, const std::string&) { return mutated; }

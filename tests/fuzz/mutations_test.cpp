@@ -43,10 +43,18 @@ TEST(Fuzz, SeedsMutatedAtRandomAreAcceptedOrRefused) {
         const size_t place = below(mutated.size());
         const std::string& word = all_words[below(all_words.size())];
         switch (below(4)) {
-          case 0: mutated[place] = static_cast<char>(random()); break;
-          case 1: mutated.insert(place, word); break;
-          case 2: mutated.replace(place, std::min(word.size(), mutated.size() - place), word); break;
-          default: mutated.erase(place, below(8)); break;
+          case 0:
+            mutated[place] = static_cast<char>(random());
+            break;
+          case 1:
+            mutated.insert(place, word);
+            break;
+          case 2:
+            mutated.replace(place, std::min(word.size(), mutated.size() - place), word);
+            break;
+          default:
+            mutated.erase(place, below(8));
+            break;
         }
         if (mutated.empty()) mutated = seed;
       }

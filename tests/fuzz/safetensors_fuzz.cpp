@@ -30,8 +30,16 @@ std::vector<std::string> seeds() {
 }
 
 std::vector<std::string> words() {
-  return {"{",  "}",   "[",    "]",   ",",            ":",       "\"",                 "0",    "-1", "9223372036854775807",
-          "1e9", "BOOL", "F64", "__metadata__", "\\u0000", std::string(1, '\0'), "\xff", " ",  "null", "[[[["};
+  return {"{",       "}",
+          "[",       "]",
+          ",",       ":",
+          "\"",      "0",
+          "-1",      "9223372036854775807",
+          "1e9",     "BOOL",
+          "F64",     "__metadata__",
+          "\\u0000", std::string(1, '\0'),
+          "\xff",    " ",
+          "null",    "[[[["};
 }
 
 /// Most inserts shift the end of the header.

@@ -2,8 +2,8 @@
 #include <cstring>
 
 #include "core/file.h"
-#include "tests/fuzz/fuzz.h"
 #include "models/text/shard.h"
+#include "tests/fuzz/fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using weft::text::Shard;
@@ -33,8 +33,8 @@ constexpr size_t kHashPlace = 40, kHashBytes = 16;
 
 std::vector<std::string> seeds() {
   const auto shard = [](uint32_t width, const std::string& payload, uint64_t count, uint64_t vocab, uint64_t largest) {
-    const std::string file = std::string("WEFTTOK") + '\0' + little<uint32_t>(1) + little(width) + little(count) + little(vocab) + little(largest) +
-                             std::string(kHashBytes + 8, '\0') + payload;
+    const std::string file = std::string("WEFTTOK") + '\0' + little<uint32_t>(1) + little(width) + little(count) +
+                             little(vocab) + little(largest) + std::string(kHashBytes + 8, '\0') + payload;
     return repaired(file, file);
   };
   std::string llmc = little<uint32_t>(20240520) + little<uint32_t>(1) + little<uint32_t>(3);
@@ -45,8 +45,11 @@ std::vector<std::string> seeds() {
 }
 
 std::vector<std::string> words() {
-  return {little<uint16_t>(299), little<uint16_t>(300),      little<uint32_t>(2),  little<uint32_t>(4),          little<uint64_t>(0),
-          little(~uint64_t{0}),  little(uint64_t{1} << 62), little(uint64_t{1} << 63), std::string(64, '\0'), "WEFTTOK"};
+  return {little<uint16_t>(299),     little<uint16_t>(300),
+          little<uint32_t>(2),       little<uint32_t>(4),
+          little<uint64_t>(0),       little(~uint64_t{0}),
+          little(uint64_t{1} << 62), little(uint64_t{1} << 63),
+          std::string(64, '\0'),     "WEFTTOK"};
 }
 
 std::string repaired(std::string mutated, const std::string&) {

@@ -1,7 +1,7 @@
 // Fuzz target for the tokenizer files: tokenizer.json, vocab.json with merges, tiktoken. What is accepted must bring
 // back the bytes that it encodes.
-#include "tests/fuzz/fuzz.h"
 #include "models/text/bpe.h"
+#include "tests/fuzz/fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using weft::text::Tokenizer;
@@ -25,12 +25,14 @@ namespace weft::fuzz {
 std::vector<std::string> seeds() {
   // Small files are whole files without their 256 bytes' tokens: the checks before that one are what they reach. The
   // whole one would be too long to flip bit by bit here; tests/text_bpe_test.cpp reads it.
-  return {R"({"version":"1.0","truncation":null,"padding":null,"added_tokens":[{"id":258,"content":"<|e|>","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}],"normalizer":null,"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":true},"post_processor":null,"decoder":{"type":"ByteLevel"},"model":{"type":"BPE","dropout":null,"unk_token":null,"continuing_subword_prefix":null,"end_of_word_suffix":null,"fuse_unk":false,"byte_fallback":false,"vocab":{"t":0,"h":1,"th":2},"merges":[["t","h"]]}})",
-          "{\"t\":0,\"h\":1,\"th\":2,\"<|e|>\":3}\x1f#version: 0.2\nt h\n", "dA== 0\naA== 1\ndGg= 2\n"};
+  return {
+      R"({"version":"1.0","truncation":null,"padding":null,"added_tokens":[{"id":258,"content":"<|e|>","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}],"normalizer":null,"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":true},"post_processor":null,"decoder":{"type":"ByteLevel"},"model":{"type":"BPE","dropout":null,"unk_token":null,"continuing_subword_prefix":null,"end_of_word_suffix":null,"fuse_unk":false,"byte_fallback":false,"vocab":{"t":0,"h":1,"th":2},"merges":[["t","h"]]}})",
+      "{\"t\":0,\"h\":1,\"th\":2,\"<|e|>\":3}\x1f#version: 0.2\nt h\n", "dA== 0\naA== 1\ndGg= 2\n"};
 }
 
 std::vector<std::string> words() {
-  return {"{", "}", "[", "]", ",", ":", "\"", "0", "-1", "1e99", "4294967296", "null", "true", "\\ud800", "\\u0120", "\xff", "\x1f", "\n", "=", "QQ==", "merges", "vocab"};
+  return {"{",    "}",    "[",       "]",       ",",    ":",    "\"", "0", "-1",   "1e99",   "4294967296",
+          "null", "true", "\\ud800", "\\u0120", "\xff", "\x1f", "\n", "=", "QQ==", "merges", "vocab"};
 }
 
 std::string repaired(std::string mutated, const std::string&) { return mutated; }
