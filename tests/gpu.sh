@@ -11,6 +11,7 @@ bundle=${1:-}
 logs=${2:-build/gpu-logs}
 mkdir -p "$logs"
 deadline=$((SECONDS + 60 * ${WEFT_GPU_MINUTES:-9}))
+unset WEFT_GPU_MINUTES  # weft itself refuses variables that it does not know
 rows=()
 failures=0
 

@@ -9,6 +9,8 @@ cd "$(dirname "$0")/.."
 source cmake/install_dependencies.sh
 install_dependencies with-tests
 
+sanitize=${WEFT_SANITIZE:-0} all_gpus=${WEFT_ALL_GPUS:-0}
+unset WEFT_SANITIZE WEFT_ALL_GPUS  # weft itself refuses variables that it does not know
 jobs=$(nproc)
 failures=0
 
@@ -33,11 +35,11 @@ suite() {
 mkdir -p build
 command -v nvcc > /dev/null || echo "== there is no nvcc here: the CUDA backend is not compiled for a GPU, only as C++ for the emulated device"
 suite release "release"
-if [ "${WEFT_ALL_GPUS:-0}" != 0 ] && command -v nvcc > /dev/null; then
+if [ "$all_gpus" != 0 ] && command -v nvcc > /dev/null; then
   configured all-gpus
   cmake --build build/all-gpus -j "$jobs" --target weft_cuda
 fi
-if [ "${WEFT_SANITIZE:-0}" != 0 ]; then
+if [ "$sanitize" != 0 ]; then
   suite sanitize "address and undefined-behaviour sanitizers"
 fi
 exit "$failures"
