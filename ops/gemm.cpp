@@ -3,13 +3,13 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
-#include <utility>
 #include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <memory>
 #include <new>
 #include <string_view>
+#include <utility>
 
 #include "core/error.h"
 #include "core/thread_pool.h"
@@ -217,7 +217,8 @@ void gemm(const Gemm<TA, TB, TC>& product) {
 template <class TA, class TB, class TC>
 void gemm_serial(const Gemm<TA, TB, TC>& product) {
   if (product.m == 0 || product.n == 0) return;
-  detail::kernels<TA, TB, TC>().tile(detail::with_scale(product), {0, product.m, 0, product.n});
+  if (product.scale != nullptr) return gemm_serial(detail::with_scale(product));
+  detail::kernels<TA, TB, TC>().tile(product, {0, product.m, 0, product.n});
 }
 
 #define WEFT_GEMM_INSTANCE(TA, TB, TC)                                               \

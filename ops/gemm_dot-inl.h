@@ -46,57 +46,102 @@ HWY_INLINE void store_sums_of_lanes(V s0, V s1, V s2, V s3, T* out) {
   for (int j = 0; j < 4; ++j) out[j] = hn::GetLane(hn::SumOfLanes(d, sums[j]));
 }
 
-// Rows of A that share one pass over a column of B, four sums each.
+// Rows of A that share one pass over four columns of B: 4 x 4 sums and the vectors that meet, in 32 registers.
 inline constexpr int kDotRows = HWY_TARGET <= HWY_AVX3 ? 4 : 2;
 
-/// Adds what is left of k, less than four vectors, to `lanes`. Apart from the main loop, because GCC keeps the sums of
-/// that loop in memory if they share a function.
+/// Adds what is left of k, less than a vector, to `lanes`. Apart from the main loop, because GCC keeps the sums of that
+/// loop in memory if they share a function.
 template <class T, class S>
-HWY_NOINLINE void dot_tail(const T* a, int64_t lda, int64_t rows, const S* b, int64_t k, T* lanes) {
+HWY_NOINLINE void dot_tail(const T* a, int64_t lda, int64_t rows, const S* const* b, int64_t k, T* lanes) {
   const Tag<T> d;
   constexpr int64_t n = kLanes<T>;
-  for (int64_t p = 0; p < k; p += n) {
-    const size_t left = static_cast<size_t>(std::min(n, k - p));
-    const auto bv = Source<T, S>::load_n(d, b + p, left);
+  for (int64_t j = 0; j < 4; ++j) {
+    const auto bv = Source<T, S>::load_n(d, b[j], static_cast<size_t>(k));
     for (int64_t i = 0; i < rows; ++i) {
-      T* to = lanes + 4 * i * n;
-      hn::Store(hn::MulAdd(Source<T, T>::load_n(d, a + i * lda + p, left), bv, hn::Load(d, to)), d, to);
+      T* to = lanes + (4 * i + j) * n;
+      hn::Store(hn::MulAdd(Source<T, T>::load_n(d, a + i * lda, static_cast<size_t>(k)), bv, hn::Load(d, to)), d, to);
     }
   }
 }
 
-/// One column of B, `b`, against kRows rows of A: a vector of partial sums for each row, 4 vectors apart in `lanes`.
-template <class T, class S, int kRows>
-HWY_NOINLINE void dot_column(const T* HWY_RESTRICT a, int64_t lda, const S* HWY_RESTRICT b, int64_t k,
-                             T* HWY_RESTRICT lanes) {
+/// One row of A and one column of B, whole vectors of k: four sums, added into the vector `lanes`. With one row the
+/// product waits for memory, and columns that follow one another are one stream.
+template <class T, class S>
+HWY_NOINLINE void dot_column(const T* HWY_RESTRICT a, const S* HWY_RESTRICT b, int64_t k, T* HWY_RESTRICT lanes) {
   const Tag<T> d;
   using V = hn::Vec<Tag<T>>;
   constexpr int64_t n = kLanes<T>;
-  V sum[kRows][4];
-  unroll<kRows>([&](auto i) WEFT_UNROLLED { unroll<4>([&](auto u) WEFT_UNROLLED { sum[i][u] = hn::Zero(d); }); });
+  V sum[4];
+  unroll<4>([&](auto u) WEFT_UNROLLED { sum[u] = hn::Zero(d); });
   int64_t p = 0;
   for (; p + 4 * n <= k; p += 4 * n) {
     unroll<4>([&](auto u) WEFT_UNROLLED {
-      const V bv = Source<T, S>::load(d, b + p + u * n);
-      unroll<kRows>([&](auto i) WEFT_UNROLLED { multiply_add(hn::LoadU(d, a + i * lda + p + u * n), bv, sum[i][u]); });
+      multiply_add(hn::LoadU(d, a + p + u * n), Source<T, S>::load(d, b + p + u * n), sum[u]);
     });
   }
-  unroll<kRows>([&](auto i) WEFT_UNROLLED {
-    hn::Store(hn::Add(hn::Add(sum[i][0], sum[i][1]), hn::Add(sum[i][2], sum[i][3])), d, lanes + 4 * i * n);
-  });
-  if (p < k) dot_tail<T, S>(a + p, lda, kRows, b + p, k - p, lanes);
+  for (; p + n <= k; p += n) multiply_add(hn::LoadU(d, a + p), Source<T, S>::load(d, b + p), sum[0]);
+  hn::Store(hn::Add(hn::Add(sum[0], sum[1]), hn::Add(sum[2], sum[3])), d, lanes);
 }
 
-/// out[i][j] = sum over p of a[i][p] * b[j][p], j < min(cols, 4). Four sums of every fourth vector of p, then these
-/// together, then their lanes: the bits of an element depend on its row, its column and k alone. The columns of B (rows
-/// of a weight matrix) follow one another as they lie in memory: the hardware reads one stream ahead at twice the speed
-/// of four.
+/// Four columns of B against kRows rows of A, whole vectors of k: a vector of partial sums for each in
+/// lanes[row][column]. Sums of few rows are split in two, for they would wait for one another.
+template <class T, class S, int kRows>
+HWY_NOINLINE void dot_block(const T* HWY_RESTRICT a, int64_t lda, const S* const* columns, const S* next, int64_t k,
+                            T* HWY_RESTRICT lanes) {
+  const Tag<T> d;
+  using V = hn::Vec<Tag<T>>;
+  constexpr int64_t n = kLanes<T>;
+  constexpr int kParts = kRows <= kDotRows / 2 ? 2 : 1;
+  V sum[kRows * kParts][4];
+  unroll<kRows * kParts>([&](auto i)
+                             WEFT_UNROLLED { unroll<4>([&](auto j) WEFT_UNROLLED { sum[i][j] = hn::Zero(d); }); });
+  const S *b0 = columns[0], *b1 = columns[1], *b2 = columns[2], *b3 = columns[3];
+  const auto step = [&](int64_t p, auto part) WEFT_UNROLLED {
+    // The next four columns, as they lie in memory: the processor reads one stream ahead at twice the speed of four.
+    constexpr int64_t line = 64 / sizeof(S);
+    unroll<(4 * n + line - 1) / line>([&](auto i) WEFT_UNROLLED { __builtin_prefetch(next + 4 * p + i * line); });
+    const V bv[4] = {Source<T, S>::load(d, b0 + p), Source<T, S>::load(d, b1 + p), Source<T, S>::load(d, b2 + p),
+                     Source<T, S>::load(d, b3 + p)};
+    unroll<kRows>([&](auto i) WEFT_UNROLLED {
+      const V av = hn::LoadU(d, a + i * lda + p);
+      unroll<4>([&](auto j) WEFT_UNROLLED { multiply_add(av, bv[j], sum[i * kParts + part][j]); });
+    });
+  };
+  int64_t p = 0;
+  for (; p + kParts * n <= k; p += kParts * n) {
+    step(p, std::integral_constant<int, 0>());
+    if constexpr (kParts == 2) step(p + n, std::integral_constant<int, 1>());
+  }
+  if constexpr (kParts == 2) {
+    if (p + n <= k) step(p, std::integral_constant<int, 0>());
+  }
+  unroll<kRows>([&](auto i) WEFT_UNROLLED {
+    unroll<4>([&](auto j) WEFT_UNROLLED {
+      V total = sum[i * kParts][j];
+      if constexpr (kParts == 2) total = hn::Add(total, sum[i * kParts + 1][j]);
+      hn::Store(total, d, lanes + (4 * i + j) * n);
+    });
+  });
+}
+
+/// out[i][j] = sum over p of a[i][p] * b[j][p], j < min(cols, 4). Sums of every vector of p (every second one if rows
+/// are few), then their lanes: the bits of an element depend on its row, its column, k and the number of rows.
 template <class T, class S, int kRows>
 void dot_kernel(const T* a, int64_t lda, const S* b, int64_t ldb, int64_t cols, int64_t k, T* out, int64_t ldout) {
   const Tag<T> d;
   constexpr int64_t n = kLanes<T>;
   HWY_ALIGN T lanes[kRows * 4 * n];
-  for (int64_t j = 0; j < 4; ++j) dot_column<T, S, kRows>(a, lda, b + std::min(j, cols - 1) * ldb, k, lanes + j * n);
+  const S* columns[4];
+  for (int64_t j = 0; j < 4; ++j) columns[j] = b + std::min(j, cols - 1) * ldb;
+  if constexpr (kRows == 1) {
+    for (int64_t j = 0; j < 4; ++j) dot_column<T, S>(a, columns[j], k, lanes + j * n);
+  } else {
+    dot_block<T, S, kRows>(a, lda, columns, b + 4 * ldb, k, lanes);
+  }
+  if (const int64_t whole = k / n * n; whole < k) {
+    for (const S*& column : columns) column += whole;
+    dot_tail<T, S>(a + whole, lda, kRows, columns, k - whole, lanes);
+  }
   for (int64_t i = 0; i < kRows; ++i) {
     const T* of_row = lanes + 4 * i * n;
     T sums[4];

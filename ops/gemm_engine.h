@@ -25,12 +25,15 @@ struct GemmKernels {
   void (*tile)(const Gemm<TA, TB, TC>& product, const GemmTile& tile);
 };
 
+/// Shorter dot products are not worth the sum over the lanes of a vector.
+inline constexpr int64_t kMinDotK = 32;
+
 /// True when rows of A meet rows of B^T as dot products along k instead of register tiles: with so few rows the product
 /// is bound by reading B, which is then read once, in place.
 template <class TA, class TB, class TC>
 bool uses_dot_kernel(const Gemm<TA, TB, TC>& g) {
   constexpr int64_t kMaxRows = 8;
-  return g.m <= kMaxRows && g.b.row_stride == 1 && g.k >= 32 && g.alpha != 0;
+  return g.m <= kMaxRows && g.b.row_stride == 1 && g.k >= kMinDotK && g.alpha != 0;
 }
 
 enum class GemmScratch : uint8_t { kA, kB, kSums };

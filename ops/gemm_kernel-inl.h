@@ -9,6 +9,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "hwy/highway.h"
@@ -30,6 +31,15 @@ inline constexpr int kTileRows = 14;
 inline constexpr int kTileRows = 6;
 #endif
 inline constexpr int kTileVecs = 2;
+
+// Wide tiles, for sums so short that the start and the end of a tile count: fewer loads for each multiply-add, but
+// more of B goes by for each row of A. 0 rows: there are none.
+#if HWY_TARGET <= HWY_AVX3
+inline constexpr int kWideRows = 6 < kTileRows ? 6 : kTileRows;
+#else
+inline constexpr int kWideRows = 0;
+#endif
+inline constexpr int kWideVecs = 4;
 
 template <class T>
 using Tag = hn::ScalableTag<T>;
@@ -136,9 +146,14 @@ HWY_NOINLINE void tile_kernel(const T* HWY_RESTRICT a, int64_t a_stride, const T
   const Tag<T> d;
   using V = hn::Vec<Tag<T>>;
   constexpr int n = kLanes<T>;
-  // The lines of C arrive while the sums are made.
+  // With the pointers of rows along k, general registers run out: what the loop does not need then waits on the stack.
+  // GCC would keep it in vector registers, whose way back to an address leads through the queue of multiply-adds.
+  using Kept = const TileOut<T>*;
+  std::conditional_t<kAlongK, Kept volatile, Kept> kept_out = &out;
+  std::conditional_t<kAlongK, volatile uint64_t, uint64_t> kept_k = static_cast<uint64_t>(k);
+  // The lines of C arrive while the sums are made. (A wide tile is too short for that, and its C is near.)
   const T* line = out.c;
-  unroll<kRows>([&](auto) WEFT_UNROLLED {
+  unroll<kVecs <= kTileVecs ? kRows : 0>([&](auto) WEFT_UNROLLED {
     __builtin_prefetch(line, 1);
     if (kVecs * n * sizeof(T) > 64) __builtin_prefetch(line + n, 1);
     line += out.ldc;
@@ -181,22 +196,22 @@ HWY_NOINLINE void tile_kernel(const T* HWY_RESTRICT a, int64_t a_stride, const T
     });
   };
   constexpr int kUnroll = 4;
-  for (int64_t left = k / kUnroll; left > 0; --left) {
+  for (uint64_t left = static_cast<uint64_t>(k) / kUnroll; left > 0; --left) {
     unroll<kUnroll>(step);
     advance(kUnroll * kBytes);
   }
-  for (int64_t left = k % kUnroll; left > 0; --left) {
+  for (uint64_t left = kept_k % kUnroll; left > 0; --left) {
     step(std::integral_constant<int, 0>());
     advance(kBytes);
   }
-  store_tile<T, kRows, kVecs>(sum, out);
+  store_tile<T, kRows, kVecs>(sum, *kept_out);
 }
 
 template <class T>
 using TileKernel = void (*)(const T*, int64_t, const T*, int64_t, int64_t, const TileOut<T>&);
 
 template <class T, int kVecs, bool kAlongK, int... kRow>
-constexpr std::array<TileKernel<T>, kTileRows> tile_kernels_by_rows(std::integer_sequence<int, kRow...>) {
+constexpr std::array<TileKernel<T>, sizeof...(kRow)> tile_kernels_by_rows(std::integer_sequence<int, kRow...>) {
   return {&tile_kernel<T, kRow + 1, kVecs, kAlongK>...};
 }
 
@@ -207,6 +222,12 @@ inline constexpr std::array<TileKernel<T>, kTileRows> kTileKernels[2][kTileVecs]
      tile_kernels_by_rows<T, 2, false>(std::make_integer_sequence<int, kTileRows>())},
     {tile_kernels_by_rows<T, 1, true>(std::make_integer_sequence<int, kTileRows>()),
      tile_kernels_by_rows<T, 2, true>(std::make_integer_sequence<int, kTileRows>())}};
+
+/// kernels[along k][rows - 1]
+template <class T>
+inline constexpr std::array<TileKernel<T>, kWideRows> kWideKernels[2] = {
+    tile_kernels_by_rows<T, kWideVecs, false>(std::make_integer_sequence<int, kWideRows>()),
+    tile_kernels_by_rows<T, kWideVecs, true>(std::make_integer_sequence<int, kWideRows>())};
 
 }  // namespace HWY_NAMESPACE
 }  // namespace weft::detail

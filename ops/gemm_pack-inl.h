@@ -108,7 +108,7 @@ void pack_transposed(const S* from, int64_t ld, int64_t k, int64_t count, int64_
 /// Elements from one packed panel to the next, `width` by k elements each. The five lines more keep panels, which are
 /// written side by side, out of each other's sets in L1: width * k is a multiple of 4 KiB too often.
 template <class T>
-HWY_INLINE int64_t panel_step(int64_t width, int64_t k) {
+constexpr int64_t panel_step(int64_t width, int64_t k) {
   return width * k + 5 * 64 / static_cast<int64_t>(sizeof(T));
 }
 
@@ -140,11 +140,11 @@ void pack_b(const S* b, int64_t row_stride, int64_t col_stride, int64_t k, int64
   }
 }
 
-/// The split of `total` rows into the fewest panels of at most kTileRows, as even as possible: even panels keep enough
-/// independent sums in flight, which a short last one would not.
+/// The split of `total` rows into the fewest panels of at most `most` rows, as even as possible: even panels keep
+/// enough independent sums in flight, which a short last one would not.
 struct RowPanels {
-  explicit RowPanels(int64_t total)
-      : count((total + kTileRows - 1) / kTileRows), base(total / count), longer(total % count) {}
+  explicit RowPanels(int64_t total, int64_t most = kTileRows)
+      : count((total + most - 1) / most), base(total / count), longer(total % count) {}
   int64_t rows(int64_t panel) const { return base + (panel < longer); }
   int64_t first(int64_t panel) const { return panel * base + std::min(panel, longer); }
   int64_t count, base, longer;
@@ -154,15 +154,30 @@ struct RowPanels {
 template <class T>
 inline constexpr int64_t kPanelRows = (kTileRows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 
-/// A panel of an A whose rows lie along k: out[row][p], p < k.
+/// Elements from one row of a packed panel to the next: whole lines of memory, which no vector straddles.
+template <class T>
+constexpr int64_t packed_row(int64_t k) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return (k + line - 1) / line * line;
+}
+
+/// A panel of an A whose rows lie along k: out[row][p], p < k, rows packed_row(k) apart. A vector of every row in turn:
+/// all rows come from memory at once.
 template <class T, class S>
 void pack_a_along_k(const S* a, int64_t row_stride, int64_t rows, int64_t k, T* HWY_RESTRICT out) {
   const Tag<T> d;
   constexpr int64_t n = kLanes<T>;
-  for (int64_t i = 0; i < rows; ++i, a += row_stride, out += k) {
-    int64_t p = 0;
-    for (; p + n <= k; p += n) hn::StoreU(Source<T, S>::load(d, a + p), d, out + p);
-    if (p < k) hn::StoreU(Source<T, S>::load_n(d, a + p, static_cast<size_t>(k - p)), d, out + p);
+  const int64_t step = packed_row<T>(k);
+  int64_t p = 0;
+  for (; p + n <= k; p += n) {
+    const S* from = a + p;
+    T* to = out + p;
+    for (int64_t i = 0; i < rows; ++i, from += row_stride, to += step) hn::Store(Source<T, S>::load(d, from), d, to);
+  }
+  if (p == k) return;
+  const size_t left = static_cast<size_t>(k - p);
+  for (int64_t i = 0; i < rows; ++i) {
+    hn::Store(Source<T, S>::load_n(d, a + i * row_stride + p, left), d, out + i * step + p);
   }
 }
 

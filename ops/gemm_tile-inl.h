@@ -24,8 +24,9 @@ template <class T>
 inline constexpr int64_t kBlockK = 1536 / sizeof(T);
 inline constexpr int64_t kBlockCols = 256;
 inline constexpr int64_t kMaxBlockCols = 1024;
-inline constexpr int64_t kBlockPanels =
-    8;  // panels of A that are packed together if k is across: whole lines of memory
+// Panels of A that are packed together if k is across: whole lines of memory.
+inline constexpr int64_t kBlockPanels = 8;
+inline constexpr int64_t kShortK = 128;        // sums of wide tiles are at most so long
 inline constexpr int64_t kBlockRows = 512;     // rows of C that pass while a block of B stays
 inline constexpr int64_t kBlockSumRows = 256;  // the same when C is bfloat16, and these rows are kept as float
 
@@ -44,10 +45,10 @@ bool collides_in_l1(int64_t ld) {
   return ld * static_cast<int64_t>(sizeof(T)) % 4096 == 0;
 }
 
-/// How k is cut: blocks of equal length, a multiple of 4, but the last.
+/// How k is cut: blocks of equal length, whole lines of memory, but the last.
 struct BlocksOfK {
   BlocksOfK(int64_t k, int64_t most)
-      : count((k + most - 1) / most), length(count == 0 ? 0 : ((k + count - 1) / count + 3) / 4 * 4) {}
+      : count((k + most - 1) / most), length(count <= 1 ? k : ((k + count - 1) / count + 15) / 16 * 16) {}
   int64_t count, length;
 };
 
@@ -57,6 +58,7 @@ class Task {
   static constexpr bool kRounds = !std::is_same_v<T, TC>;  // C is not of the type of the sums
   static constexpr int64_t n = kLanes<T>;
   static constexpr int64_t kPanelCols = kTileVecs * n;
+  static constexpr int64_t kMaxDotCols = n / 4;  // columns that fill so little of a vector are dot products
 
  public:
   Task(const Gemm<TA, TB, TC>& g, const GemmTile& tile) : g_(g), tile_(tile) {}
@@ -119,18 +121,42 @@ class Task {
     return along_k() ? !collides_in_l1<T>(g_.a.row_stride) : spreads_in_l2<T>(g_.a.col_stride, k);
   }
 
+  /// Columns after the last whole vector of a block of C that are dot products. Only the last block of a row has any.
+  int64_t dot_cols(int64_t cols) const {
+    const int64_t tail = cols % n;
+    return tail <= kMaxDotCols && along_k() && g_.k >= kMinDotK ? tail : 0;
+  }
+
   /// B as the tiles read it. In place, only columns that do not fill a vector are copied.
   void pack_block_of_b(int64_t p0, int64_t k, int64_t j0, int64_t cols, int64_t rows) {
-    packed_b_ =
-        gemm_scratch<T>(GemmScratch::kB, kBlockK<T> * kBlockCols + kMaxBlockCols / kPanelCols * panel_step<T>(0, 0));
+    constexpr int64_t kPanels = kBlockK<T> * kBlockCols + kMaxBlockCols / kPanelCols * panel_step<T>(0, 0);
+    packed_b_ = gemm_scratch<T>(GemmScratch::kB, kPanels + std::max<int64_t>(kMaxDotCols, 1) * kBlockK<T>);
     if (k == 0) return;
+    const int64_t dots = dot_cols(cols);
+    cols -= dots;
+    if (dots > 0) pack_dot_cols(p0, k, j0 + cols, dots, packed_b_ + kPanels);
     int64_t from = 0;
     if (b_in_place(rows, k)) {
       if (cols % n == 0) return;
       from = cols / kPanelCols * kPanelCols;
     }
+    if (from == cols) return;
     pack_b<T, TB>(b_at(p0, j0 + from), g_.b.row_stride, g_.b.col_stride, k, cols - from,
                   packed_b_ + from / kPanelCols * panel_step<T>(kPanelCols, k));
+  }
+
+  /// Columns of B for dot products, each along memory: a copy, or B itself.
+  void pack_dot_cols(int64_t p0, int64_t k, int64_t j, int64_t cols, T* out) {
+    if constexpr (std::is_same_v<T, TB>) {
+      if (g_.b.row_stride == 1) {
+        dot_b_ = b_at(p0, j), dot_ldb_ = g_.b.col_stride;
+        return;
+      }
+    }
+    dot_b_ = out, dot_ldb_ = k;
+    for (int64_t p = 0; p < k; ++p) {
+      for (int64_t q = 0; q < cols; ++q) out[q * k + p] = Source<T, TB>::scalar(*b_at(p0 + p, j + q));
+    }
   }
 
   const TA* a_at(int64_t i, int64_t p) const { return g_.a.data + i * g_.a.row_stride + p * g_.a.col_stride; }
@@ -147,8 +173,13 @@ class Task {
   /// All panels of A against the block of B.
   void sweep(int64_t i0, int64_t rows, int64_t j0, int64_t cols, int64_t p0, int64_t k, T* c, int64_t ldc, T beta,
              bool last) {
-    const RowPanels panels(rows);
     const bool packs = !a_in_place(k) && k > 0, b_here = b_in_place(rows, k) && k > 0;
+    const bool finishes = last && (kRounds || g_.activation != GemmActivation::kNone);
+    const T* bias = last && g_.bias != nullptr ? g_.bias + j0 : nullptr;
+    const int64_t dots = k > 0 ? dot_cols(cols) : 0, tile_cols = cols - dots;
+    const bool wide = kWideRows > 0 && !packs && b_here && k <= kShortK && tile_cols % (kWideVecs * n) == 0;
+    const int64_t tile_width = wide ? kWideVecs * n : kPanelCols;
+    const RowPanels panels(rows, wide ? kWideRows : kTileRows);
     T* packed = nullptr;
     if (packs) packed = gemm_scratch<T>(GemmScratch::kA, kBlockPanels * panel_step<T>(kPanelRows<T>, kBlockK<T>) + n);
     for (int64_t panel = 0; panel < panels.count; ++panel) {
@@ -159,39 +190,49 @@ class Task {
         const int64_t slot = along_k() ? 0 : panel % kBlockPanels;
         if (slot == 0) pack_block_of_a(panels, panel, i0, p0, k, packed);
         a = packed + slot * panel_step<T>(kPanelRows<T>, k);
-        a_stride = along_k() ? k : kPanelRows<T>;
+        a_stride = along_k() ? packed_row<T>(k) : kPanelRows<T>;
       } else if constexpr (std::is_same_v<T, TA>) {
         if (k > 0) a = a_at(i0 + first, p0);
         a_stride = along_k() ? g_.a.row_stride : g_.a.col_stride;
       }
-      for (int64_t j = 0; j < cols; j += kPanelCols) {
-        const int64_t width = std::min(kPanelCols, cols - j);
+      T* const c_row = c + first * ldc;
+      for (int64_t j = 0; j < tile_cols; j += tile_width) {
+        const int64_t width = std::min(tile_width, tile_cols - j);
         const int vecs = static_cast<int>((width + n - 1) / n);
         const T* b = packed_b_ + j / kPanelCols * panel_step<T>(kPanelCols, k);
         int64_t b_stride = vecs * n;
         if constexpr (std::is_same_v<T, TB>) {
           if (b_here && width % n == 0) b = b_at(p0, j0 + j), b_stride = g_.b.row_stride;
         }
-        if (packs && along_k() && panel + 1 < panels.count) {
-          prefetch_rows(i0 + first + height, panels.rows(panel + 1), p0 + k * j / cols,
-                        p0 + k * std::min(j + kPanelCols, cols) / cols);
-        }
         const TileOut<T> out = {
-            c + first * ldc + j,    ldc, g_.alpha, beta, last && g_.bias != nullptr ? g_.bias + j0 + j : nullptr,
-            static_cast<int>(width)};
-        kTileKernels<T>[along_k()][vecs - 1][static_cast<size_t>(height - 1)](a, a_stride, b, b_stride, k, out);
-        if (last && (kRounds || g_.activation != GemmActivation::kNone)) {
-          finish_tile(out.c, ldc, i0 + first, height, j0 + j, width);
-        }
+            c_row + j, ldc, g_.alpha, beta, bias == nullptr ? nullptr : bias + j, static_cast<int>(width)};
+        const TileKernel<T>* kernels =
+            wide ? kWideKernels<T>[along_k()].data() : kTileKernels<T>[along_k()][vecs - 1].data();
+        kernels[height - 1](a, a_stride, b, b_stride, k, out);
+        if (finishes) finish_tile(out.c, ldc, i0 + first, height, j0 + j, width);
+      }
+      if (dots > 0) {
+        const TileOut<T> out = {
+            c_row + tile_cols,     ldc, g_.alpha, beta, bias == nullptr ? nullptr : bias + tile_cols,
+            static_cast<int>(dots)};
+        dot_tile(a, a_stride, height, k, out);
+        if (finishes) finish_tile(out.c, ldc, i0 + first, height, j0 + tile_cols, dots);
       }
     }
   }
 
-  /// Asks for columns [p0, p1) of rows of A, a part of the next panel, while this panel is worked on.
-  void prefetch_rows(int64_t i, int64_t rows, int64_t p0, int64_t p1) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const TA* row = a_at(i + r, 0);
-      for (int64_t p = p0; p < p1; p += 64 / static_cast<int64_t>(sizeof(TA))) __builtin_prefetch(row + p, 0, 2);
+  /// The last columns of a panel of C. Rows of A take the place of the columns of B in the dot products.
+  void dot_tile(const T* a, int64_t a_stride, int64_t rows, int64_t k, const TileOut<T>& out) {
+    constexpr int64_t kRowsUp = (kTileRows + 3) / 4 * 4;
+    T sums[std::max<int64_t>(kMaxDotCols, 1) * kRowsUp];
+    dots<T, T>(dot_b_, dot_ldb_, out.cols, a, a_stride, rows, k, sums, kRowsUp);
+    for (int64_t j = 0; j < out.cols; ++j) {
+      const T bias = out.bias == nullptr ? T(0) : out.bias[j];
+      for (int64_t i = 0; i < rows; ++i) {
+        T& c = out.c[i * out.ldc + j];
+        const T value = out.alpha * sums[j * kRowsUp + i] + bias;
+        c = out.beta == T(0) ? value : out.beta * c + value;
+      }
     }
   }
 
@@ -251,6 +292,8 @@ class Task {
   const Gemm<TA, TB, TC>& g_;
   const GemmTile tile_;
   T* packed_b_ = nullptr;
+  const T* dot_b_ = nullptr;
+  int64_t dot_ldb_ = 0;
 };
 
 template <class TA, class TB, class TC>
