@@ -16,16 +16,15 @@ namespace weft::apps {
 
 int bench_machine(std::span<const std::string> args) {
   int64_t threads = 0;
-  std::string precision = "f32";
+  DType precision = DType::f32;
   DeviceOption device;
   Options options("bench machine", "Measures the denominators of every percentage: GEMM peak and copy bandwidth.");
   options.add("threads", &threads, {.min = 0, .max = 1024}, "threads; 0: as many as the process may use");
-  options.add("precision", &precision, {.choices = {"f32", "bf16"}}, "of the product");
+  options.add("precision", &precision, {{"f32", DType::f32}, {"bf16", DType::bf16}}, "of the product");
   device.declare(options);
   if (!options.parse(args)) return 0;
   if (threads > 0) set_num_threads(static_cast<int>(threads));
-  const models::MachineSpeed speed =
-      models::measure_machine(device.device(options), precision == "bf16" ? DType::bf16 : DType::f32);
+  const models::MachineSpeed speed = models::measure_machine(device.device(options), precision);
   const bool cpu = speed.device.kind == DeviceKind::cpu;
   std::cout << speed.name << (cpu ? concat(", ", speed.threads, " threads, ", gemm_isa(), " kernels") : "")
             << "\nGEMM peak (" << speed.dtype << ", " << (cpu ? "1,024" : "8,192")

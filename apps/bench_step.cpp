@@ -117,7 +117,8 @@ void serve(StepBench& bench) {
 }  // namespace
 
 int bench_step(std::span<const std::string> args) {
-  std::string shape = "a", precision = "f32";
+  std::string shape = "a";
+  DType precision = DType::f32;
   int64_t threads = 0, steps = 20, batch = 0, accumulate = 1;
   bool serving = false;
   DeviceOption device;
@@ -130,7 +131,7 @@ int bench_step(std::span<const std::string> args) {
               "rows of a micro-batch; 0: the shape's");
   options.add("accumulate", &accumulate, {.min = 1, .max = 1 << 20, .unit = "micro-batches"},
               "micro-batches of one step");
-  options.add("precision", &precision, {.choices = {"f32", "bf16"}},
+  options.add("precision", &precision, {{"f32", DType::f32}, {"bf16", DType::bf16}},
               "of weights and activations; the optimizer keeps f32");
   device.declare(options);
   options.add("threads", &threads, {.min = 0, .max = 1024}, "threads; 0: as many as the process may use");
@@ -144,7 +145,7 @@ int bench_step(std::span<const std::string> args) {
   StepShape chosen = *found;
   if (batch > 0) chosen.batch = batch;
   const Device where = device.device(options);
-  StepBench bench(chosen, accumulate, where, precision == "bf16" ? DType::bf16 : DType::f32);
+  StepBench bench(chosen, accumulate, where, precision);
   if (serving) return serve(bench), 0;
 
   for (int i = 0; i < 3; ++i) bench.step();
@@ -162,7 +163,7 @@ int bench_step(std::span<const std::string> args) {
   std::printf(
       "shape %s on %s (%d threads), %s, median of %lld steps: %.2f ms (forward %.2f, backward %.2f, optimizer %.2f), "
       "best %.2f ms\n",
-      shape.c_str(), to_string(where).c_str(), num_threads(), precision.c_str(), static_cast<long long>(steps),
+      shape.c_str(), to_string(where).c_str(), num_threads(), concat(precision).c_str(), static_cast<long long>(steps),
       seconds * 1e3, median(forward) * 1e3, median(backward) * 1e3, median(optimizer) * 1e3,
       *std::min_element(total.begin(), total.end()) * 1e3);
   std::printf(

@@ -3,8 +3,8 @@
 #include <iterator>
 
 #include "apps/commands.h"
-#include "apps/device_option.h"
 #include "apps/data_directory.h"
+#include "apps/device_option.h"
 #include "apps/files.h"
 #include "apps/held_out.h"
 #include "apps/options.h"

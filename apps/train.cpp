@@ -17,8 +17,8 @@
 #include "apps/stop_signal.h"
 #include "apps/train_options.h"
 #include "core/autograd.h"
-#include "core/file.h"
 #include "core/backend.h"
+#include "core/file.h"
 #include "core/log.h"
 #include "core/thread_pool.h"
 #include "models/generate.h"
@@ -84,7 +84,8 @@ constexpr const char* kLossScale = "loss_scale";
 /// A run: everything that lives from the first step to the last.
 class Run {
  public:
-  Run(const TrainOptions& options, Device device, std::string config_text, DataDirectory data, std::optional<CheckpointContent> from)
+  Run(const TrainOptions& options, Device device, std::string config_text, DataDirectory data,
+      std::optional<CheckpointContent> from)
       : o_(options),
         device_(device),
         config_text_(std::move(config_text)),
@@ -115,7 +116,8 @@ class Run {
       if (from) {
         const auto found = from->state.find(kLossScale);
         if (found == from->state.end()) {
-          fail(ErrorKind::kUsage, "train", "precision = f16: the checkpoint is of a run that did not scale its loss; a run keeps its precision");
+          fail(ErrorKind::kUsage, "train",
+               "precision = f16: the checkpoint is of a run that did not scale its loss; a run keeps its precision");
         }
         scale.load_state(found->second);
       }
@@ -157,7 +159,8 @@ class Run {
                             {"forward", m.times.forward},
                             {"backward", m.times.backward},
                             {"optimizer", m.times.optimizer}}}});
-      if (m.skipped) log::info("step ", done, " was skipped: gradients overflowed at a loss scale of ", significant(m.loss_scale));
+      if (m.skipped)
+        log::info("step ", done, " was skipped: gradients overflowed at a loss scale of ", significant(m.loss_scale));
       if (progress.due(done)) {
         fields = concat("loss ", fixed(m.loss, 4), "  |g| ", fixed(m.grad_norm, 3), "  lr ", significant(m.lr), "  ",
                         grouped(static_cast<int64_t>(static_cast<double>(m.tokens) / m.times.total())), " tok/s  ",
@@ -244,7 +247,7 @@ class Run {
 };
 
 /// `weft train --dry-run`: two steps without memory or arithmetic.
-void print_dry_run(const TrainOptions& o, const Options& options, const DataDirectory& data) {
+void print_dry_run(const TrainOptions& o, Device device, const Options& options, const DataDirectory& data) {
   const models::GptConfig config = o.model(data.tokenizer.vocab_size());
   std::cout << options.toml(true) << "\n# vocabulary " << grouped(config.vocab) << ", " << grouped(data.train->size())
             << " training tokens, " << grouped(data.held_out->size()) << " held out\n";
@@ -257,15 +260,13 @@ void print_dry_run(const TrainOptions& o, const Options& options, const DataDire
             << "epochs:          "
             << fixed(static_cast<double>(tokens * o.steps) / static_cast<double>(data.train->size()), 2) << "\n";
   const DryRun dry;
-  const Device device = o.device.planned(options);
   models::Gpt gpt(config, device, 0, o.dtype());
   optim::Adam optimizer(gpt.parameters(), o.adam());
   text::Loader loader(data.train, {.batch = o.batch, .context = o.context, .prefetch = 0});
   models::Trainer trainer(gpt, optimizer, loader, o.schedule(), o.accumulate);
   trainer.step();
   trainer.step();
-  std::cout << "memory of a step, by replaying two without memory:\n"
-            << memory_table(allocator(device).statistics());
+  std::cout << "memory of a step, by replaying two without memory:\n" << memory_table(allocator(device).statistics());
 }
 
 /// A model that cannot fit is refused before its first weight is drawn: afterwards, the system would end some process
@@ -336,11 +337,10 @@ int run_train(std::span<const std::string> args) {
   }
   const Options& options = second ? *second : first;
   o.check(options);
-  if (!o.dry_run) o.device.device(options);
-  const Device device = o.device.planned(options);
+  const Device device = o.dry_run ? o.device.planned(options) : o.device.device(options);
   DataDirectory data = DataDirectory::open(o.data);
   refuse_too_large(o, data.tokenizer.vocab_size());
-  if (o.dry_run) return print_dry_run(o, options, data), 0;
+  if (o.dry_run) return print_dry_run(o, device, options, data), 0;
 
   refuse_later_checkpoints(o, from, options);
   const std::string config_text = options.toml(false);
@@ -348,7 +348,8 @@ int run_train(std::span<const std::string> args) {
   // Whatever could be wrong with options and data was found above: a refused call leaves nothing behind.
   make_directories(o.out);
   write_file_atomic((o.out / "config.toml").string(), as_bytes(config_text));
-  log::info("device ", device, " (", backend(device).name(), "), ", num_threads(), " threads; writing to ", o.out.string());
+  log::info("device ", device, " (", backend(device).name(), "), ", num_threads(), " threads; writing to ",
+            o.out.string());
   const bool complete = run.train();
   run.print_summary();
   if (!complete) std::cout << "to go on: weft train --resume " << o.out.string() << std::endl;

@@ -36,8 +36,10 @@ void TrainOptions::declare(Options& o) {
 
   o.section("run", "The run");
   device.declare(o);
-  o.add("precision", &precision, {{"f32", Precision::f32}, {"tf32", Precision::tf32}, {"bf16", Precision::bf16}, {"f16", Precision::f16}},
-        "numbers of weights and activations: f32; tf32: f32 whose products round to 10 bits on a GPU; bf16, f16: with f32 master weights, f16 with dynamic loss scaling");
+  o.add("precision", &precision,
+        {{"f32", Precision::f32}, {"tf32", Precision::tf32}, {"bf16", Precision::bf16}, {"f16", Precision::f16}},
+        "numbers of weights and activations: f32; tf32: f32 whose products round to 10 bits on a GPU; bf16, f16: with "
+        "f32 master weights, f16 with dynamic loss scaling");
   o.add("out", &out, {.placeholder = "DIR"}, "where checkpoints, metrics.jsonl and the resolved config.toml go");
   o.add("steps", &steps, {.min = 1, .max = int64_t{1} << 40}, "optimizer steps of the whole run");
   o.add("seed", &seed, {.min = 0}, "of the initial weights, the data order and dropout");

@@ -15,8 +15,8 @@ namespace weft::apps {
 enum class OptimizerKind : uint8_t { adamw, lamb };
 
 /// In what numbers a model is trained. f32: everything. tf32: products on GPUs that have it round their operands to 10
-/// bits; elsewhere it is f32. bf16, f16: weights, activations and gradients; the optimizer keeps the weights in f32, and
-/// with f16 losses are scaled dynamically (optim/loss_scale.h).
+/// bits; elsewhere it is f32. bf16, f16: weights, activations and gradients; the optimizer keeps the weights in f32,
+/// and with f16 losses are scaled dynamically (optim/loss_scale.h).
 enum class Precision : uint8_t { f32, tf32, bf16, f16 };
 
 /// Everything that `weft train` can be told.

@@ -143,7 +143,8 @@ class SavedTensorHooks {
 /// the first tensor that overflowed, or counts what a model does, is made of this.
 class RecordObserver {
  public:
-  using See = std::function<void(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs)>;
+  using See =
+      std::function<void(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs)>;
   explicit RecordObserver(See see);
   ~RecordObserver();
   RecordObserver(const RecordObserver&) = delete;

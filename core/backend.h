@@ -35,8 +35,8 @@ class Backend {
   /// dst = sum of src over the dimensions in which dst has stride 0; same shape (dst expanded), same float dtype.
   /// Accumulated in f64 in index order and rounded once.
   virtual void sum_broadcast(const StridedView& dst, const StridedView& src) = 0;
-  /// Host bytes to the device and back; `bytes` of contiguous data. `src` may be used again, and `dst` of to_host() read,
-  /// on return.
+  /// Host bytes to the device and back; `bytes` of contiguous data. `src` may be used again, and `dst` of to_host()
+  /// read, on return.
   virtual void to_device(void* dst, const void* src, size_t bytes) = 0;
   virtual void to_host(void* dst, const void* src, size_t bytes) = 0;
   /// Makes this the calling thread's current device; the stream of its kernels, or null where work is done on return.

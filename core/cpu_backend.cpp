@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <charconv>
-#include <fstream>
 #include <cstring>
+#include <fstream>
 #include <mutex>
 #include <ostream>
 #include <utility>

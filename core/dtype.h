@@ -79,6 +79,22 @@ decltype(auto) dispatch_float(DType dtype, const char* op, F&& f) {
   }
 }
 
+/// Calls f.operator()<Word>() with the unsigned integer of `size` bytes (1, 2, 4 or 8): for what moves elements without
+/// looking at them.
+template <class F>
+decltype(auto) dispatch_bytes(int64_t size, F&& f) {
+  switch (size) {
+    case 1:
+      return f.template operator()<uint8_t>();
+    case 2:
+      return f.template operator()<uint16_t>();
+    case 4:
+      return f.template operator()<uint32_t>();
+    default:
+      return f.template operator()<uint64_t>();
+  }
+}
+
 /// The type in which values of T are added up: f64 for f64, else f32.
 template <class T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;

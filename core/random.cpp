@@ -29,7 +29,8 @@ void fill(const Tensor& tensor, const char* op, Value value) {
   if (tensor.device().kind != DeviceKind::cpu) {  // the same bits everywhere: made in one place
     const Tensor host = Tensor::empty(tensor.shape(), tensor.dtype());
     fill(host, op, value);
-    backend(tensor.device()).to_device(tensor.raw(), host.raw(), static_cast<size_t>(host.numel() * size_of(host.dtype())));
+    backend(tensor.device())
+        .to_device(tensor.raw(), host.raw(), static_cast<size_t>(host.numel() * size_of(host.dtype())));
     return;
   }
   dispatch_float(tensor.dtype(), op, [&]<class T>() {

@@ -8,7 +8,8 @@
 // and goes over the keys, for dq. That is 7 products of tiles (4 + 3) where one kernel for all three would need 5, but
 // that one would add up dq across blocks: with atomics in an order that changes from run to run, or in a fixed order by
 // blocks that wait for each other and pass [B, H, Tq, D] of f32 through memory once for every block of keys. Here every
-// sum is one thread's, in an order that the shape alone decides. FLOPs: 7 * 2 * D for each visible pair of query and key.
+// sum is one thread's, in an order that the shape alone decides. FLOPs: 7 * 2 * D for each visible pair of query and
+// key.
 #include "cuda/attention_mma.cuh"
 #include "cuda/attention_simt.cuh"
 
@@ -27,8 +28,8 @@ using cuda::Visibility;
 
 // ---- delta ----
 
-/// Eight lanes to a row, each with every eighth pack of 16 bytes, whether or not packs can be loaded as such. Reads dout
-/// and out once, writes one number to a row.
+/// Eight lanes to a row, each with every eighth pack of 16 bytes, whether or not packs can be loaded as such. Reads
+/// dout and out once, writes one number to a row.
 constexpr int kDeltaLanes = 8, kDeltaThreads = 256, kDeltaRows = kDeltaThreads / kDeltaLanes;
 template <class T>
 __global__ void __launch_bounds__(kDeltaThreads) sum_delta(AttentionBackward<T> a, bool packed) {
@@ -36,7 +37,8 @@ __global__ void __launch_bounds__(kDeltaThreads) sum_delta(AttentionBackward<T> 
   constexpr int kCount = kFull<T>;
   const int lane = static_cast<int>(threadIdx.x) % kDeltaLanes;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kDeltaRows + threadIdx.x / kDeltaLanes;  // of [B, Tq, H]
-  const int64_t head = row % a.shape.heads, query = row / a.shape.heads % a.shape.queries, b = row / a.shape.heads / a.shape.queries;
+  const int64_t head = row % a.shape.heads, query = row / a.shape.heads % a.shape.queries,
+                b = row / a.shape.heads / a.shape.queries;
   const bool exists = b < a.shape.batch;
   A sum = 0;
   if (exists) {
@@ -48,7 +50,8 @@ __global__ void __launch_bounds__(kDeltaThreads) sum_delta(AttentionBackward<T> 
 #pragma unroll
         for (int e = 0; e < kCount; ++e) sum = fma(cuda::widen(dx.at[e]), cuda::widen(x.at[e]), sum);
       } else {
-        for (int64_t e = c; e < c + kCount && e < a.shape.head_size; ++e) sum = fma(cuda::widen(dout[e]), cuda::widen(out[e]), sum);
+        for (int64_t e = c; e < c + kCount && e < a.shape.head_size; ++e)
+          sum = fma(cuda::widen(dout[e]), cuda::widen(out[e]), sum);
       }
     }
   }
@@ -59,15 +62,17 @@ __global__ void __launch_bounds__(kDeltaThreads) sum_delta(AttentionBackward<T> 
 template <class T>
 void start_delta(Cuda device, const AttentionBackward<T>& a) {
   const int64_t rows = a.shape.batch * a.shape.heads * a.shape.queries;
-  cuda::start(device, {static_cast<unsigned>(divide_up(rows, kDeltaRows)), kDeltaThreads}, sum_delta<T>, a, cuda::packs_fit(a.out) && cuda::packs_fit(a.dout));
+  cuda::start(device, {static_cast<unsigned>(divide_up(rows, kDeltaRows)), kDeltaThreads}, sum_delta<T>, a,
+              cuda::packs_fit(a.out) && cuda::packs_fit(a.dout));
 }
 
 // ---- without tensor cores ----
 
 /// s = a b^T over all columns of a head, chunk by chunk through shared memory; rows of a tile that do not exist are 0.
 template <class S, class T>
-__device__ void all_dots(typename S::Scores& s, typename S::A* tile_a, typename S::A* tile_b, const T* a, int64_t a_stride, int a_rows, const T* b,
-                         int64_t b_stride, int b_rows, int64_t head_size, int chunks, bool packed) {
+__device__ void all_dots(typename S::Scores& s, typename S::A* tile_a, typename S::A* tile_b, const T* a,
+                         int64_t a_stride, int a_rows, const T* b, int64_t b_stride, int b_rows, int64_t head_size,
+                         int chunks, bool packed) {
   S::clear(s);
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const int columns = S::columns_of(chunk, head_size);
@@ -81,7 +86,8 @@ __device__ void all_dots(typename S::Scores& s, typename S::A* tile_a, typename 
 }
 
 template <class T, int kChunk>
-__global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kBlocks) backward_keys_simt(AttentionBackward<T> a, int chunks, bool packed) {
+__global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kBlocks)
+    backward_keys_simt(AttentionBackward<T> a, int chunks, bool packed) {
   using S = Simt<T, kChunk>;
   using A = Accumulate<T>;
   constexpr int kTile = S::kTile, kPer = S::kPer;
@@ -91,7 +97,8 @@ __global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kB
 
   const Unit unit(a.shape.kv_heads, a.shape.batch, chunks);
   const Visibility visible(a.shape);
-  const int first = unit.block * kTile, keys = min(visible.keys - first, kTile), all_queries = static_cast<int>(a.shape.queries);
+  const int first = unit.block * kTile, keys = min(visible.keys - first, kTile),
+            all_queries = static_cast<int>(a.shape.queries);
   const int64_t group = a.shape.heads / a.shape.kv_heads, head_size = a.shape.head_size;
   const A scale = static_cast<A>(a.shape.scale * kLog2E);
   const int own_columns = S::columns_of(unit.chunk, head_size);
@@ -116,7 +123,8 @@ __global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kB
       for (int j = 0; j < kPer; ++j) {
         const int i = query + S::score_column(j);
         const bool exists = i < all_queries;
-        const A lse = exists ? a.lse[numbers + i] * static_cast<A>(kLog2E) : 0, delta = exists ? a.workspace[numbers + i] : 0;
+        const A lse = exists ? a.lse[numbers + i] * static_cast<A>(kLog2E) : 0,
+                delta = exists ? a.workspace[numbers + i] : 0;
         const int seen = exists ? visible.keys_of(i) - first : 0;
 #pragma unroll
         for (int r = 0; r < kPer; ++r) {
@@ -148,7 +156,8 @@ __global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kB
 }
 
 template <class T, int kChunk>
-__global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kBlocks) backward_queries_simt(AttentionBackward<T> a, int chunks, bool packed) {
+__global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kBlocks)
+    backward_queries_simt(AttentionBackward<T> a, int chunks, bool packed) {
   using S = Simt<T, kChunk>;
   using A = Accumulate<T>;
   constexpr int kTile = S::kTile, kPer = S::kPer;
@@ -182,7 +191,8 @@ __global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kB
     const T* const k = row_at(a.k, unit.b, kv_head, key);
     typename S::Scores s, ds;
     all_dots<S>(s, tile_a, tile_b, q, a.q.token, queries, k, a.k.token, rows, head_size, chunks, packed);
-    all_dots<S>(ds, tile_a, tile_b, dout, a.dout.token, queries, row_at(a.v, unit.b, kv_head, key), a.v.token, rows, head_size, chunks, packed);
+    all_dots<S>(ds, tile_a, tile_b, dout, a.dout.token, queries, row_at(a.v, unit.b, kv_head, key), a.v.token, rows,
+                head_size, chunks, packed);
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const int seen = visible.keys_of(first + S::row(i)) - key;
@@ -219,10 +229,11 @@ void start_backward_simt(Cuda device, const AttentionBackward<T>& a) {
 
 // ---- with tensor cores ----
 
-constexpr int kChunkRows = 32;  // of a tile, that a warp works on at a time: its scores and their gradients in registers
+constexpr int kChunkRows =
+    32;  // of a tile, that a warp works on at a time: its scores and their gradients in registers
 
-/// dk and dv. A warp has 16 or 32 keys, as rows: scores are held keys by queries, so that weights and their gradients go
-/// from the registers where they are made into the products for dv and dk, which add over queries.
+/// dk and dv. A warp has 16 or 32 keys, as rows: scores are held keys by queries, so that weights and their gradients
+/// go from the registers where they are made into the products for dv and dk, which add over queries.
 template <class T, int kWidth>
 struct BackwardKeysTiles {
   // What the registers, which hold dk and dv, have room for.
@@ -233,7 +244,8 @@ struct BackwardKeysTiles {
 };
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_keys_mma(AttentionBackward<T> a, bool packed, bool out_packed) {
+__global__ void __launch_bounds__(cuda::kMmaThreads, 2)
+    backward_keys_mma(AttentionBackward<T> a, bool packed, bool out_packed) {
   using Tiles = BackwardKeysTiles<T, kWidth>;
   constexpr int kM = Tiles::kM, kQueries = Tiles::kQueries, kQueryRows = Tiles::kQueryRows, kN = kChunkRows / 8;
   T* const k = cuda::dynamic_shared<T>();
@@ -244,7 +256,8 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_keys_mma(Attent
   const Unit unit(a.shape.kv_heads, a.shape.batch, 1);
   const Visibility visible(a.shape);
   // The first keys are seen by the most queries: they come first.
-  const int first = unit.block * Tiles::kKeys, keys = min(visible.keys - first, Tiles::kKeys), columns = static_cast<int>(a.shape.head_size);
+  const int first = unit.block * Tiles::kKeys, keys = min(visible.keys - first, Tiles::kKeys),
+            columns = static_cast<int>(a.shape.head_size);
   const int warp_row = static_cast<int>(threadIdx.x) / cuda::kWarp * Tiles::kWarpKeys, warp_first = first + warp_row;
   const float scale = static_cast<float>(a.shape.scale * kLog2E);
   // The tiles of queries that see a key of the block, of one head of the group after the other.
@@ -255,7 +268,8 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_keys_mma(Attent
     const int queries = all_queries - query;
     T* const to = query_rows + stage * 2 * kQueryRows;
     cuda::load_tile<kQueries, kWidth>(to, row_at(a.q, unit.b, head, query), a.q.token, queries, columns, packed);
-    cuda::load_tile<kQueries, kWidth>(to + kQueryRows, row_at(a.dout, unit.b, head, query), a.dout.token, queries, columns, packed);
+    cuda::load_tile<kQueries, kWidth>(to + kQueryRows, row_at(a.dout, unit.b, head, query), a.dout.token, queries,
+                                      columns, packed);
     const int64_t number = (unit.b * a.shape.heads + head) * a.shape.queries + query;
     cuda::load_numbers<kQueries>(query_numbers + stage * 2 * kQueries, a.lse + number, queries);
     cuda::load_numbers<kQueries>(query_numbers + (stage * 2 + 1) * kQueries, a.workspace + number, queries);
@@ -291,8 +305,11 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_keys_mma(Attent
       Registers<kM, kN> p, ds;
       p.clear();
       cuda::add_dots<kWidth, Tiles::kUnroll>(p, k + warp_row * Tiles::kStride, q + chunk * Tiles::kStride);
-      p.update([&](int, int i, float x) { return cuda::exp2_fast(fmaf(x, scale, lse[chunk + i] * -static_cast<float>(kLog2E))); });
-      if (in_chunk.keys_of(0) < Tiles::kWarpKeys) p.update([&](int row, int i, float x) { return row < in_chunk.keys_of(i) ? x : 0; });
+      p.update([&](int, int i, float x) {
+        return cuda::exp2_fast(fmaf(x, scale, lse[chunk + i] * -static_cast<float>(kLog2E)));
+      });
+      if (in_chunk.keys_of(0) < Tiles::kWarpKeys)
+        p.update([&](int row, int i, float x) { return row < in_chunk.keys_of(i) ? x : 0; });
       cuda::add_products<kWidth>(dv, p, dout + chunk * Tiles::kStride);
       ds.update([&](int, int i, float) { return -delta[chunk + i]; });
       cuda::add_dots<kWidth, Tiles::kUnroll>(ds, v + warp_row * Tiles::kStride, dout + chunk * Tiles::kStride);
@@ -312,10 +329,10 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_keys_mma(Attent
       scales[m][half] = static_cast<float>(a.shape.scale);
     }
   }
-  cuda::store_tile<kWidth>(row_at(a.dk, unit.b, unit.head, warp_first), a.dk.token, keys - warp_row, columns, out_packed, dk, scales,
-                           k + warp_row * Tiles::kStride);
-  cuda::store_tile<kWidth>(row_at(a.dv, unit.b, unit.head, warp_first), a.dv.token, keys - warp_row, columns, out_packed, dv, one,
-                           v + warp_row * Tiles::kStride);
+  cuda::store_tile<kWidth>(row_at(a.dk, unit.b, unit.head, warp_first), a.dk.token, keys - warp_row, columns,
+                           out_packed, dk, scales, k + warp_row * Tiles::kStride);
+  cuda::store_tile<kWidth>(row_at(a.dv, unit.b, unit.head, warp_first), a.dv.token, keys - warp_row, columns,
+                           out_packed, dv, one, v + warp_row * Tiles::kStride);
 }
 
 /// dq. A warp has 32 queries, as rows.
@@ -329,7 +346,8 @@ struct BackwardQueriesTiles {
 };
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_queries_mma(AttentionBackward<T> a, bool packed, bool out_packed) {
+__global__ void __launch_bounds__(cuda::kMmaThreads, 2)
+    backward_queries_mma(AttentionBackward<T> a, bool packed, bool out_packed) {
   using Tiles = BackwardQueriesTiles<T, kWidth>;
   constexpr int kM = Tiles::kM, kKeys = Tiles::kKeys, kKeyRows = Tiles::kKeyRows, kN = kChunkRows / 8;
   T* const q = cuda::dynamic_shared<T>();
@@ -340,7 +358,8 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_queries_mma(Att
 
   const Unit unit(a.shape.heads, a.shape.batch, 1);
   const Visibility visible(a.shape);
-  const int all_queries = static_cast<int>(a.shape.queries), first = ((all_queries - 1) / Tiles::kQueries - unit.block) * Tiles::kQueries;
+  const int all_queries = static_cast<int>(a.shape.queries),
+            first = ((all_queries - 1) / Tiles::kQueries - unit.block) * Tiles::kQueries;
   const int queries = min(all_queries - first, Tiles::kQueries), keys = visible.keys_of(first + queries - 1);
   const int columns = static_cast<int>(a.shape.head_size);
   const int warp_row = static_cast<int>(threadIdx.x) / cuda::kWarp * Tiles::kWarpQueries;
@@ -358,8 +377,10 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_queries_mma(Att
     next_k += kKeys * a.k.token;
     next_v += kKeys * a.v.token;
   };
-  cuda::load_tile<Tiles::kQueries, kWidth>(q, row_at(a.q, unit.b, unit.head, first), a.q.token, queries, columns, packed);
-  cuda::load_tile<Tiles::kQueries, kWidth>(dout, row_at(a.dout, unit.b, unit.head, first), a.dout.token, queries, columns, packed);
+  cuda::load_tile<Tiles::kQueries, kWidth>(q, row_at(a.q, unit.b, unit.head, first), a.q.token, queries, columns,
+                                           packed);
+  cuda::load_tile<Tiles::kQueries, kWidth>(dout, row_at(a.dout, unit.b, unit.head, first), a.dout.token, queries,
+                                           columns, packed);
   const int64_t number = (unit.b * a.shape.heads + unit.head) * a.shape.queries + first;
   cuda::load_numbers<Tiles::kQueries>(lse, a.lse + number, queries);
   cuda::load_numbers<Tiles::kQueries>(delta, a.workspace + number, queries);
@@ -379,8 +400,11 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_queries_mma(Att
       Registers<kM, kN> p, ds;
       p.clear();
       cuda::add_dots<kWidth, Tiles::kUnroll>(p, q + warp_row * Tiles::kStride, k + chunk * Tiles::kStride);
-      p.update([&](int i, int, float x) { return cuda::exp2_fast(fmaf(x, scale, lse[warp_row + i] * -static_cast<float>(kLog2E))); });
-      if (in_chunk.keys_of(0) < kChunkRows) p.update([&](int i, int column, float x) { return column < in_chunk.keys_of(i) ? x : 0; });
+      p.update([&](int i, int, float x) {
+        return cuda::exp2_fast(fmaf(x, scale, lse[warp_row + i] * -static_cast<float>(kLog2E)));
+      });
+      if (in_chunk.keys_of(0) < kChunkRows)
+        p.update([&](int i, int column, float x) { return column < in_chunk.keys_of(i) ? x : 0; });
       ds.update([&](int i, int, float) { return -delta[warp_row + i]; });
       cuda::add_dots<kWidth, Tiles::kUnroll>(ds, dout + warp_row * Tiles::kStride, v + chunk * Tiles::kStride);
       ds.multiply(p);
@@ -391,15 +415,16 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) backward_queries_mma(Att
   float scales[kM][2];
 #pragma unroll
   for (auto& row : scales) row[0] = row[1] = static_cast<float>(a.shape.scale);
-  cuda::store_tile<kWidth>(row_at(a.dq, unit.b, unit.head, warp_first), a.dq.token, warp_queries, columns, out_packed, dq, scales,
-                           q + warp_row * Tiles::kStride);
+  cuda::store_tile<kWidth>(row_at(a.dq, unit.b, unit.head, warp_first), a.dq.token, warp_queries, columns, out_packed,
+                           dq, scales, q + warp_row * Tiles::kStride);
 }
 
 template <class T>
 void start_backward_mma(Cuda device, const AttentionBackward<T>& a) {
   const AttentionShape& s = a.shape;
   const bool whole = s.head_size % kFull<T> == 0;
-  const bool packed = whole && cuda::packs_fit(a.q) && cuda::packs_fit(a.k) && cuda::packs_fit(a.v) && cuda::packs_fit(a.dout);
+  const bool packed =
+      whole && cuda::packs_fit(a.q) && cuda::packs_fit(a.k) && cuda::packs_fit(a.v) && cuda::packs_fit(a.dout);
   const auto run = [&](auto kernel, int64_t blocks, size_t shared, bool out_packed) {
     if (blocks == 0) return;
     cuda::allow_shared(kernel, shared);
@@ -410,7 +435,8 @@ void start_backward_mma(Cuda device, const AttentionBackward<T>& a) {
     using Queries = BackwardQueriesTiles<T, kWidth>;
     run(backward_keys_mma<T, kWidth>, s.batch * s.kv_heads * divide_up(s.keys, Keys::kKeys), Keys::kShared,
         whole && cuda::packs_fit(a.dk) && cuda::packs_fit(a.dv));
-    run(backward_queries_mma<T, kWidth>, s.batch * s.heads * divide_up(s.queries, Queries::kQueries), Queries::kShared, whole && cuda::packs_fit(a.dq));
+    run(backward_queries_mma<T, kWidth>, s.batch * s.heads * divide_up(s.queries, Queries::kQueries), Queries::kShared,
+        whole && cuda::packs_fit(a.dq));
   });
 }
 

@@ -20,7 +20,8 @@ using cuda::Visibility;
 // ---- without tensor cores ----
 
 template <class T, int kChunk>
-__global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kBlocks) forward_simt(AttentionForward<T> a, int chunks, bool packed) {
+__global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kBlocks)
+    forward_simt(AttentionForward<T> a, int chunks, bool packed) {
   using S = Simt<T, kChunk>;
   using A = Accumulate<T>;
   constexpr int kTile = S::kTile, kPer = S::kPer;
@@ -52,13 +53,15 @@ __global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kB
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const int columns = S::columns_of(chunk, head_size);
       const int64_t column = static_cast<int64_t>(chunk) * kChunk;
-      if (chunks > 1 || key == 0) S::load(q, row_at(a.q, unit.b, unit.head, first) + column, a.q.token, queries, columns, packed);
+      if (chunks > 1 || key == 0)
+        S::load(q, row_at(a.q, unit.b, unit.head, first) + column, a.q.token, queries, columns, packed);
       S::load(kv, row_at(a.k, unit.b, kv_head, key) + column, a.k.token, rows, columns, packed);
       __syncthreads();
       S::add_dots(s, q, kv, S::depth_of(columns));
       __syncthreads();
     }
-    S::load(kv, row_at(a.v, unit.b, kv_head, key) + static_cast<int64_t>(unit.chunk) * kChunk, a.v.token, rows, own_columns, packed);
+    S::load(kv, row_at(a.v, unit.b, kv_head, key) + static_cast<int64_t>(unit.chunk) * kChunk, a.v.token, rows,
+            own_columns, packed);
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const int seen = visible.keys_of(first + S::row(i)) - key;
@@ -95,10 +98,12 @@ __global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kB
     const A total = cuda::warp_reduce<S::kSide>(sum[i], cuda::Sum{});
     inverse[i] = 1 / total;
     if (unit.chunk == 0 && S::x() == 0 && S::row(i) < queries) {
-      a.lse[(unit.b * a.shape.heads + unit.head) * a.shape.queries + first + S::row(i)] = high[i] * static_cast<A>(kLn2) + log(total);
+      a.lse[(unit.b * a.shape.heads + unit.head) * a.shape.queries + first + S::row(i)] =
+          high[i] * static_cast<A>(kLn2) + log(total);
     }
   }
-  S::store(row_at(a.out, unit.b, unit.head, first) + static_cast<int64_t>(unit.chunk) * kChunk, a.out.token, queries, own_columns, out, inverse);
+  S::store(row_at(a.out, unit.b, unit.head, first) + static_cast<int64_t>(unit.chunk) * kChunk, a.out.token, queries,
+           own_columns, out, inverse);
 }
 
 template <class T, int kChunk>
@@ -125,11 +130,11 @@ struct ForwardTiles {
   static constexpr size_t kShared = (kQueries * kStride + 4 * kKeyRows) * sizeof(T);
 };
 
-/// Takes a tile of scores into the running softmax of its rows: s becomes 2^(scale s - high); high and sum go on (a lane
-/// has its own part of the sums), and out shrinks with the sums. `visible`: rows and keys of the tile.
+/// Takes a tile of scores into the running softmax of its rows: s becomes 2^(scale s - high); high and sum go on (a
+/// lane has its own part of the sums), and out shrinks with the sums. `visible`: rows and keys of the tile.
 template <bool kMasked, int kM, int kN, int kColumns>
-__device__ void softmax_tile(Registers<kM, kN>& s, float scale, float (&high)[kM][2], float (&sum)[kM][2], Registers<kM, kColumns>& out,
-                             const Visibility& visible) {
+__device__ void softmax_tile(Registers<kM, kN>& s, float scale, float (&high)[kM][2], float (&sum)[kM][2],
+                             Registers<kM, kColumns>& out, const Visibility& visible) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -168,7 +173,8 @@ __device__ void softmax_tile(Registers<kM, kN>& s, float scale, float (&high)[kM
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(cuda::kMmaThreads, 2) forward_mma(AttentionForward<T> a, bool packed, bool out_packed) {
+__global__ void __launch_bounds__(cuda::kMmaThreads, 2)
+    forward_mma(AttentionForward<T> a, bool packed, bool out_packed) {
   using Tiles = ForwardTiles<T, kWidth>;
   constexpr int kM = Tiles::kM, kKeys = Tiles::kKeys, kKeyRows = Tiles::kKeyRows;
   T* const q = cuda::dynamic_shared<T>();
@@ -177,7 +183,8 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) forward_mma(AttentionFor
   const Unit unit(a.shape.heads, a.shape.batch, 1);
   const Visibility visible(a.shape);
   // The last queries see the most keys: they come first.
-  const int all_queries = static_cast<int>(a.shape.queries), first = ((all_queries - 1) / Tiles::kQueries - unit.block) * Tiles::kQueries;
+  const int all_queries = static_cast<int>(a.shape.queries),
+            first = ((all_queries - 1) / Tiles::kQueries - unit.block) * Tiles::kQueries;
   const int queries = min(all_queries - first, Tiles::kQueries), keys = visible.keys_of(first + queries - 1);
   const int columns = static_cast<int>(a.shape.head_size);
   const float scale = static_cast<float>(a.shape.scale * kLog2E);
@@ -194,7 +201,8 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) forward_mma(AttentionFor
     cuda::load_tile<kKeys, kWidth>(to, all_k + key * a.k.token, a.k.token, keys - key, columns, packed);
     cuda::load_tile<kKeys, kWidth>(to + kKeyRows, all_v + key * a.v.token, a.v.token, keys - key, columns, packed);
   };
-  cuda::load_tile<Tiles::kQueries, kWidth>(q, row_at(a.q, unit.b, unit.head, first), a.q.token, queries, columns, packed);
+  cuda::load_tile<Tiles::kQueries, kWidth>(q, row_at(a.q, unit.b, unit.head, first), a.q.token, queries, columns,
+                                           packed);
   load_keys(0, 0);
 
   Registers<kM, kWidth / 8> out;
@@ -236,12 +244,13 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2) forward_mma(AttentionFor
       inverse[m][half] = 1 / total;
       const int row = cuda::register_row(m, 2 * half);
       if (cuda::lane_of_warp() % 4 == 0 && row < warp_queries) {
-        a.lse[(unit.b * a.shape.heads + unit.head) * a.shape.queries + warp_first + row] = high[m][half] * static_cast<float>(kLn2) + log(total);
+        a.lse[(unit.b * a.shape.heads + unit.head) * a.shape.queries + warp_first + row] =
+            high[m][half] * static_cast<float>(kLn2) + log(total);
       }
     }
   }
-  cuda::store_tile<kWidth>(row_at(a.out, unit.b, unit.head, warp_first), a.out.token, warp_queries, columns, out_packed, out, inverse,
-                           q + warp_row * Tiles::kStride);
+  cuda::store_tile<kWidth>(row_at(a.out, unit.b, unit.head, warp_first), a.out.token, warp_queries, columns, out_packed,
+                           out, inverse, q + warp_row * Tiles::kStride);
 }
 
 template <class T>
@@ -252,7 +261,8 @@ void start_forward_mma(Cuda device, const AttentionForward<T>& a) {
     const bool packed = whole && cuda::packs_fit(a.q) && cuda::packs_fit(a.k) && cuda::packs_fit(a.v);
     const int64_t blocks = a.shape.batch * a.shape.heads * cuda::divide_up(a.shape.queries, Tiles::kQueries);
     cuda::allow_shared(forward_mma<T, kWidth>, Tiles::kShared);
-    cuda::start(device, {static_cast<unsigned>(blocks), cuda::kMmaThreads, Tiles::kShared}, forward_mma<T, kWidth>, a, packed, whole && cuda::packs_fit(a.out));
+    cuda::start(device, {static_cast<unsigned>(blocks), cuda::kMmaThreads, Tiles::kShared}, forward_mma<T, kWidth>, a,
+                packed, whole && cuda::packs_fit(a.out));
   });
 }
 

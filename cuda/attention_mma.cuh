@@ -1,8 +1,8 @@
 #pragma once
-// Tiles of attention in shared memory, multiplied by the tensor cores: for f16 and bf16 with heads of up to 128 columns.
-// A block is four warps, each of which has rows of its own; only the tiles that it multiplies with are shared. Sums are
-// f32; weights and their gradients are rounded to T before they are multiplied on, each with a relative error of half a
-// unit in T's last place.
+// Tiles of attention in shared memory, multiplied by the tensor cores: for f16 and bf16 with heads of up to 128
+// columns. A block is four warps, each of which has rows of its own; only the tiles that it multiplies with are shared.
+// Sums are f32; weights and their gradients are rounded to T before they are multiplied on, each with a relative error
+// of half a unit in T's last place.
 #include "cuda/attention_tiles.cuh"
 #include "cuda/mma.cuh"
 
@@ -14,8 +14,8 @@ inline constexpr int kMmaWarps = 4, kMmaThreads = kMmaWarps * kWarp;
 template <int kWidth>
 inline constexpr int kRowStride = kWidth + 8;
 
-/// Starts to bring kRows rows into shared memory, zeros beyond `rows` and beyond `columns`. `packed`: 16 bytes at a time,
-/// and `columns` is a multiple of 8; else element by element. Wait and meet at a barrier before they are used.
+/// Starts to bring kRows rows into shared memory, zeros beyond `rows` and beyond `columns`. `packed`: 16 bytes at a
+/// time, and `columns` is a multiple of 8; else element by element. Wait and meet at a barrier before they are used.
 template <int kRows, int kWidth, class T>
 __device__ inline void load_tile(T* to, const T* from, int64_t stride, int rows, int columns, bool packed) {
   constexpr int kCount = kFull<T>, kLanes = kWidth <= 32 ? 4 : kWidth <= 64 ? 8 : 16, kStep = kMmaThreads / kLanes;
@@ -37,7 +37,8 @@ __device__ inline void load_tile(T* to, const T* from, int64_t stride, int rows,
 #pragma unroll 1
     for (int row = 0; row < kRows; row += kStep) {
 #pragma unroll 1
-      for (int e = 0; e < kCount; ++e) at[row * kRowStride<kWidth> + e] = row < valid && column + e < columns ? source[e] : T(0.0f);
+      for (int e = 0; e < kCount; ++e)
+        at[row * kRowStride<kWidth> + e] = row < valid && column + e < columns ? source[e] : T(0.0f);
       source += kStep * stride;
     }
   }
@@ -90,8 +91,8 @@ struct Registers {
   }
 };
 
-/// s += a b^T: the warp's 16 kM rows of `a` and 8 kN rows of `b`, kWidth columns. With kUnroll steps at a time, more loads
-/// come early and take more registers.
+/// s += a b^T: the warp's 16 kM rows of `a` and 8 kN rows of `b`, kWidth columns. With kUnroll steps at a time, more
+/// loads come early and take more registers.
 template <int kWidth, int kUnroll, class T, int kM, int kN>
 __device__ inline void add_dots(Registers<kM, kN>& s, const T* a, const T* b) {
   static_assert(kN % 2 == 0);
@@ -130,7 +131,8 @@ __device__ inline void add_products(Registers<kM, kWidth / 8>& sums, const Regis
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) left[m][i] = narrow_pair<T>(p.at[m][k + i / 2][i % 2 * 2], p.at[m][k + i / 2][i % 2 * 2 + 1]);
+      for (int i = 0; i < 4; ++i)
+        left[m][i] = narrow_pair<T>(p.at[m][k + i / 2][i % 2 * 2], p.at[m][k + i / 2][i % 2 * 2 + 1]);
     }
 #pragma unroll
     for (int n = 0; n < kWidth / 8; n += 2) {
@@ -148,8 +150,8 @@ __device__ inline void add_products(Registers<kM, kWidth / 8>& sums, const Regis
 /// Rounds a warp's sums, times a factor for each row, and writes `rows` rows of `columns` columns. They pass through
 /// `scratch`, rows of shared memory that no other warp touches, to be written as whole packs.
 template <int kWidth, class T, int kM>
-__device__ inline void store_tile(T* to, int64_t stride, int rows, int columns, bool packed, const Registers<kM, kWidth / 8>& sums,
-                                  const float (&factor)[kM][2], T* scratch) {
+__device__ inline void store_tile(T* to, int64_t stride, int rows, int columns, bool packed,
+                                  const Registers<kM, kWidth / 8>& sums, const float (&factor)[kM][2], T* scratch) {
   constexpr int kStride = kRowStride<kWidth>, kCount = kFull<T>, kPacks = kWidth / kCount;
   __syncwarp();
 #pragma unroll

@@ -126,7 +126,8 @@ struct Simt {
   }
 
   /// to[i] = factor[i] * sums[i], rounded once; `rows` rows and `columns` columns.
-  static __device__ void store(T* to, int64_t stride, int rows, int columns, const Sums& sums, const A (&factor)[kPer]) {
+  static __device__ void store(T* to, int64_t stride, int rows, int columns, const Sums& sums,
+                               const A (&factor)[kPer]) {
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       if (row(i) >= rows) continue;
@@ -134,7 +135,8 @@ struct Simt {
       for (int w = 0; w < kPacks; ++w) {
 #pragma unroll
         for (int e = 0; e < kPack; ++e) {
-          if (sum_column(w) + e < columns) to[row(i) * stride + sum_column(w) + e] = narrow<T>(factor[i] * sums[i][w].at[e]);
+          if (sum_column(w) + e < columns)
+            to[row(i) * stride + sum_column(w) + e] = narrow<T>(factor[i] * sums[i][w].at[e]);
         }
       }
     }

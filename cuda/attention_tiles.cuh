@@ -28,7 +28,8 @@ struct Visibility {
 
   __device__ Visibility(int first_, int keys_) : first(first_), keys(keys_) {}
   __device__ explicit Visibility(const AttentionShape& s)
-      : first(static_cast<int>(!s.causal ? s.keys : (s.query_offset < s.keys ? s.query_offset : s.keys) + 1)), keys(static_cast<int>(s.keys)) {}
+      : first(static_cast<int>(!s.causal ? s.keys : (s.query_offset < s.keys ? s.query_offset : s.keys) + 1)),
+        keys(static_cast<int>(s.keys)) {}
   __device__ int keys_of(int query) const { return first + query < keys ? first + query : keys; }
   /// The same with queries and keys counted from these on.
   __device__ Visibility from(int query, int key) const { return {first + query - key, keys - key}; }

@@ -1,7 +1,7 @@
 #pragma once
 // Sums over the rows of matrices: the bias gradient, and every sum whose terms are further apart than its neighbours.
-// Each element is read once. Up to four rows at a time are added in f32, their totals in f64, which costs a fraction of the time
-// that the memory takes.
+// Each element is read once. Up to four rows at a time are added in f32, their totals in f64, which costs a fraction of
+// the time that the memory takes.
 #include <algorithm>
 #include <bit>
 #include <cstdint>
@@ -35,7 +35,8 @@ inline constexpr int64_t kSumBlocks = 1056;
 inline double* piece_sums() { return static_cast<double*>(current_context().workspace); }
 
 template <class T>
-__global__ void add_pieces(const __grid_constant__ Strided<1> outputs, int64_t pieces, const double* sums, SumOutput<T> out) {
+__global__ void add_pieces(const __grid_constant__ Strided<1> outputs, int64_t pieces, const double* sums,
+                           SumOutput<T> out) {
   for (int64_t i = thread_index(); i < outputs.count; i += thread_count()) {
     double total = 0;
 #pragma unroll 8
@@ -69,10 +70,12 @@ __global__ void __launch_bounds__(kSumThreads, kFlat ? 2 : 1)
   const int64_t work = shape.matrices.count * shape.tiles * shape.pieces;
   double* const shared = dynamic_shared<double>();  // [groups, lanes, kCount]
   for (int64_t block = blockIdx.x; block < work; block += gridDim.x) {
-    const int64_t tile = block % shape.tiles, piece = block / shape.tiles % shape.pieces, matrix = block / shape.tiles / shape.pieces;
+    const int64_t tile = block % shape.tiles, piece = block / shape.tiles % shape.pieces,
+                  matrix = block / shape.tiles / shape.pieces;
     int64_t origin[2];
     shape.matrices.offsets(matrix, origin);
-    const int64_t first_column = tile * lanes * kCount, column = first_column + static_cast<int64_t>(threadIdx.x) * kCount;
+    const int64_t first_column = tile * lanes * kCount,
+                  column = first_column + static_cast<int64_t>(threadIdx.x) * kCount;
     const int64_t end = piece + 1 == shape.pieces ? shape.rows.count : (piece + 1) * shape.piece_rows;
     double totals[kCount] = {};
     if (column < shape.columns) {
@@ -108,7 +111,8 @@ __global__ void __launch_bounds__(kSumThreads, kFlat ? 2 : 1)
     for (int e = 0; e < kCount; ++e) shared[(threadIdx.y * lanes + threadIdx.x) * kCount + e] = totals[e];
     __syncthreads();
     const int width = lanes * kCount;
-    for (int c = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); c < width && first_column + c < shape.columns; c += lanes * groups) {
+    for (int c = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+         c < width && first_column + c < shape.columns; c += lanes * groups) {
       double total = shared[c];
       for (int g = 1; g < groups; ++g) total += shared[g * width + c];
       if (sums == nullptr) {
@@ -123,7 +127,8 @@ __global__ void __launch_bounds__(kSumThreads, kFlat ? 2 : 1)
 
 /// `results` are all results, of one matrix after the other: where they lie.
 template <class From, class To>
-void start_column_sums(Cuda device, ColumnSums shape, const From* x, const SumOutput<To>& out, const Strided<1>& results) {
+void start_column_sums(Cuda device, ColumnSums shape, const From* x, const SumOutput<To>& out,
+                       const Strided<1>& results) {
   const int64_t rows = shape.rows.count, elements = shape.matrices.count * rows * shape.columns;
   // Packs only where the shape allows them: the order of additions is not to depend on where x lies.
   bool packs = shape.columns % kFull<From> == 0;
@@ -132,9 +137,10 @@ void start_column_sums(Cuda device, ColumnSums shape, const From* x, const SumOu
   const int64_t count = packs ? kFull<From> : 1;
   // A line of 128 bytes across, or a whole warp's 512 where there is enough to do for all; the other threads go down.
   constexpr int64_t kLarge = int64_t{1} << 22;
-  const auto lanes =
-      static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::min<int64_t>(divide_up(shape.columns, count), packs && elements < kLarge ? 8 : kWarp))));
-  const auto wanted = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(1, divide_up(rows, 4)))));
+  const auto lanes = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(
+      std::min<int64_t>(divide_up(shape.columns, count), packs && elements < kLarge ? 8 : kWarp))));
+  const auto wanted =
+      static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(1, divide_up(rows, 4)))));
   const int64_t groups = std::clamp<int64_t>(wanted, kWarp / lanes, kSumThreads / lanes);
   shape.tiles = divide_up(shape.columns, lanes * count);
   const int64_t blocks = shape.matrices.count * shape.tiles;
@@ -143,7 +149,8 @@ void start_column_sums(Cuda device, ColumnSums shape, const From* x, const SumOu
   shape.pieces = std::max<int64_t>(1, divide_up(rows, std::max<int64_t>(1, shape.piece_rows)));
   double* sums = shape.pieces == 1 ? nullptr : piece_sums();
   const Grid grid{static_cast<unsigned>(std::min<int64_t>(blocks * shape.pieces, int64_t{1} << 20)),
-                  dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(groups)), static_cast<size_t>(lanes * groups * count) * sizeof(double)};
+                  dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(groups)),
+                  static_cast<size_t>(lanes * groups * count) * sizeof(double)};
   const auto run = [&]<bool kFlat>() {
     if (!packs) {
       start(device, grid, sum_columns<From, To, 1, true, kFlat>, shape, x, out, sums);
@@ -154,7 +161,9 @@ void start_column_sums(Cuda device, ColumnSums shape, const From* x, const SumOu
     }
   };
   shape.rows.rank <= 1 ? run.template operator()<true>() : run.template operator()<false>();
-  if (sums != nullptr) start(device, grid_for(results.count), add_pieces<To>, results, shape.pieces, static_cast<const double*>(sums), out);
+  if (sums != nullptr)
+    start(device, grid_for(results.count), add_pieces<To>, results, shape.pieces, static_cast<const double*>(sums),
+          out);
 }
 
 }  // namespace weft::cuda

@@ -17,4 +17,7 @@ __device__ inline void report(Fault* fault, Fault::Kind kind, const char* op, co
   __threadfence_system();
 }
 
+/// Whether an id may be used.
+__device__ inline bool is_inside(int64_t id, int64_t limit) { return id >= 0 && id < limit; }
+
 }  // namespace weft::cuda

@@ -15,6 +15,7 @@
 #include "cuda/error.h"
 #include "cuda/strided.h"
 #include "ops/elementwise_kernels.h"
+#include "ops/gemm_types.h"
 
 namespace weft {
 namespace {
@@ -128,16 +129,10 @@ cublasLtMatmulAlgo_t algorithm(Context& context, const Key& key, const Descripto
   return result.algo;
 }
 
-template <class T>
-constexpr DType kDType = std::is_same_v<T, double>  ? DType::f64
-                         : std::is_same_v<T, float> ? DType::f32
-                         : std::is_same_v<T, Half>  ? DType::f16
-                                                    : DType::bf16;
-
 /// C of all products of a batch.
 template <class TA, class TB, class TC>
 StridedView view_of_c(const Gemm<TA, TB, TC>& g, const GemmBatch& batch) {
-  return {g.c, {batch.count, g.m, g.n}, {batch.c, g.ldc, 1}, kDType<TC>};
+  return {g.c, {batch.count, g.m, g.n}, {batch.c, g.ldc, 1}, kGemmDType<TC>};
 }
 
 /// C += bias, for where cuBLASLt does not.

@@ -1,15 +1,13 @@
-// Embedding and gather. The embedding's gradient sorts the places of the ids first, so that each row of the table has a
+// Embedding. Its gradient sorts the places of the ids first, so that each row of the table has a
 // fixed order of summation; then every block adds the same number of rows, however often an id occurs.
 #include <algorithm>
 #include <bit>
-#include <span>
 
 #include "cuda/context.h"
 #include "cuda/device.cuh"
 #include "cuda/fault.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/store_whole.cuh"
-#include "cuda/strided.cuh"
 #include "ops/index_kernels.h"
 
 namespace weft {
@@ -17,6 +15,7 @@ namespace {
 
 using cuda::divide_up;
 using cuda::grid_for;
+using cuda::is_inside;
 using cuda::kFull;
 using cuda::kWarp;
 using cuda::load_pack;
@@ -26,7 +25,6 @@ using cuda::packs_fit;
 using cuda::start;
 using cuda::store_pack;
 using cuda::store_whole;
-using cuda::Strided;
 using cuda::thread_count;
 using cuda::thread_index;
 using cuda::widen;
@@ -34,8 +32,6 @@ using cuda::widen;
 constexpr int kThreads = 256;
 /// Loads that a thread starts before it needs the first.
 constexpr int kFlight = 4;
-
-__device__ bool is_inside(int64_t id, int64_t limit) { return id >= 0 && id < limit; }
 
 __global__ void report_ids(const int64_t* ids, int64_t count, int64_t limit, const char* op, const char* what,
                            cuda::Fault* fault) {
@@ -372,52 +368,6 @@ void add_rows(Cuda device, const EmbeddingBackward<T>& a, const Sorted& sorted, 
   start(device, {blocks, static_cast<unsigned>(threads)}, join_tiles<T, kCount>, a, sorted, partials);
 }
 
-// ---- gather ----
-
-/// The index's elements and where in x, along dim, they begin.
-Strided<1> starts_of(const GatherLines& lines) {
-  const auto rank = static_cast<size_t>(lines.rank);
-  Strides strides{std::span(lines.strides, rank)};
-  strides[lines.dim] = 0;
-  return Strided<1>(Shape{std::span(lines.sizes, rank)}, {&strides});
-}
-
-/// The lines: where in x and in the index they begin.
-Strided<2> lines_of(const GatherLines& lines) {
-  const auto rank = static_cast<size_t>(lines.rank);
-  Shape shape{std::span(lines.sizes, rank)};
-  const Strides strides{std::span(lines.strides, rank)}, own = contiguous_strides(shape);
-  shape[lines.dim] = 1;
-  return Strided<2>(shape, {&strides, &own});
-}
-
-template <class Word>
-__global__ void gather_elements(const __grid_constant__ Strided<1> starts, const int64_t* index, int64_t length,
-                                int64_t stride, const Word* x, Word* y) {
-  for (int64_t i = thread_index(); i < starts.count; i += thread_count()) {
-    int64_t offset[1];
-    starts.offsets(i, offset);
-    const int64_t at = index[i];
-    if (is_inside(at, length)) y[i] = x[offset[0] + at * stride];
-  }
-}
-
-/// A thread to a line: no two lines share an element of x.
-template <class T>
-__global__ void scatter_lines(const __grid_constant__ Strided<2> lines, const int64_t* __restrict__ index,
-                              int64_t count, int64_t inner, int64_t length, int64_t stride, const T* __restrict__ dy,
-                              Accumulate<T>* __restrict__ dx) {
-  for (int64_t line = thread_index(); line < lines.count; line += thread_count()) {
-    int64_t offset[2];
-    lines.offsets(line, offset);
-#pragma unroll 4
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t from = offset[1] + j * inner, at = index[from];
-      if (is_inside(at, length)) dx[offset[0] + at * stride] += widen(dy[from]);
-    }
-  }
-}
-
 }  // namespace
 
 void report_outside(Cuda device, const char* what, const int64_t* ids, int64_t count, int64_t limit) {
@@ -483,37 +433,9 @@ void embedding_backward(Cuda device, const EmbeddingBackward<T>& a) {
   add_rows<T, 1>(device, a, sorted, sizes.tiles, partials, named);
 }
 
-void gather_forward(Cuda device, const GatherLines& lines, const void* x, int size, void* y) {
-  const Strided<1> starts = starts_of(lines);
-  if (starts.count == 0) return;
-  const auto elements = [&]<class Word>() {
-    start(device, grid_for(starts.count), gather_elements<Word>, starts, lines.index, lines.length, lines.stride,
-          static_cast<const Word*>(x), static_cast<Word*>(y));
-  };
-  switch (size) {
-    case 1:
-      return elements.template operator()<uint8_t>();
-    case 2:
-      return elements.template operator()<uint16_t>();
-    case 4:
-      return elements.template operator()<uint32_t>();
-    default:
-      return elements.template operator()<uint64_t>();
-  }
-}
-
-template <class T>
-void gather_backward(Cuda device, const GatherLines& lines, const T* dy, Accumulate<T>* dx) {
-  const Strided<2> starts = lines_of(lines);
-  if (starts.count == 0 || lines.count == 0) return;
-  start(device, grid_for(starts.count), scatter_lines<T>, starts, lines.index, lines.count, lines.inner, lines.length,
-        lines.stride, dy, dx);
-}
-
 #define WEFT_INDEX_INSTANCE(T)                                              \
   template int64_t embedding_workspace<T>(Cuda, int64_t, int64_t, int64_t); \
-  template void embedding_backward(Cuda, const EmbeddingBackward<T>&);      \
-  template void gather_backward(Cuda, const GatherLines&, const T*, Accumulate<T>*);
+  template void embedding_backward(Cuda, const EmbeddingBackward<T>&);
 WEFT_INDEX_INSTANCE(float)
 WEFT_INDEX_INSTANCE(double)
 WEFT_INDEX_INSTANCE(Half)

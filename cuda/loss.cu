@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   In* const kept = cuda::dynamic_shared<In>();
   const int64_t packs = t.classes / kCount;
   const int threads = static_cast<int>(blockDim.x);
-  const auto fetch = [&](const A* row, int64_t p) { cuda::copy_async<sizeof(In)>(kept + p, row + p * kCount); };
+  const auto fetch = [&](const A* row, int64_t p) { cuda::load_async<sizeof(In)>(kept + p, row + p * kCount); };
   const auto wanted = [&](int64_t n) { return n < t.rows && is_valid(t, t.targets[n]); };
   const auto scaled = [](const In& in, A factor) {
     Out out;
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     ExpSum<A> part;
     part.template add_row<kCount>(row, held, packs);
     A largest = part.largest;
-    cuda::wait_for_copies();
+    cuda::wait_for_loads();
 #pragma unroll 4
     for (int64_t p = threadIdx.x; p < held; p += threads) {
       const In in = kept[p];

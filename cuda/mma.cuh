@@ -5,9 +5,9 @@
 #if defined(WEFT_CUDA_EMULATION)
 #include <cmath>
 #include <cstring>
-#include <vector>
 #endif
 
+#include "cuda/async_copy.cuh"
 #include "cuda/device.cuh"
 
 namespace weft::cuda {
@@ -25,21 +25,21 @@ template <class T>
 __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
 __device__ inline void mma<Half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 __device__ inline void mma<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ inline uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
-
-/// Four 8 x 8 matrices of 16-bit elements from shared memory: lane 8 i + r has the address of row r of matrix i, 16 bytes
-/// that are aligned. Lane 4 g + t gets elements (g, 2t) and (g, 2t + 1) of each.
+/// Four 8 x 8 matrices of 16-bit elements from shared memory: lane 8 i + r has the address of row r of matrix i, 16
+/// bytes that are aligned. Lane 4 g + t gets elements (g, 2t) and (g, 2t + 1) of each.
 __device__ inline void load_matrices(uint32_t (&m)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
@@ -76,19 +76,6 @@ __device__ inline float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-
-/// Starts to copy kBytes (4 or 16, both sides aligned to them) into shared memory; zeros if not `exists`, when nothing is
-/// read and `global` may be anything. They are there for this thread after wait_for_loads(), for others after a barrier behind that.
-template <int kBytes>
-__device__ inline void load_async(void* shared, const void* global, bool exists) {
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(exists ? 16 : 0) : "memory");
-  } else {
-    static_assert(kBytes == 4);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(exists ? 4 : 0) : "memory");
-  }
-}
-__device__ inline void wait_for_loads() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 #else
 
@@ -130,7 +117,8 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     double sum = c[i];
     for (uint32_t k = 0; k < 16; ++k) {
       const uint32_t pair = k % 8 / 2, right = k / 8;
-      sum += emulated_half<T>(lanes[4 * g + pair].a[2 * right + lower], k % 2) * emulated_half<T>(lanes[4 * column + pair].b[right], k % 2);
+      sum += emulated_half<T>(lanes[4 * g + pair].a[2 * right + lower], k % 2) *
+             emulated_half<T>(lanes[4 * column + pair].b[right], k % 2);
     }
     c[i] = static_cast<float>(sum);
   }
@@ -157,32 +145,6 @@ uint32_t narrow_pair(float low, float high) {
 }
 
 inline float exp2_fast(float x) { return x < -126 ? 0 : std::exp2(x); }
-
-/// Loads land as late as they may, when their thread waits, so that a missing wait shows.
-struct EmulatedLoad {
-  void* to;
-  const void* from;
-  size_t bytes;
-  bool exists;
-};
-inline std::vector<EmulatedLoad>& emulated_loads() {
-  static thread_local std::vector<EmulatedLoad> pending[1024];
-  return pending[threadIdx.x];
-}
-template <int kBytes>
-void load_async(void* shared, const void* global, bool exists) {
-  emulated_loads().push_back({shared, global, kBytes, exists});
-}
-inline void wait_for_loads() {
-  for (const EmulatedLoad& load : emulated_loads()) {
-    if (load.exists) {
-      std::memcpy(load.to, load.from, load.bytes);
-    } else {
-      std::memset(load.to, 0, load.bytes);
-    }
-  }
-  emulated_loads().clear();
-}
 
 #endif
 

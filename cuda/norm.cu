@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kMostThreads) forward_held(NormForward<T> a) {
   using A = Accumulate<T>;
   constexpr int kCount = kFull<T>;
   __shared__ A scratch[kWarp];
-  const int packs = static_cast<int>(a.columns / kCount), first = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x);
+  const int packs = static_cast<int>(a.columns / kCount), first = static_cast<int>(threadIdx.x),
+            step = static_cast<int>(blockDim.x);
   const A scale = A(1) / static_cast<A>(a.columns);
   const int64_t row_step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < a.rows; row += row_step) {
@@ -206,7 +207,8 @@ __global__ void __launch_bounds__(kMostThreads) backward_held(NormBackward<T> a)
   using A = Accumulate<T>;
   constexpr int kCount = kFull<T>;
   __shared__ A scratch[2][2][kMostThreads / kWarp];
-  const int packs = static_cast<int>(a.columns / kCount), first = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x);
+  const int packs = static_cast<int>(a.columns / kCount), first = static_cast<int>(threadIdx.x),
+            step = static_cast<int>(blockDim.x);
   const A scale = A(1) / static_cast<A>(a.columns);
   Held<T> weight[kPacks];
   A dweight[kPacks][kCount] = {}, dbias[kPacks][kCount] = {};
@@ -381,8 +383,9 @@ void norm_forward(Cuda device, const NormForward<T>& a) {
       layout = cuda::row_layout(a.columns / kFull<T>, kMostForward, kMostThreads / kWarp);
     }
     if (layout) {
-      return cuda::with_packs<kMostForward>(
-          layout.packs, [&]<int kPacks>() { start(device, {cuda::row_blocks(a.rows, layout.rows), layout.threads()}, forward_held<T, kPacks>, a); });
+      return cuda::with_packs<kMostForward>(layout.packs, [&]<int kPacks>() {
+        start(device, {cuda::row_blocks(a.rows, layout.rows), layout.threads()}, forward_held<T, kPacks>, a);
+      });
     }
   }
   start(device, {cuda::row_blocks(a.rows, 1), kThreads}, forward_any<T>, a);

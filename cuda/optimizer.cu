@@ -50,14 +50,16 @@ __device__ int tensor_of_block(const Table<Entry>& table) {
   int low = 0, high = table.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (table.first[middle] <= blockIdx.x) low = middle;
-    else high = middle;
+    if (table.first[middle] <= blockIdx.x)
+      low = middle;
+    else
+      high = middle;
   }
   return low;
 }
 
-/// Calls start(table, blocks) until entry(i) of each tensor of type T has been in a table. Tensors without elements have
-/// no blocks and are left out.
+/// Calls start(table, blocks) until entry(i) of each tensor of type T has been in a table. Tensors without elements
+/// have no blocks and are left out.
 template <class T, class Tensor, class MakeEntry, class Start>
 void for_each_table(std::span<const Tensor> tensors, int64_t chunk, MakeEntry entry, Start start) {
   using Entry = decltype(entry(size_t{0}));
@@ -173,7 +175,8 @@ __device__ double squares_of_thread(const T* data, int64_t first, int64_t end) {
   for (int round = 0; round < kPacks; round += kInFlight) {
     Pack<T, kCount> packs[kInFlight];
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) packs[j] = load<kWhole, kCount>(data, first + (round + j) * kThreads * kCount, end);
+    for (int j = 0; j < kInFlight; ++j)
+      packs[j] = load<kWhole, kCount>(data, first + (round + j) * kThreads * kCount, end);
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
       Pack<Accumulate<T>, kCount> x;
@@ -194,7 +197,8 @@ __global__ void __launch_bounds__(kThreads) square_chunks(const __grid_constant_
   const int64_t chunk = blockIdx.x - table.first[t], begin = chunk * kChunk<T>;
   const int64_t first = begin + static_cast<int64_t>(threadIdx.x) * kFull<T>;
   const bool whole = begin + kChunk<T> <= x.count && is_aligned<kFull<T>>(x.data);
-  const double own = whole ? squares_of_thread<true>(x.data, first, x.count) : squares_of_thread<false>(x.data, first, x.count);
+  const double own =
+      whole ? squares_of_thread<true>(x.data, first, x.count) : squares_of_thread<false>(x.data, first, x.count);
   const double total = block_reduce(own, Sum{}, scratch);
   if (threadIdx.x == 0) x.partials[chunk] = total;
 }
@@ -247,13 +251,15 @@ __device__ void scale_of_thread(T* data, int64_t first, int64_t end, Accumulate<
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) scale_chunks(const __grid_constant__ Table<Values<T>> table, Accumulate<T> factor) {
+__global__ void __launch_bounds__(kThreads)
+    scale_chunks(const __grid_constant__ Table<Values<T>> table, Accumulate<T> factor) {
   const int t = tensor_of_block(table);
   const Values<T> x = table.tensors[t];
   const int64_t begin = (blockIdx.x - table.first[t]) * kChunk<T>;
   const int64_t first = begin + static_cast<int64_t>(threadIdx.x) * kFull<T>;
   const bool whole = begin + kChunk<T> <= x.count && is_aligned<kFull<T>>(x.data);
-  whole ? scale_of_thread<true>(x.data, first, x.count, factor) : scale_of_thread<false>(x.data, first, x.count, factor);
+  whole ? scale_of_thread<true>(x.data, first, x.count, factor)
+        : scale_of_thread<false>(x.data, first, x.count, factor);
 }
 
 // ---- Adam ----
@@ -285,10 +291,11 @@ struct SquareSums {
   double weight = 0, update = 0;
 };
 
-/// Packs are as wide as 16 bytes of the state, so that its loads are whole lines of a warp; those of a bf16 gradient and
-/// parameter are 8 bytes then.
+/// Packs are as wide as 16 bytes of the state, so that its loads are whole lines of a warp; those of a bf16 gradient
+/// and parameter are 8 bytes then.
 template <Pass kPass, bool kWhole, class T>
-__device__ SquareSums adam_of_thread(const AdamEntry<T>& at, const AdamConstants<Accumulate<T>>& c, int64_t begin, int64_t end) {
+__device__ SquareSums adam_of_thread(const AdamEntry<T>& at, const AdamConstants<Accumulate<T>>& c, int64_t begin,
+                                     int64_t end) {
   using A = Accumulate<T>;
   constexpr int kCount = kFull<A>;
   SquareSums sums;
@@ -332,13 +339,15 @@ __device__ SquareSums adam_of_thread(const AdamEntry<T>& at, const AdamConstants
 /// Bytes moved per element, of f32 and of bf16 with its master alike: 28 as a whole; with the trust ratio 24 (22) for
 /// the moments and 16 (18) for the weights.
 template <Pass kPass, class T>
-__global__ void __launch_bounds__(kThreads) adam_chunks(const __grid_constant__ Table<AdamEntry<T>> table, const AdamConstants<Accumulate<T>> c) {
+__global__ void __launch_bounds__(kThreads)
+    adam_chunks(const __grid_constant__ Table<AdamEntry<T>> table, const AdamConstants<Accumulate<T>> c) {
   constexpr int kCount = kFull<Accumulate<T>>;
   const int t = tensor_of_block(table);
   const AdamEntry<T> at = table.tensors[t];
   const int64_t chunk = blockIdx.x - table.first[t], begin = chunk * kAdamChunk;
-  const bool whole = begin + kAdamChunk <= at.count && is_aligned<kCount>(at.weight) && is_aligned<kCount>(at.parameter) &&
-                     is_aligned<kCount>(at.gradient) && is_aligned<kCount>(at.exp_avg) && is_aligned<kCount>(at.exp_avg_sq);
+  const bool whole = begin + kAdamChunk <= at.count && is_aligned<kCount>(at.weight) &&
+                     is_aligned<kCount>(at.parameter) && is_aligned<kCount>(at.gradient) &&
+                     is_aligned<kCount>(at.exp_avg) && is_aligned<kCount>(at.exp_avg_sq);
   const SquareSums own = whole ? adam_of_thread<kPass, true>(at, c, begin, begin + kAdamChunk)
                                : adam_of_thread<kPass, false>(at, c, begin, min(at.count, begin + kAdamChunk));
   if constexpr (kPass == Pass::kMoments) {
@@ -379,12 +388,15 @@ AdamEntry<T> entry_of(const AdamTensor& t, double* partials = nullptr) {
 
 /// partials(i): where those of tensors[i] begin.
 template <Pass kPass, class WherePartials>
-void start_adam(Cuda device, std::span<const AdamTensor> tensors, const AdamConstants<double>& constants, WherePartials partials) {
+void start_adam(Cuda device, std::span<const AdamTensor> tensors, const AdamConstants<double>& constants,
+                WherePartials partials) {
   for_each_float([&]<class T>() {
     const auto c = rounded<Accumulate<T>>(constants);
     for_each_table<T>(
         tensors, kAdamChunk, [&](size_t i) { return entry_of<T>(tensors[i], partials(i)); },
-        [&](const Table<AdamEntry<T>>& table, const Grid& grid) { start(device, grid, adam_chunks<kPass, T>, table, c); });
+        [&](const Table<AdamEntry<T>>& table, const Grid& grid) {
+          start(device, grid, adam_chunks<kPass, T>, table, c);
+        });
   });
 }
 
@@ -410,7 +422,8 @@ void sum_squares(Cuda device, std::span<const TensorData> tensors, double* parti
   const std::vector<double*> place = places(tensors, partials, count);
   for_each_float([&]<class T>() {
     for_each_table<T>(
-        tensors, kChunk<T>, [&](size_t i) { return Values<T>{static_cast<T*>(tensors[i].data), tensors[i].count, place[i]}; },
+        tensors, kChunk<T>,
+        [&](size_t i) { return Values<T>{static_cast<T*>(tensors[i].data), tensors[i].count, place[i]}; },
         [&](const Table<Values<T>>& table, const Grid& grid) { start(device, grid, square_chunks<T>, table); });
   });
   add_all_partials(device, tensors.size(), [&](size_t i) { return Partials{place[i], count(tensors[i]), sums + i}; });
@@ -419,8 +432,11 @@ void sum_squares(Cuda device, std::span<const TensorData> tensors, double* parti
 void scale(Cuda device, std::span<const TensorData> tensors, double factor) {
   for_each_float([&]<class T>() {
     for_each_table<T>(
-        tensors, kChunk<T>, [&](size_t i) { return Values<T>{static_cast<T*>(tensors[i].data), tensors[i].count, nullptr}; },
-        [&](const Table<Values<T>>& table, const Grid& grid) { start(device, grid, scale_chunks<T>, table, static_cast<Accumulate<T>>(factor)); });
+        tensors, kChunk<T>,
+        [&](size_t i) { return Values<T>{static_cast<T*>(tensors[i].data), tensors[i].count, nullptr}; },
+        [&](const Table<Values<T>>& table, const Grid& grid) {
+          start(device, grid, scale_chunks<T>, table, static_cast<Accumulate<T>>(factor));
+        });
   });
 }
 
@@ -430,9 +446,11 @@ void adam_update(Cuda device, std::span<const AdamTensor> tensors, const AdamCon
 
 int64_t adam_partials(Cuda, const AdamTensor& tensor) { return divide_up(tensor.count, kAdamChunk); }
 
-void adam_moments(Cuda device, std::span<const AdamTensor> tensors, const AdamConstants<double>& constants, double* partials, double* sums) {
+void adam_moments(Cuda device, std::span<const AdamTensor> tensors, const AdamConstants<double>& constants,
+                  double* partials, double* sums) {
   const auto count = [&](const AdamTensor& tensor) { return adam_partials(device, tensor); };
-  const std::vector<double*> place = places(tensors, partials, [&](const AdamTensor& tensor) { return 2 * count(tensor); });
+  const std::vector<double*> place =
+      places(tensors, partials, [&](const AdamTensor& tensor) { return 2 * count(tensor); });
   start_adam<Pass::kMoments>(device, tensors, constants, [&](size_t i) { return place[i]; });
   add_all_partials(device, 2 * tensors.size(), [&](size_t row) {
     const size_t i = row % tensors.size();

@@ -40,7 +40,8 @@ struct RowSums {
 /// threadIdx.x counts packs of one piece of an output's terms, threadIdx.y outputs. The terms of a pack are added in
 /// f32, all else in f64. kFlat is for terms at one stride; without kAligned a pack is read element by element.
 template <class T, int kCount, bool kAligned, bool kFlat>
-__global__ void __launch_bounds__(kThreads) sum_rows(const __grid_constant__ RowSums shape, const T* x, SumOutput<T> out, double* sums) {
+__global__ void __launch_bounds__(kThreads)
+    sum_rows(const __grid_constant__ RowSums shape, const T* x, SumOutput<T> out, double* sums) {
   using A = Accumulate<T>;
   constexpr int kInFlight = kCount == 1 ? 8 : 4;
   __shared__ double scratch[kWarp];
@@ -114,15 +115,18 @@ void start_row_sums(Cuda device, RowSums shape, const T* x, const SumOutput<T>& 
   // As many threads to a sum as have something to do, a whole block from 1024 packs on; several blocks to a long sum
   // where there are not enough sums for all.
   constexpr int64_t kLong = 1024;
-  const auto few = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::clamp<int64_t>(shape.packs, 1, kWarp))));
+  const auto few =
+      static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::clamp<int64_t>(shape.packs, 1, kWarp))));
   const int64_t lanes = shape.packs >= kLong ? kThreads : few;
-  shape.pieces = std::clamp<int64_t>(cuda::kSumBlocks / shape.outputs.count, 1, std::max<int64_t>(1, shape.packs / (kThreads * 8)));
+  shape.pieces = std::clamp<int64_t>(cuda::kSumBlocks / shape.outputs.count, 1,
+                                     std::max<int64_t>(1, shape.packs / (kThreads * 8)));
   shape.piece_packs = divide_up(shape.packs, shape.pieces);
   shape.pieces = std::max<int64_t>(1, divide_up(shape.packs, std::max<int64_t>(1, shape.piece_packs)));
   double* sums = shape.pieces == 1 ? nullptr : cuda::piece_sums();
   const int64_t groups = kThreads / lanes;
-  const cuda::Grid grid{static_cast<unsigned>(std::min<int64_t>(divide_up(shape.outputs.count * shape.pieces, groups), int64_t{1} << 20)),
-                        dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(groups))};
+  const cuda::Grid grid{
+      static_cast<unsigned>(std::min<int64_t>(divide_up(shape.outputs.count * shape.pieces, groups), int64_t{1} << 20)),
+      dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(groups))};
   const auto run = [&]<bool kFlat>() {
     if (!packs) {
       start(device, grid, sum_rows<T, 1, true, kFlat>, shape, x, out, sums);
@@ -133,7 +137,9 @@ void start_row_sums(Cuda device, RowSums shape, const T* x, const SumOutput<T>& 
     }
   };
   flat ? run.template operator()<true>() : run.template operator()<false>();
-  if (sums != nullptr) start(device, grid_for(results.count), cuda::add_pieces<T>, results, shape.pieces, static_cast<const double*>(sums), out);
+  if (sums != nullptr)
+    start(device, grid_for(results.count), cuda::add_pieces<T>, results, shape.pieces, static_cast<const double*>(sums),
+          out);
 }
 
 /// A sum with its kept and its summed dimensions apart, each from the widest stride of x to the narrowest.
@@ -145,7 +151,9 @@ struct SumShape {
     const int rank = y.shape.rank();
     int order[kMaxRank] = {};
     // A dimension that repeats its elements goes first: it must not part neighbours.
-    const auto wider = [&](int a, int b) { return x.strides[b] != 0 && (x.strides[a] == 0 || x.strides[a] > x.strides[b]); };
+    const auto wider = [&](int a, int b) {
+      return x.strides[b] != 0 && (x.strides[a] == 0 || x.strides[a] > x.strides[b]);
+    };
     for (int d = 0; d < rank; ++d) {
       int place = d;
       for (; place > 0 && wider(d, order[place - 1]); --place) order[place] = order[place - 1];
@@ -183,15 +191,19 @@ struct Extreme {
   __device__ void add(Extreme other, bool largest) {
     if (other.index < 0) return;
     const bool nan = value != value, other_nan = other.value != other.value;
-    const bool better = index < 0 || (nan || other_nan ? other_nan && !nan : largest ? other.value > value : other.value < value);
+    const bool better = index < 0 || (nan || other_nan ? other_nan && !nan
+                                      : largest        ? other.value > value
+                                                       : other.value < value);
     const bool equal = index >= 0 && (nan ? other_nan : value == other.value);
     if (better || (equal && other.index < index)) *this = other;
   }
-  __device__ Extreme from_lane(int step) const { return {__shfl_xor_sync(0xffffffffu, value, step), __shfl_xor_sync(0xffffffffu, index, step)}; }
+  __device__ Extreme from_lane(int step) const {
+    return {__shfl_xor_sync(0xffffffffu, value, step), __shfl_xor_sync(0xffffffffu, index, step)};
+  }
 };
 
-/// Rows x [rows, n] of which each is cut in pieces; `found` [rows, pieces] takes the index of each piece's extreme. With
-/// `candidates` [rows, n] only those elements are looked at.
+/// Rows x [rows, n] of which each is cut in pieces; `found` [rows, pieces] takes the index of each piece's extreme.
+/// With `candidates` [rows, n] only those elements are looked at.
 struct ExtremeRows {
   int64_t rows, n, row_stride, stride, pieces;
   const int64_t* candidates;
@@ -207,7 +219,8 @@ __global__ void __launch_bounds__(kThreads) find_extreme(ExtremeRows shape, cons
   __shared__ int64_t indices[kThreads / kWarp];
   const int lanes = static_cast<int>(blockDim.x), warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t work = shape.rows * shape.pieces, piece_size = (shape.n + shape.pieces - 1) / shape.pieces;
-  for (int64_t task = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; task < work; task += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+  for (int64_t task = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; task < work;
+       task += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     const int64_t row = task / shape.pieces, piece = task % shape.pieces;
     const T* const from = x + row * shape.row_stride;
     const int64_t end = (piece + 1) * piece_size < shape.n ? (piece + 1) * piece_size : shape.n;
@@ -244,7 +257,8 @@ __global__ void __launch_bounds__(kAcross* kAlong) find_extreme_across(ExtremeRo
   using A = Accumulate<T>;
   __shared__ A values[kAlong][kAcross];
   __shared__ int64_t indices[kAlong][kAcross];
-  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * kAcross; begin < shape.rows; begin += static_cast<int64_t>(gridDim.x) * kAcross) {
+  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * kAcross; begin < shape.rows;
+       begin += static_cast<int64_t>(gridDim.x) * kAcross) {
     const int64_t row = begin + threadIdx.x;
     Extreme<A> best{};
     for (int64_t i = threadIdx.y; row < shape.rows && i < shape.n; i += kAlong) {
@@ -260,7 +274,8 @@ __global__ void __launch_bounds__(kAcross* kAlong) find_extreme_across(ExtremeRo
 }
 
 template <class T>
-__global__ void pick_elements(int64_t rows, T* y, const T* x, int64_t row_stride, int64_t stride, const int64_t* index) {
+__global__ void pick_elements(int64_t rows, T* y, const T* x, int64_t row_stride, int64_t stride,
+                              const int64_t* index) {
   for (int64_t r = thread_index(); r < rows; r += thread_count()) y[r] = x[r * row_stride + index[r] * stride];
 }
 
@@ -300,10 +315,12 @@ void sum_over(Cuda device, const StridedView& y, const StridedView& x, double di
     const T* from = static_cast<const T*>(x.data);
     const SumOutput<T> out{.y = static_cast<T*>(y.data), .divisor = divisor};
     const Strided<2> kept(shape.kept, {&shape.kept_y, &shape.kept_x});
-    if (!shape.side_by_side()) return start_row_sums<T>(device, {.outputs = kept, .terms = terms, .packs = 0}, from, out, results);
+    if (!shape.side_by_side())
+      return start_row_sums<T>(device, {.outputs = kept, .terms = terms, .packs = 0}, from, out, results);
     // The columns are what the innermost of the merged dimensions holds.
     const int last = kept.rank - 1;
-    cuda::ColumnSums sums{.matrices = kept, .rows = terms, .columns = kept.sizes[last], .step = kept.strides[0][last], .tiles = 0};
+    cuda::ColumnSums sums{
+        .matrices = kept, .rows = terms, .columns = kept.sizes[last], .step = kept.strides[0][last], .tiles = 0};
     sums.matrices.rank = last;
     sums.matrices.count = kept.count / sums.columns;
     cuda::start_column_sums(device, sums, from, out, results);
@@ -311,8 +328,13 @@ void sum_over(Cuda device, const StridedView& y, const StridedView& x, double di
 }
 
 void extreme_index(Cuda device, const StridedView& x, bool largest, int64_t* index) {
-  ExtremeRows shape{
-      .rows = x.shape[0], .n = x.shape[1], .row_stride = x.strides[0], .stride = x.strides[1], .pieces = 1, .candidates = nullptr, .largest = largest};
+  ExtremeRows shape{.rows = x.shape[0],
+                    .n = x.shape[1],
+                    .row_stride = x.strides[0],
+                    .stride = x.strides[1],
+                    .pieces = 1,
+                    .candidates = nullptr,
+                    .largest = largest};
   if (shape.rows == 0 || shape.n == 0) return;
   dispatch_float(x.dtype, largest ? "max" : "min", [&]<class T>() {
     const T* from = static_cast<const T*>(x.data);
@@ -324,7 +346,8 @@ void extreme_index(Cuda device, const StridedView& x, bool largest, int64_t* ind
     const auto run = [&](const ExtremeRows& rows, int64_t* found) {
       const bool small = rows.n <= kWarp * kInFlightExtreme;
       const unsigned groups = small ? kThreads / kWarp : 1;
-      const auto blocks = static_cast<unsigned>(std::min<int64_t>(divide_up(rows.rows * rows.pieces, groups), kMostBlocks));
+      const auto blocks =
+          static_cast<unsigned>(std::min<int64_t>(divide_up(rows.rows * rows.pieces, groups), kMostBlocks));
       start(device, {blocks, dim3(small ? kWarp : kThreads, groups)}, find_extreme<T>, rows, from, found);
     };
     // Long rows that are too few for the device are cut, and the pieces' extremes compared in a second step.
@@ -345,14 +368,16 @@ void pick(Cuda device, const StridedView& y, const StridedView& x, const int64_t
   const int64_t rows = x.shape[0];
   if (rows == 0) return;
   dispatch_float(x.dtype, "max", [&]<class T>() {
-    start(device, grid_for(rows), pick_elements<T>, rows, static_cast<T*>(y.data), static_cast<const T*>(x.data), x.strides[0], x.strides[1], index);
+    start(device, grid_for(rows), pick_elements<T>, rows, static_cast<T*>(y.data), static_cast<const T*>(x.data),
+          x.strides[0], x.strides[1], index);
   });
 }
 
 void mark(Cuda device, const int64_t* index, bool* mask, int64_t rows, int64_t n) {
   const int64_t count = rows * n;
   if (count == 0) return;
-  start(device, grid_for(divide_up(count, kMarks)), mark_elements, index, mask, count, n, cuda::packs_fit<kMarks>(mask));
+  start(device, grid_for(divide_up(count, kMarks)), mark_elements, index, mask, count, n,
+        cuda::packs_fit<kMarks>(mask));
 }
 
 }  // namespace weft

@@ -7,11 +7,12 @@
 
 #include "cuda/device.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/store_whole.cuh"
 
 namespace weft::cuda {
 
-/// A row belongs to `warps` warps, of which every thread holds up to `packs` packs; a block has `rows` rows. threadIdx.x
-/// counts within a row, threadIdx.y the rows.
+/// A row belongs to `warps` warps, of which every thread holds up to `packs` packs; a block has `rows` rows.
+/// threadIdx.x counts within a row, threadIdx.y the rows.
 struct RowLayout {
   int warps = 0;
   int packs = 0;
@@ -20,8 +21,8 @@ struct RowLayout {
   dim3 threads() const { return dim3(static_cast<unsigned>(warps * kWarp), static_cast<unsigned>(rows)); }
 };
 
-/// For rows that know nothing of each other, so that block_reduce() is over one row: four of one warp each to a block, or
-/// one row of several warps. Leaves the fewest threads without work, with the fewest warps among equals; false if
+/// For rows that know nothing of each other, so that block_reduce() is over one row: four of one warp each to a block,
+/// or one row of several warps. Leaves the fewest threads without work, with the fewest warps among equals; false if
 /// `most_warps` cannot hold a row of `packs` packs with `most_packs` to a thread.
 inline RowLayout row_layout(int64_t packs, int most_packs, int most_warps) {
   RowLayout best;
@@ -31,22 +32,6 @@ inline RowLayout row_layout(int64_t packs, int most_packs, int most_warps) {
     if (!best || warps * each < best.warps * best.packs) best = {warps, static_cast<int>(each), warps == 1 ? 4 : 1};
   }
   return best;
-}
-
-/// store_pack() that stays one instruction: in the loops over long rows the compiler takes its 16 bytes apart.
-template <int kCount, class T>
-__device__ inline void store_whole(T* to, const Pack<T, kCount>& pack) {
-#if !defined(WEFT_CUDA_EMULATION)
-  if constexpr (sizeof(pack) == 16) {
-    struct Words {
-      uint32_t a, b, c, d;
-    };
-    const Words words = std::bit_cast<Words>(pack);
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" : : "l"(__cvta_generic_to_global(to)), "r"(words.a), "r"(words.b), "r"(words.c), "r"(words.d));
-    return;
-  }
-#endif
-  store_pack(to, pack);
 }
 
 /// f.operator()<packs>() for a number from 1 to kMost.
@@ -85,6 +70,8 @@ struct Held {
 };
 
 /// Blocks for `rows` rows, `each` to a block; kernels loop over what is left beyond the limit.
-inline unsigned row_blocks(int64_t rows, int64_t each) { return static_cast<unsigned>(std::min<int64_t>(divide_up(rows, each), int64_t{1} << 20)); }
+inline unsigned row_blocks(int64_t rows, int64_t each) {
+  return static_cast<unsigned>(std::min<int64_t>(divide_up(rows, each), int64_t{1} << 20));
+}
 
 }  // namespace weft::cuda

@@ -1,6 +1,6 @@
-// Softmax and its logarithm along one dimension. A row of neighbours that fits stays in registers, so that each array is
-// moved once; a longer one is read twice, the second time from its end, which the caches still have. Sums are of
-// f32 terms, a few of them in f32 and those in f64.
+// Softmax and its logarithm along one dimension. A row of neighbours that fits stays in registers, so that each array
+// is moved once; a longer one is read twice, the second time from its end, which the caches still have. Sums are of f32
+// terms, a few of them in f32 and those in f64.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -55,7 +55,9 @@ struct ExpSum {
     sum += static_cast<double>(more);
   }
   /// The sum as seen from a row's maximum.
-  __device__ double sum_below(A row_max) const { return max == row_max ? sum : sum * static_cast<double>(std::exp(max - row_max)); }
+  __device__ double sum_below(A row_max) const {
+    return max == row_max ? sum : sum * static_cast<double>(std::exp(max - row_max));
+  }
 };
 
 /// What turns x into y, from a row's maximum and sum.
@@ -78,12 +80,14 @@ __device__ A gradient(A dy, A y, A sum) {
 // ---- rows in registers ----
 
 template <class T, int kPacks, bool kLog>
-__global__ void __launch_bounds__(kMostThreads) forward_held(const __grid_constant__ Strided<2> rows, T* y, const T* x, int packs) {
+__global__ void __launch_bounds__(kMostThreads)
+    forward_held(const __grid_constant__ Strided<2> rows, T* y, const T* x, int packs) {
   constexpr int kCount = kFull<T>;
   __shared__ float scratch[kWarp];
   __shared__ double sum_scratch[kWarp];
   const int first = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x);
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows.count; row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows.count;
+       row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     int64_t at[2];
     rows.offsets(row, at);
     float v[kPacks][kCount];
@@ -127,11 +131,13 @@ __global__ void __launch_bounds__(kMostThreads) forward_held(const __grid_consta
 }
 
 template <class T, int kPacks, bool kLog>
-__global__ void __launch_bounds__(kMostThreads) backward_held(const __grid_constant__ Strided<3> rows, T* dx, const T* dy, const T* y, int packs) {
+__global__ void __launch_bounds__(kMostThreads)
+    backward_held(const __grid_constant__ Strided<3> rows, T* dx, const T* dy, const T* y, int packs) {
   constexpr int kCount = kFull<T>;
   __shared__ double scratch[kWarp];
   const int first = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x);
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows.count; row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows.count;
+       row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     int64_t at[3];
     rows.offsets(row, at);
     cuda::Held<T> g[kPacks], v[kPacks];
@@ -180,12 +186,14 @@ __device__ void for_stretches(int64_t packs, Body body) {
 
 /// One block to a row, or one warp where blockDim.y counts rows.
 template <class T, int kCount, bool kLog>
-__global__ void __launch_bounds__(1024) forward_any(const __grid_constant__ Strided<2> rows, T* y, const T* x, int64_t packs) {
+__global__ void __launch_bounds__(1024)
+    forward_any(const __grid_constant__ Strided<2> rows, T* y, const T* x, int64_t packs) {
   using A = Accumulate<T>;
   constexpr int kPacks = kInFlight<kCount, 1>;
   __shared__ A scratch[kWarp];
   __shared__ double sum_scratch[kWarp];
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows.count; row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows.count;
+       row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     int64_t at[2];
     rows.offsets(row, at);
     const T* from = x + at[1];
@@ -205,7 +213,8 @@ __global__ void __launch_bounds__(1024) forward_any(const __grid_constant__ Stri
       for (int p = 0; p < kPacks; ++p) {
         const bool exists = whole || base + p * static_cast<int64_t>(blockDim.x) < packs;
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) wide[p * kCount + e] = exists ? widen(in[p].at[e]) : -std::numeric_limits<A>::infinity();
+        for (int e = 0; e < kCount; ++e)
+          wide[p * kCount + e] = exists ? widen(in[p].at[e]) : -std::numeric_limits<A>::infinity();
       }
       own.add(wide);
     });
@@ -228,11 +237,13 @@ __global__ void __launch_bounds__(1024) forward_any(const __grid_constant__ Stri
 }
 
 template <class T, int kCount, bool kLog>
-__global__ void __launch_bounds__(1024) backward_any(const __grid_constant__ Strided<3> rows, T* dx, const T* dy, const T* y, int64_t packs) {
+__global__ void __launch_bounds__(1024)
+    backward_any(const __grid_constant__ Strided<3> rows, T* dx, const T* dy, const T* y, int64_t packs) {
   using A = Accumulate<T>;
   constexpr int kPacks = kInFlight<kCount, 2>;
   __shared__ double scratch[kWarp];
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows.count; row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows.count;
+       row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     int64_t at[3];
     rows.offsets(row, at);
     const auto load = [&](int64_t base, bool whole, Pack<T, kCount>(&g)[kPacks], Pack<T, kCount>(&v)[kPacks]) {
@@ -267,7 +278,8 @@ __global__ void __launch_bounds__(1024) backward_any(const __grid_constant__ Str
         if (!whole && pack >= packs) continue;
         Pack<T, kCount> out;
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) out.at[e] = narrow<T>(gradient<kLog>(widen(g[p].at[e]), widen(v[p].at[e]), total));
+        for (int e = 0; e < kCount; ++e)
+          out.at[e] = narrow<T>(gradient<kLog>(widen(g[p].at[e]), widen(v[p].at[e]), total));
         cuda::store_whole(dx + at[0] + pack * kCount, out);
       }
     });
@@ -290,11 +302,13 @@ __device__ double sum_along(double own, double (&scratch)[kAlong][kAcross]) {
 
 template <class T, bool kLog>
 __global__ void __launch_bounds__(kAcross* kAlong)
-    forward_across(const __grid_constant__ Strided<2> rows, T* y, const T* x, int64_t n, int64_t y_step, int64_t x_step) {
+    forward_across(const __grid_constant__ Strided<2> rows, T* y, const T* x, int64_t n, int64_t y_step,
+                   int64_t x_step) {
   using A = Accumulate<T>;
   __shared__ A maxima[kAlong][kAcross];
   __shared__ double scratch[kAlong][kAcross];
-  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * kAcross; begin < rows.count; begin += static_cast<int64_t>(gridDim.x) * kAcross) {
+  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * kAcross; begin < rows.count;
+       begin += static_cast<int64_t>(gridDim.x) * kAcross) {
     const int64_t row = begin + threadIdx.x;
     const bool exists = row < rows.count;
     int64_t at[2] = {};
@@ -306,16 +320,19 @@ __global__ void __launch_bounds__(kAcross* kAlong)
     A max = own.max;
     for (const auto& part : maxima) max = Max()(max, part[threadIdx.x]);
     const Normal<A, kLog> normal(max, sum_along(own.sum_below(max), scratch));
-    for (int64_t i = threadIdx.y; exists && i < n; i += kAlong) y[at[0] + i * y_step] = narrow<T>(normal(widen(x[at[1] + i * x_step])));
+    for (int64_t i = threadIdx.y; exists && i < n; i += kAlong)
+      y[at[0] + i * y_step] = narrow<T>(normal(widen(x[at[1] + i * x_step])));
   }
 }
 
 template <class T, bool kLog>
 __global__ void __launch_bounds__(kAcross* kAlong)
-    backward_across(const __grid_constant__ Strided<3> rows, T* dx, const T* dy, const T* y, int64_t n, int64_t dx_step, int64_t dy_step, int64_t y_step) {
+    backward_across(const __grid_constant__ Strided<3> rows, T* dx, const T* dy, const T* y, int64_t n, int64_t dx_step,
+                    int64_t dy_step, int64_t y_step) {
   using A = Accumulate<T>;
   __shared__ double scratch[kAlong][kAcross];
-  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * kAcross; begin < rows.count; begin += static_cast<int64_t>(gridDim.x) * kAcross) {
+  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * kAcross; begin < rows.count;
+       begin += static_cast<int64_t>(gridDim.x) * kAcross) {
     const int64_t row = begin + threadIdx.x;
     const bool exists = row < rows.count;
     int64_t at[3] = {};
@@ -326,7 +343,8 @@ __global__ void __launch_bounds__(kAcross* kAlong)
     }
     const A total = static_cast<A>(sum_along(own, scratch));
     for (int64_t i = threadIdx.y; exists && i < n; i += kAlong) {
-      dx[at[0] + i * dx_step] = narrow<T>(gradient<kLog>(widen(dy[at[1] + i * dy_step]), widen(y[at[2] + i * y_step]), total));
+      dx[at[0] + i * dx_step] =
+          narrow<T>(gradient<kLog>(widen(dy[at[1] + i * dy_step]), widen(y[at[2] + i * y_step]), total));
     }
   }
 }
@@ -367,7 +385,9 @@ struct Rows {
       strides[a] = views[a]->strides;
       strides[a].erase(dim);
     }
-    return [&]<size_t... I>(std::index_sequence<I...>) { return Strided<N>(shape, {&strides[I]...}); }(std::make_index_sequence<N>());
+    return [&]<size_t... I>(std::index_sequence<I...>) {
+      return Strided<N>(shape, {&strides[I]...});
+    }(std::make_index_sequence<N>());
   }
 };
 
@@ -385,13 +405,15 @@ void choose(const Rows<N>& work, const StridedView* const (&views)[N], HeldRows 
       packs /= kFull<T>;
       if (const RowLayout layout = cuda::row_layout(packs, kMostPacks, kMostThreads / kWarp)) {
         const cuda::Grid grid{cuda::row_blocks(count, layout.rows), layout.threads()};
-        return cuda::with_packs<kMostPacks>(layout.packs, [&]<int kPacks>() { held.template operator()<kPacks>(static_cast<int>(packs), grid); });
+        return cuda::with_packs<kMostPacks>(
+            layout.packs, [&]<int kPacks>() { held.template operator()<kPacks>(static_cast<int>(packs), grid); });
       }
     }
   }
   // A warp for a short row, four such rows to a block; else up to 1024 threads.
   const bool small = packs <= 8 * kWarp;
-  const auto threads = static_cast<unsigned>(std::clamp<int64_t>(cuda::divide_up(packs, 8 * kWarp) * kWarp, kWarp, 1024));
+  const auto threads =
+      static_cast<unsigned>(std::clamp<int64_t>(cuda::divide_up(packs, 8 * kWarp) * kWarp, kWarp, 1024));
   const cuda::Grid grid{cuda::row_blocks(count, small ? 4 : 1), small ? dim3(kWarp, 4) : dim3(threads)};
   if constexpr (!std::is_same_v<T, double>) {
     if (in_packs) return any.template operator()<kFull<T>>(packs, grid);
@@ -407,32 +429,50 @@ void forward(Cuda device, const char* op, const StridedView& y_, const StridedVi
     T* y = static_cast<T*>(y_.data);
     const T* x = static_cast<const T*>(x_.data);
     choose<T>(
-        work, views, [&]<int kPacks>(int packs, const cuda::Grid& grid) { start(device, grid, forward_held<T, kPacks, kLog>, work.rows, y, x, packs); },
-        [&]<int kCount>(int64_t packs, const cuda::Grid& grid) { start(device, grid, forward_any<T, kCount, kLog>, work.rows, y, x, packs); },
-        [&](const cuda::Grid& grid) { start(device, grid, forward_across<T, kLog>, work.rows, y, x, work.n, work.steps[0], work.steps[1]); });
+        work, views,
+        [&]<int kPacks>(int packs, const cuda::Grid& grid) {
+          start(device, grid, forward_held<T, kPacks, kLog>, work.rows, y, x, packs);
+        },
+        [&]<int kCount>(int64_t packs, const cuda::Grid& grid) {
+          start(device, grid, forward_any<T, kCount, kLog>, work.rows, y, x, packs);
+        },
+        [&](const cuda::Grid& grid) {
+          start(device, grid, forward_across<T, kLog>, work.rows, y, x, work.n, work.steps[0], work.steps[1]);
+        });
   });
 }
 
 template <bool kLog>
-void backward(Cuda device, const char* op, const StridedView& dx_, const StridedView& dy_, const StridedView& y_, int dim) {
+void backward(Cuda device, const char* op, const StridedView& dx_, const StridedView& dy_, const StridedView& y_,
+              int dim) {
   const StridedView* const views[3] = {&dx_, &dy_, &y_};
   const Rows<3> work(views, dim);
   dispatch_float(dx_.dtype, op, [&]<class T>() {
     T* dx = static_cast<T*>(dx_.data);
     const T *dy = static_cast<const T*>(dy_.data), *y = static_cast<const T*>(y_.data);
     choose<T>(
-        work, views, [&]<int kPacks>(int packs, const cuda::Grid& grid) { start(device, grid, backward_held<T, kPacks, kLog>, work.rows, dx, dy, y, packs); },
-        [&]<int kCount>(int64_t packs, const cuda::Grid& grid) { start(device, grid, backward_any<T, kCount, kLog>, work.rows, dx, dy, y, packs); },
+        work, views,
+        [&]<int kPacks>(int packs, const cuda::Grid& grid) {
+          start(device, grid, backward_held<T, kPacks, kLog>, work.rows, dx, dy, y, packs);
+        },
+        [&]<int kCount>(int64_t packs, const cuda::Grid& grid) {
+          start(device, grid, backward_any<T, kCount, kLog>, work.rows, dx, dy, y, packs);
+        },
         [&](const cuda::Grid& grid) {
-          start(device, grid, backward_across<T, kLog>, work.rows, dx, dy, y, work.n, work.steps[0], work.steps[1], work.steps[2]);
+          start(device, grid, backward_across<T, kLog>, work.rows, dx, dy, y, work.n, work.steps[0], work.steps[1],
+                work.steps[2]);
         });
   });
 }
 
 }  // namespace
 
-void softmax(Cuda device, const StridedView& y, const StridedView& x, int dim) { forward<false>(device, "softmax", y, x, dim); }
-void log_softmax(Cuda device, const StridedView& y, const StridedView& x, int dim) { forward<true>(device, "log_softmax", y, x, dim); }
+void softmax(Cuda device, const StridedView& y, const StridedView& x, int dim) {
+  forward<false>(device, "softmax", y, x, dim);
+}
+void log_softmax(Cuda device, const StridedView& y, const StridedView& x, int dim) {
+  forward<true>(device, "log_softmax", y, x, dim);
+}
 void softmax_backward(Cuda device, const StridedView& dx, const StridedView& dy, const StridedView& y, int dim) {
   backward<false>(device, "softmax", dx, dy, y, dim);
 }

@@ -197,16 +197,7 @@ void copy(Cuda device, const StridedView& dst, const StridedView& src) {
       if (!copied_as_transpose<Bits>(device, at, dst.data, src.data))
         copy_as<Bits, Bits>(device, at, dst.data, src.data);
     };
-    switch (size) {
-      case 1:
-        return run.template operator()<uint8_t>();
-      case 2:
-        return run.template operator()<uint16_t>();
-      case 4:
-        return run.template operator()<uint32_t>();
-      default:
-        return run.template operator()<uint64_t>();
-    }
+    return dispatch_bytes(static_cast<int64_t>(size), run);
   }
   dispatch_all(dst.dtype, [&]<class To>() {
     dispatch_all(src.dtype, [&]<class From>() { copy_as<To, From>(device, at, dst.data, src.data); });

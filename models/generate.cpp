@@ -20,15 +20,19 @@ int32_t sample(std::vector<double> logits, const SamplingOptions& options, uint6
   options.check();
   if (logits.empty()) fail(ErrorKind::kShape, "generate", "there are no logits to choose from");
   for (size_t i = 0; i < logits.size(); ++i) {
-    if (std::isnan(logits[i])) fail(ErrorKind::kValue, "generate", "the logit of token ", i, " is NaN: the weights or the input are broken");
+    if (std::isnan(logits[i]))
+      fail(ErrorKind::kValue, "generate", "the logit of token ", i, " is NaN: the weights or the input are broken");
   }
   const auto largest = std::max_element(logits.begin(), logits.end());
   if (options.temperature == 0) return static_cast<int32_t>(largest - logits.begin());
 
   std::vector<int32_t> order(logits.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logits[static_cast<size_t>(a)] > logits[static_cast<size_t>(b)]; });
-  if (options.top_k > 0 && options.top_k < static_cast<int64_t>(order.size())) order.resize(static_cast<size_t>(options.top_k));
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+    return logits[static_cast<size_t>(a)] > logits[static_cast<size_t>(b)];
+  });
+  if (options.top_k > 0 && options.top_k < static_cast<int64_t>(order.size()))
+    order.resize(static_cast<size_t>(options.top_k));
   std::vector<double> weights;
   const double top = *largest;
   double total = 0;
@@ -49,8 +53,8 @@ int32_t sample(std::vector<double> logits, const SamplingOptions& options, uint6
   return order[count - 1];
 }
 
-std::vector<int32_t> generate(const Gpt& gpt, const std::vector<int32_t>& prompt, int64_t count, const SamplingOptions& options,
-                              const std::function<bool(int32_t)>& on_token) {
+std::vector<int32_t> generate(const Gpt& gpt, const std::vector<int32_t>& prompt, int64_t count,
+                              const SamplingOptions& options, const std::function<bool(int32_t)>& on_token) {
   options.check();
   if (prompt.empty()) fail(ErrorKind::kValue, "generate", "the prompt must have at least one token");
   if (count < 0) fail(ErrorKind::kValue, "generate", "the number of tokens must not be negative, got ", count);

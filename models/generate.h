@@ -10,7 +10,7 @@ namespace weft::models {
 struct SamplingOptions {
   double temperature = 1;  ///< logits are divided by it; 0 is greedy: the largest, the lowest id among equals
   int64_t top_k = 0;       ///< only the k most likely; 0: all
-  double top_p = 1;        ///< only the most likely ones that together reach probability p (Holtzman et al. 2020), in (0, 1]
+  double top_p = 1;  ///< only the most likely ones that together reach probability p (Holtzman et al. 2020), in (0, 1]
   uint64_t seed = 0;
 
   /// @throws Error kValue naming the field that makes no sense.
@@ -28,7 +28,7 @@ int32_t sample(std::vector<double> logits, const SamplingOptions& options, uint6
 /// @param count     tokens to add, unless on_token ends it
 /// @param on_token  called with each new token as it is chosen; false ends the generation
 /// @return          the new tokens
-std::vector<int32_t> generate(const Gpt& gpt, const std::vector<int32_t>& prompt, int64_t count, const SamplingOptions& options,
-                              const std::function<bool(int32_t)>& on_token = {});
+std::vector<int32_t> generate(const Gpt& gpt, const std::vector<int32_t>& prompt, int64_t count,
+                              const SamplingOptions& options, const std::function<bool(int32_t)>& on_token = {});
 
 }  // namespace weft::models

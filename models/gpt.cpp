@@ -14,7 +14,9 @@ namespace {
 
 constexpr double kDeviation = 0.02;
 
-double residual_deviation(const GptConfig& config) { return kDeviation / std::sqrt(2.0 * static_cast<double>(config.layers)); }
+double residual_deviation(const GptConfig& config) {
+  return kDeviation / std::sqrt(2.0 * static_cast<double>(config.layers));
+}
 
 /// Dropout on rows [B, T, C] of a step's batch.
 Tensor apply_dropout(const Tensor& x, double p, const RandomStream& stream, bool training, const GptStep& step) {
@@ -79,7 +81,8 @@ void GptConfig::check() const {
   require(vocab >= 1 && vocab <= (int64_t{1} << 31), "vocab", vocab, "from 1 to 2^31");
   require(dropout >= 0 && dropout < 1, "dropout", dropout, "in [0, 1)");
   require(norm_eps > 0 && std::isfinite(norm_eps), "norm_eps", norm_eps, "positive");
-  if (width % heads != 0) fail(ErrorKind::kValue, "gpt", "heads must divide width, got ", heads, " heads and width ", width);
+  if (width % heads != 0)
+    fail(ErrorKind::kValue, "gpt", "heads must divide width, got ", heads, " heads and width ", width);
 }
 
 int64_t GptConfig::parameter_count() const {
@@ -118,7 +121,8 @@ class Gpt::Block : public Module {
     return {after, drop(mlp_(normed_again), mlp_stream_, step)};
   }
 
-  std::pair<Tensor, Tensor> extend(const Tensor& x, const Tensor& branch, int64_t seen, const Tensor& keys, const Tensor& values) const {
+  std::pair<Tensor, Tensor> extend(const Tensor& x, const Tensor& branch, int64_t seen, const Tensor& keys,
+                                   const Tensor& values) const {
     const auto [before, normed] = ln_1_.add_and_norm(x, branch);
     const auto [after, normed_again] = ln_2_.add_and_norm(before, attn_.extend(normed, seen, keys, values));
     return {after, mlp_(normed_again)};
@@ -157,8 +161,8 @@ Gpt::~Gpt() = default;
 
 Tensor Gpt::embed(const Tensor& ids, int64_t first_position) const {
   if (ids.rank() != 2 || ids.size(1) < 1 || first_position + ids.size(1) > config_.context) {
-    fail(ErrorKind::kShape, "gpt", "ids must be [B, T] with 1 <= T <= context; got ", ids.describe(), " from position ", first_position,
-         ", and context is ", config_.context);
+    fail(ErrorKind::kShape, "gpt", "ids must be [B, T] with 1 <= T <= context; got ", ids.describe(), " from position ",
+         first_position, ", and context is ", config_.context);
   }
   const int64_t count = ids.size(1);
   const Tensor& table = wpe_.weight();
@@ -188,13 +192,15 @@ Tensor Gpt::logits(const Tensor& ids) const { return linear(hidden(ids, {}), wte
 
 Tensor Gpt::loss(const Tensor& ids, const Tensor& targets, const GptStep& step) const {
   if (!(targets.shape() == ids.shape())) {
-    fail(ErrorKind::kShape, "gpt", "targets must have the shape of ids, got ", targets.describe(), " and ", ids.describe());
+    fail(ErrorKind::kShape, "gpt", "targets must have the shape of ids, got ", targets.describe(), " and ",
+         ids.describe());
   }
   const Tensor x = hidden(ids, step);
   LinearCrossEntropyOptions options;
   options.ignore_index = -1;
   options.valid_tokens = step.valid_tokens;
-  return linear_cross_entropy(x.reshape({ids.numel(), config_.width}), wte_.weight(), targets.reshape({ids.numel()}), options);
+  return linear_cross_entropy(x.reshape({ids.numel(), config_.width}), wte_.weight(), targets.reshape({ids.numel()}),
+                              options);
 }
 
 Tensor Gpt::next_logits(const Tensor& ids, KvCache& cache) const {

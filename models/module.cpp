@@ -17,7 +17,8 @@ void Module::add(const std::string& name, Module& part) { parts_.emplace_back(na
 
 void Module::collect(const std::string& prefix, Parameters& into) const {
   for (const Parameter& parameter : own_) {
-    const bool tied = std::any_of(into.begin(), into.end(), [&](const Parameter& p) { return p.tensor.is_same(parameter.tensor); });
+    const bool tied =
+        std::any_of(into.begin(), into.end(), [&](const Parameter& p) { return p.tensor.is_same(parameter.tensor); });
     if (!tied) into.push_back({prefix + parameter.name, parameter.tensor, parameter.role});
   }
   for (const auto& [name, part] : parts_) part->collect(prefix + name + ".", into);
@@ -48,16 +49,18 @@ void Module::load(const NamedTensors& tensors) {
   for (const Parameter& parameter : own) {
     names.push_back(parameter.name);
     const auto found = given.find(parameter.name);
-    if (found == given.end()) fail(ErrorKind::kData, "model", "the stored weights have no tensor ", quoted(parameter.name));
+    if (found == given.end())
+      fail(ErrorKind::kData, "model", "the stored weights have no tensor ", quoted(parameter.name));
     const Tensor& tensor = found->second;
     if (!(tensor.shape() == parameter.tensor.shape()) || tensor.dtype() != parameter.tensor.dtype()) {
-      fail(ErrorKind::kData, "model", "stored weight ", quoted(parameter.name), " is ", tensor.describe(), "; this model expects ",
-           parameter.tensor.describe());
+      fail(ErrorKind::kData, "model", "stored weight ", quoted(parameter.name), " is ", tensor.describe(),
+           "; this model expects ", parameter.tensor.describe());
     }
   }
   for (const auto& [name, tensor] : given) {
     if (std::find(names.begin(), names.end(), name) == names.end()) {
-      fail(ErrorKind::kData, "model", "the stored weights have a tensor ", quoted(name), " that this model does not have", did_you_mean(name, names));
+      fail(ErrorKind::kData, "model", "the stored weights have a tensor ", quoted(name),
+           " that this model does not have", did_you_mean(name, names));
     }
   }
   const autograd::NoGrad no_grad;
@@ -72,7 +75,9 @@ void Module::train(bool on) {
 void Module::visit(const std::function<void(const std::string&, Module&)>& visit) {
   visit("", *this);
   for (const auto& [name, part] : parts_) {
-    part->visit([&, prefix = name](const std::string& inner, Module& module) { visit(inner.empty() ? prefix : prefix + "." + inner, module); });
+    part->visit([&, prefix = name](const std::string& inner, Module& module) {
+      visit(inner.empty() ? prefix : prefix + "." + inner, module);
+    });
   }
 }
 

@@ -17,11 +17,12 @@ struct MachineSpeed {
 
 /// Measures, in about a second, and keeps the better of what it sees and what was stored: other programs make a machine
 /// look slower than it is, nothing makes it look faster. Stored per device, dtype, threads and kernels in
-/// `$WEFT_CACHE_DIR/machine-speed.json` (default ~/.cache/weft); a file that cannot be read or written is measured around.
+/// `$WEFT_CACHE_DIR/machine-speed.json` (default ~/.cache/weft); a file that cannot be read or written is measured
+/// around.
 MachineSpeed measure_machine(Device device = Device::cpu(), DType dtype = DType::f32);
 
-/// The stored measurement, with a short look (four products) at whether the products do better today; measures where
-/// nothing is stored.
+/// The stored measurement, on a CPU with a short look (four products) at whether the products do better today; measures
+/// where nothing is stored.
 MachineSpeed machine_speed(Device device = Device::cpu(), DType dtype = DType::f32);
 
 /// Least time of a training step, in seconds: its products at the GEMM peak, all other passes over memory at the copy

@@ -25,8 +25,8 @@ struct StepMetrics {
   double lr = 0;
   double loss_scale = 1;  ///< by which the loss was multiplied for the backward pass
   bool skipped = false;   ///< gradients overflowed at that scale: no weight was changed
-  int64_t tokens = 0;  ///< inputs read
-  int64_t valid = 0;   ///< targets that counted
+  int64_t tokens = 0;     ///< inputs read
+  int64_t valid = 0;      ///< targets that counted
   StepTimes times;
 };
 
@@ -35,7 +35,8 @@ struct StepMetrics {
 class Trainer {
  public:
   /// The objects must outlive the trainer. `step` is the number of steps already taken.
-  Trainer(Gpt& gpt, optim::Optimizer& optimizer, text::Loader& loader, const optim::CosineSchedule& schedule, int64_t accumulate, int64_t step = 0);
+  Trainer(Gpt& gpt, optim::Optimizer& optimizer, text::Loader& loader, const optim::CosineSchedule& schedule,
+          int64_t accumulate, int64_t step = 0);
 
   /// From now on losses are scaled: for f16 (optim/loss_scale.h).
   void scale_loss(const optim::LossScale& scale) { loss_scale_ = scale; }

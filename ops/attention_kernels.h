@@ -45,8 +45,8 @@ struct AttentionBackward {
 int64_t attention_workspace(Cpu, const AttentionShape& shape);
 int64_t attention_workspace(Cuda, const AttentionShape& shape);
 
-// CUDA: in f16 and bf16 with heads of up to 128 columns, the weights and their gradients are rounded to T before they are
-// multiplied with v, dout, q and k by tensor cores. Bits are a function of shape and values alone.
+// CUDA: in f16 and bf16 with heads of up to 128 columns, the weights and their gradients are rounded to T before they
+// are multiplied with v, dout, q and k by tensor cores. Bits are a function of shape and values alone.
 
 template <class T>
 void attention_forward(Cpu, const AttentionForward<T>& arguments);

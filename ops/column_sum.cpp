@@ -1,6 +1,5 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ops/column_sum.cpp"
-#define HWY_DISABLED_TARGETS (HWY_AVX3_DL | HWY_SSE4 | HWY_SSSE3)
 #include <hwy/foreach_target.h>  // reads this file again for each target
 #include <hwy/highway.h>
 
@@ -23,7 +22,8 @@ void strip(const T* x, int64_t rows, int64_t columns, int64_t row_stride, T* out
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   int64_t j = 0;
   for (; j + 2 * lanes <= columns; j += 2 * lanes) {
-    auto total0 = accumulate ? hn::LoadU(d, out + j) : hn::Zero(d), total1 = accumulate ? hn::LoadU(d, out + j + lanes) : hn::Zero(d);
+    auto total0 = accumulate ? hn::LoadU(d, out + j) : hn::Zero(d),
+         total1 = accumulate ? hn::LoadU(d, out + j + lanes) : hn::Zero(d);
     for (int64_t begin = 0; begin < rows; begin += kBlock) {
       const int64_t end = std::min(rows, begin + kBlock);
       auto sum0 = hn::Zero(d), sum1 = hn::Zero(d);
@@ -79,11 +79,13 @@ void in_strips(Strip strip, const T* x, int64_t rows, int64_t columns, int64_t r
 
 template <>
 void column_sum(Cpu, const float* x, int64_t rows, int64_t columns, int64_t row_stride, float* out, bool accumulate) {
-  in_strips([](auto... arguments) { HWY_DYNAMIC_DISPATCH(strip_f32)(arguments...); }, x, rows, columns, row_stride, out, accumulate);
+  in_strips([](auto... arguments) { HWY_DYNAMIC_DISPATCH(strip_f32)(arguments...); }, x, rows, columns, row_stride, out,
+            accumulate);
 }
 template <>
 void column_sum(Cpu, const double* x, int64_t rows, int64_t columns, int64_t row_stride, double* out, bool accumulate) {
-  in_strips([](auto... arguments) { HWY_DYNAMIC_DISPATCH(strip_f64)(arguments...); }, x, rows, columns, row_stride, out, accumulate);
+  in_strips([](auto... arguments) { HWY_DYNAMIC_DISPATCH(strip_f64)(arguments...); }, x, rows, columns, row_stride, out,
+            accumulate);
 }
 
 }  // namespace weft

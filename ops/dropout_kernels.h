@@ -6,7 +6,8 @@
 
 namespace weft {
 
-/// y[i] = x[i] / (1 - p), or 0 where stream.bits(first + i) < round(p 2^32). The factor is rounded to f32 (f64 for f64).
+/// y[i] = x[i] / (1 - p), or 0 where stream.bits(first + i) < round(p 2^32). The factor is rounded to f32 (f64 for
+/// f64).
 template <class T>
 void dropout_forward(Cpu, const T* x, T* y, int64_t count, double p, const RandomStream& stream, uint64_t first);
 template <class T>

@@ -1,9 +1,9 @@
 #include "ops/elementwise.h"
 
 #include "core/autograd.h"
-#include "ops/launch.h"
 #include "ops/elementwise_checks.h"
 #include "ops/elementwise_kernels.h"
+#include "ops/launch.h"
 
 namespace weft {
 namespace {

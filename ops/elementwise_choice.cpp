@@ -1,9 +1,9 @@
 // Comparison of elements, and choice between them.
 #include "core/autograd.h"
-#include "ops/launch.h"
 #include "ops/elementwise.h"
 #include "ops/elementwise_checks.h"
 #include "ops/elementwise_kernels.h"
+#include "ops/launch.h"
 
 namespace weft {
 namespace {

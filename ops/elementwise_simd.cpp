@@ -1,7 +1,6 @@
 // f32 elementwise kernels for every instruction set of the build.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ops/elementwise_simd.cpp"
-#define HWY_DISABLED_TARGETS (HWY_AVX3_DL | HWY_SSE4 | HWY_SSSE3)
 #include "hwy/foreach_target.h"  // must come before highway.h
 //
 #include <cstring>

@@ -47,8 +47,8 @@ struct Gemm {
   int64_t ldc = 0;  ///< elements from one row of C to the next, >= n
   Sum alpha = 1;
   Sum beta = 0;
-  const Sum* scale = nullptr;  ///< a factor of alpha that the device keeps; null: 1
-  const Sum* bias = nullptr;  ///< [n], or null
+  const Sum* scale = nullptr;     ///< a factor of alpha that the device keeps; null: 1
+  const Sum* bias = nullptr;      ///< [n], or null
   const TC* bias_of_c = nullptr;  ///< what CUDA adds instead where Sum is wider than C
   bool tf32 = false;              ///< CUDA may round f32 operands to 10 bits
   GemmActivation activation = GemmActivation::kNone;
@@ -84,8 +84,8 @@ template <class TA, class TB, class TC>
 void gemm_batched(Cpu, const Gemm<TA, TB, TC>& product, const GemmBatch& batch) {
   gemm_batched(product, batch);
 }
-/// The same through cuBLASLt: bits depend on its version. Not offered: beta other than 0 and 1 where k = 0 or `scale` is
-/// given, alpha other than 1 beside `scale`.
+/// The same through cuBLASLt: bits depend on its version. Not offered: beta other than 0 and 1 where k = 0 or `scale`
+/// is given, alpha other than 1 beside `scale`.
 template <class TA, class TB, class TC>
 void gemm(Cuda, const Gemm<TA, TB, TC>& product);
 template <class TA, class TB, class TC>

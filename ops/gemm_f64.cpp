@@ -1,7 +1,6 @@
 // Kernels with double sums, for every instruction set of the build.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ops/gemm_f64.cpp"
-#define HWY_DISABLED_TARGETS (HWY_AVX3_DL | HWY_SSE4 | HWY_SSSE3)
 #include "hwy/foreach_target.h"  // must come before highway.h
 //
 #include "hwy/highway.h"

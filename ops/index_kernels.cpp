@@ -1,6 +1,5 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ops/index_kernels.cpp"
-#define HWY_DISABLED_TARGETS (HWY_AVX3_DL | HWY_SSE4 | HWY_SSSE3)
 #include "hwy/foreach_target.h"  // must come before highway.h
 //
 #include <algorithm>
@@ -168,16 +167,7 @@ void gather_forward(Cpu, const GatherLines& lines, const void* x, int size, void
       std::memcpy(static_cast<char*>(y) + at * size, static_cast<const char*>(x) + from * size, sizeof(Word));
     });
   };
-  switch (size) {
-    case 1:
-      return copy.template operator()<uint8_t>();
-    case 2:
-      return copy.template operator()<uint16_t>();
-    case 4:
-      return copy.template operator()<uint32_t>();
-    default:
-      return copy.template operator()<uint64_t>();
-  }
+  dispatch_bytes(size, copy);
 }
 
 template <class T>

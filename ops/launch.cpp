@@ -9,10 +9,11 @@ void check_same(const char* op, std::initializer_list<const Tensor*> tensors) {
     if (first == nullptr) {
       first = tensor;
     } else if (tensor->dtype() != first->dtype()) {
-      fail(ErrorKind::kDType, op, "dtypes must be equal, got ", first->describe(), " and ", tensor->describe(), ". Hint: cast with .to()");
+      fail(ErrorKind::kDType, op, "dtypes must be equal, got ", first->describe(), " and ", tensor->describe(),
+           ". Hint: cast with .to()");
     } else if (tensor->device() != first->device()) {
-      fail(ErrorKind::kDevice, op, "tensors must be on one device, got ", first->describe(), " on ", first->device(), " and ",
-           tensor->describe(), " on ", tensor->device());
+      fail(ErrorKind::kDevice, op, "tensors must be on one device, got ", first->describe(), " on ", first->device(),
+           " and ", tensor->describe(), " on ", tensor->device());
     }
   }
 }

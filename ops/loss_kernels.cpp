@@ -2,7 +2,6 @@
 // the first find it in the L2 cache.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ops/loss_kernels.cpp"
-#define HWY_DISABLED_TARGETS (HWY_AVX3_DL | HWY_SSE4 | HWY_SSSE3)
 #include "hwy/foreach_target.h"  // must come before highway.h
 //
 #include <algorithm>
@@ -166,7 +165,8 @@ void loss_forward(Cpu, const LossTargets& t, const T* logits, Accumulate<T>* lse
 }
 
 template <class T>
-void loss_backward(Cpu, const LossTargets& t, const T* logits, const Accumulate<T>* lse, const LossScale<Accumulate<T>>& by, T* dlogits) {
+void loss_backward(Cpu, const LossTargets& t, const T* logits, const Accumulate<T>* lse,
+                   const LossScale<Accumulate<T>>& by, T* dlogits) {
   using A = Accumulate<T>;
   const double scale = value_of(by);
   const auto& kernels = detail::loss_kernels<T>();
@@ -208,15 +208,15 @@ void loss_in_place(Cpu, const LossTargets& t, Accumulate<T>* logits, const LossS
 template <class T>
 void scale_to(Cpu, const Accumulate<T>* x, int64_t count, const Accumulate<T>* scale, T* out, bool accumulate) {
   const auto kernel = detail::loss_kernels<T>().scale;
-  parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
-    kernel(x + begin, end - begin, *scale, out + begin, accumulate);
-  });
+  parallel_for(count, kGrain,
+               [&](int64_t begin, int64_t end) { kernel(x + begin, end - begin, *scale, out + begin, accumulate); });
 }
 
-#define WEFT_LOSS_INSTANCE(T)                                                                       \
-  template void loss_forward(Cpu, const LossTargets&, const T*, Accumulate<T>*, double*);                                     \
-  template void loss_backward(Cpu, const LossTargets&, const T*, const Accumulate<T>*, const LossScale<Accumulate<T>>&, T*);  \
-  template void loss_in_place<T>(Cpu, const LossTargets&, Accumulate<T>*, const LossScale<Accumulate<T>>&, double*);          \
+#define WEFT_LOSS_INSTANCE(T)                                                                                        \
+  template void loss_forward(Cpu, const LossTargets&, const T*, Accumulate<T>*, double*);                            \
+  template void loss_backward(Cpu, const LossTargets&, const T*, const Accumulate<T>*,                               \
+                              const LossScale<Accumulate<T>>&, T*);                                                  \
+  template void loss_in_place<T>(Cpu, const LossTargets&, Accumulate<T>*, const LossScale<Accumulate<T>>&, double*); \
   template void scale_to(Cpu, const Accumulate<T>*, int64_t, const Accumulate<T>*, T*, bool);
 WEFT_LOSS_INSTANCE(float)
 WEFT_LOSS_INSTANCE(double)

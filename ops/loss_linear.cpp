@@ -3,6 +3,7 @@
 
 #include "core/autograd.h"
 #include "ops/gemm.h"
+#include "ops/gemm_types.h"
 #include "ops/launch.h"
 #include "ops/loss.h"
 #include "ops/loss_kernels.h"
@@ -14,26 +15,6 @@ namespace {
 
 using autograd::BackwardContext;
 constexpr const char* kOp = "linear_cross_entropy";
-
-/// The type under which gemm() knows T.
-template <class T>
-using GemmType = std::conditional_t<std::is_same_v<T, BFloat16>, uint16_t, T>;
-
-/// Calls f<T>() for the types of a head on a device: f32, f64, bf16, and on CUDA f16.
-template <class F>
-void dispatch_head(auto device, DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::f64:
-      return f.template operator()<double>();
-    case DType::bf16:
-      return f.template operator()<BFloat16>();
-    case DType::f16:
-      if constexpr (std::is_same_v<decltype(device), Cuda>) return f.template operator()<Half>();
-      [[fallthrough]];
-    default:
-      return f.template operator()<float>();
-  }
-}
 
 /// One chunk of the head on plain memory: x [rows, channels], weight [classes, channels], logits [rows, classes], which
 /// loss_in_place() turns into their gradient.
@@ -94,7 +75,7 @@ void backward_of_one_chunk(BackwardContext& context) {
     if (!sink) context.set(1, dw);
   }
   launch(x.device(), kOp, [&](auto device) {
-    dispatch_head(device, x.dtype(), [&]<class T>() {
+    dispatch_gemm(device, x.dtype(), [&]<class T>() {
       using A = Accumulate<T>;
       const Head<T, decltype(device)> head{device, weight.data<T>(), channels, classes};
       const A* scale = gradient.data<A>();
@@ -115,7 +96,7 @@ void backward_of_chunks(BackwardContext& context, DType dtype) {
     const auto sink = context.sink(i);
     const Tensor out = sink ? sink->tensor : Tensor::empty(made.shape(), dtype, made.device());
     launch(made.device(), kOp, [&](auto device) {
-      dispatch_head(device, dtype, [&]<class T>() {
+      dispatch_gemm(device, dtype, [&]<class T>() {
         using A = Accumulate<T>;
         scale_to(device, made.data<A>(), made.numel(), gradient.data<A>(), out.data<T>(), sink && sink->accumulate);
       });
@@ -141,7 +122,7 @@ Tensor linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tenso
          " and weight ", weight_.describe());
   }
   if (options.chunk_rows < 0) fail(ErrorKind::kValue, kOp, "chunk_rows must not be negative, got ", options.chunk_rows);
-  if (x_.dtype() == DType::f16 && x_.device().kind == DeviceKind::cpu) {
+  if (gemm_widens(x_.dtype(), x_.device().kind)) {
     return linear_cross_entropy(x_.to(DType::f32), weight_.to(DType::f32), targets_, options);
   }
   const int64_t classes = weight_.size(0), channels = weight_.size(1);
@@ -175,7 +156,7 @@ Tensor linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tenso
     launch(device, kOp, [&](auto on) {
       const LossTargets all{targets.data<int64_t>(), rows, classes, options.ignore_index};
       loss_denominator(on, kOp, all, known_denominator(options), denominator.data<double>());
-      dispatch_head(on, x.dtype(), [&]<class T>() {
+      dispatch_gemm(on, x.dtype(), [&]<class T>() {
         using A = Accumulate<T>;
         const Head<T, decltype(on)> head{on, weight.data<T>(), channels, classes};
         A* const held = logits.data<A>();

@@ -5,6 +5,7 @@
 #include "core/autograd.h"
 #include "ops/column_sum.h"
 #include "ops/gemm.h"
+#include "ops/gemm_types.h"
 #include "ops/launch.h"
 #include "ops/reduce.h"
 
@@ -17,29 +18,6 @@ using autograd::Rule;
 void check_float(const char* op, const Tensor& x) {
   dispatch_float(x.dtype(), op, []<class T>() {});
 }
-
-/// The element type under which gemm() knows T: bfloat16 goes by its bits.
-template <class T>
-using GemmType = std::conditional_t<std::is_same_v<T, BFloat16>, uint16_t, T>;
-
-/// Calls f<T>() for the types that gemm() multiplies: f32, f64, bf16, and on CUDA f16.
-template <class F>
-void dispatch_gemm(auto device, DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::f64:
-      return f.template operator()<double>();
-    case DType::bf16:
-      return f.template operator()<uint16_t>();
-    case DType::f16:
-      if constexpr (std::is_same_v<decltype(device), Cuda>) return f.template operator()<Half>();
-      [[fallthrough]];
-    default:
-      return f.template operator()<float>();
-  }
-}
-
-/// The CPU's products have no f16: it goes through f32 there.
-bool widens(const Tensor& x) { return x.dtype() == DType::f16 && x.device().kind == DeviceKind::cpu; }
 
 /// Product of all sizes but the last: the rows of a tensor read as a matrix.
 int64_t row_count(const Shape& shape) {
@@ -68,7 +46,8 @@ void product(const Tensor& a_, const Tensor& b_, const Tensor& c, bool accumulat
   const autograd::NoGrad no_grad;
   const Tensor a = with_unit_stride(a_), b = with_unit_stride(b_);
   launch(c.device(), "matmul", [&](auto device) {
-    dispatch_gemm(device, c.dtype(), [&]<class T>() {
+    dispatch_gemm(device, c.dtype(), [&]<class Element>() {
+      using T = GemmType<Element>;
       Gemm<T> g;
       g.m = c.size(-2), g.n = c.size(-1), g.k = a.size(-1);
       g.a = matrix<T>(a), g.b = matrix<T>(b);
@@ -100,7 +79,7 @@ Tensor matmul(const Tensor& a, const Tensor& b) {
   if (a.rank() < 2 || b.rank() < 2 || a.size(-1) != b.size(-2)) {
     fail(ErrorKind::kShape, "matmul", "needs [..., M, K] and [..., K, N], got ", a.describe(), " and ", b.describe());
   }
-  if (widens(a)) return matmul(a.to(DType::f32), b.to(DType::f32)).to(DType::f16);
+  if (gemm_widens(a.dtype(), a.device().kind)) return matmul(a.to(DType::f32), b.to(DType::f32)).to(DType::f16);
   if (b.rank() == 2 && a.rank() > 2) {  // one large product instead of many small ones
     Shape shape = a.shape();
     shape[a.rank() - 1] = b.size(1);
@@ -144,7 +123,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
     fail(ErrorKind::kShape, "linear", "weight is ", weight.describe(), ", bias is ", bias.describe(),
          "; expected bias [", weight.size(0), "]");
   }
-  if (widens(x)) {
+  if (gemm_widens(x.dtype(), x.device().kind)) {
     return linear(x.to(DType::f32), weight.to(DType::f32), bias.defined() ? bias.to(DType::f32) : bias).to(DType::f16);
   }
   const int64_t in = weight.size(1), out_features = weight.size(0);

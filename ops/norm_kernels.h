@@ -34,7 +34,8 @@ struct NormBackward {
   int64_t rows, columns;
 };
 
-/// Rows are summed for the weight's and the bias's gradient in this many blocks: a function of the device's kind and `rows` alone.
+/// Rows are summed for the weight's and the bias's gradient in this many blocks: a function of the device's kind and
+/// `rows` alone.
 int64_t norm_blocks(Cpu, int64_t rows);
 int64_t norm_blocks(Cuda, int64_t rows);
 

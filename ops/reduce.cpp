@@ -1,8 +1,8 @@
 #include "ops/reduce.h"
 
 #include "core/autograd.h"
-#include "ops/launch.h"
 #include "ops/elementwise.h"
+#include "ops/launch.h"
 #include "ops/reduce_kernels.h"
 
 namespace weft {

@@ -1,8 +1,8 @@
 #include "ops/softmax.h"
 
 #include "core/autograd.h"
-#include "ops/launch.h"
 #include "ops/elementwise.h"
+#include "ops/launch.h"
 #include "ops/reduce.h"
 #include "ops/softmax_kernels.h"
 

@@ -153,9 +153,7 @@ TEST_F(ThreadPool, AtLeastOneProcessorIsAvailable) {
 /// What a fresh process prints for the test below under a setting of WEFT_NUM_THREADS.
 std::string child(const std::string& setting) {
   const std::string self = std::filesystem::read_symlink("/proc/self/exe").string();
-  const std::string command =
-      "env " + setting + " '" + self +
-      "' --gtest_filter=ThreadPoolChild.PrintsItsThreads 2>&1";
+  const std::string command = "env " + setting + " '" + self + "' --gtest_filter=ThreadPoolChild.PrintsItsThreads 2>&1";
   FILE* pipe = popen(command.c_str(), "r");
   if (pipe == nullptr) return "no child";
   std::string out;

@@ -8,6 +8,7 @@
 #include "core/autograd.h"
 #include "core/backend.h"
 #include "core/random.h"
+#include "ops/gemm_types.h"
 #include "ops/launch.h"
 
 namespace weft {
@@ -37,11 +38,6 @@ double worst(const Tensor& got, const Tensor& want) {
   return most;
 }
 
-template <class T>
-constexpr DType kDType = std::is_same_v<T, double>  ? DType::f64
-                         : std::is_same_v<T, float> ? DType::f32
-                                                    : DType::bf16;
-
 /// Sums of 24 products of numbers below 1 in two orders; one rounding of the result in bf16.
 template <class T>
 constexpr double kTolerance = std::is_same_v<T, double>  ? 1e-13
@@ -51,8 +47,9 @@ constexpr double kTolerance = std::is_same_v<T, double>  ? 1e-13
 template <class T>
 void check_layouts() {
   constexpr int64_t m = 16, n = 40, k = 24, batch = 3;
-  const Tensor a = random_matrix({batch, m, k}, kDType<T>, "a"), b = random_matrix({batch, k, n}, kDType<T>, "b"),
-               c = random_matrix({batch, m, n}, kDType<T>, "c");
+  const Tensor a = random_matrix({batch, m, k}, kGemmDType<T>, "a"),
+               b = random_matrix({batch, k, n}, kGemmDType<T>, "b"),
+               c = random_matrix({batch, m, n}, kGemmDType<T>, "c");
   const Tensor a_t = a.transpose(1, 2).contiguous(), b_t = b.transpose(1, 2).contiguous();
   for (const bool trans_a : {false, true}) {
     for (const bool trans_b : {false, true}) {
@@ -70,7 +67,7 @@ void check_layouts() {
           return out.to(Device::cpu());
         };
         EXPECT_LE(worst(run(Device::cuda()), run(Device::cpu())), kTolerance<T>)
-            << kDType<T> << ", transposed " << trans_a << trans_b << ", beta " << beta;
+            << kGemmDType<T> << ", transposed " << trans_a << trans_b << ", beta " << beta;
       }
     }
   }

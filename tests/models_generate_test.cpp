@@ -29,7 +29,8 @@ TEST(Sampling, FrequenciesFollowTheSoftmaxAtTheTemperature) {
   const std::vector<double> logits = {std::log(1.0), std::log(2.0), std::log(4.0)};
   std::map<int32_t, int> counts;
   constexpr int kDraws = 20000;
-  for (uint64_t position = 0; position < kDraws; ++position) ++counts[sample(logits, {.temperature = 0.5, .seed = 3}, position)];
+  for (uint64_t position = 0; position < kDraws; ++position)
+    ++counts[sample(logits, {.temperature = 0.5, .seed = 3}, position)];
   // At temperature 1/2 the weights are squared: 1, 4, 16 of 21. Five standard deviations of a count are below 0.02.
   for (int id = 0; id < 3; ++id) EXPECT_NEAR(counts[id] / double(kDraws), std::pow(4.0, id) / 21, 0.02) << id;
 }
@@ -72,7 +73,8 @@ TEST(Generation, GreedyWithTheCacheIsGreedyOverWholeSequences) {
 TEST(Generation, GoesOnBeyondTheContext) {
   const Gpt gpt = make_gpt();
   EXPECT_EQ(generate(gpt, {1, 2, 3}, 40, {.seed = 2}).size(), 40u);
-  EXPECT_EQ(generate(gpt, std::vector<int32_t>(30, 5), 3, {.seed = 2}).size(), 3u) << "a prompt longer than the context";
+  EXPECT_EQ(generate(gpt, std::vector<int32_t>(30, 5), 3, {.seed = 2}).size(), 3u)
+      << "a prompt longer than the context";
 }
 
 TEST(Generation, StreamsEachTokenAndStopsWhenTold) {

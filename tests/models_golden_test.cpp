@@ -12,7 +12,8 @@ namespace {
 TEST(GoldenTrajectory, LogitsAndLossAreThoseOfPyTorchWithin1e5) {
   Golden golden;
   // PyTorch's own f32 run is 5e-7 away from the f64 values that are stored.
-  EXPECT_LE(worst(golden.gpt.logits(golden.inputs).to_vector<double>(), golden.file.load("logits").to_vector<double>()), 1e-5);
+  EXPECT_LE(worst(golden.gpt.logits(golden.inputs).to_vector<double>(), golden.file.load("logits").to_vector<double>()),
+            1e-5);
   EXPECT_NEAR(golden.gpt.loss(golden.inputs, golden.targets).item(), golden.loss[0], 1e-5);
 }
 
@@ -31,11 +32,13 @@ TEST(GoldenTrajectory, TenAdamWStepsFollowPyTorch) {
   Golden golden;
   for (int i = 0; i < kSteps; ++i) {
     EXPECT_NEAR(golden.step(i), golden.loss[static_cast<size_t>(i)], 1e-5) << "step " << i;
-    EXPECT_NEAR(golden.last_norm, golden.norm[static_cast<size_t>(i)], 1e-4 * golden.norm[static_cast<size_t>(i)]) << "step " << i;
+    EXPECT_NEAR(golden.last_norm, golden.norm[static_cast<size_t>(i)], 1e-4 * golden.norm[static_cast<size_t>(i)])
+        << "step " << i;
   }
   EXPECT_NEAR(golden.gpt.loss(golden.inputs, golden.targets).item(), golden.loss[kSteps], 1e-5);
   for (const Parameter& parameter : golden.gpt.parameters()) {
-    std::vector<double> got = parameter.tensor.to_vector<double>(), want = golden.file.load("final." + parameter.name).to_vector<double>();
+    std::vector<double> got = parameter.tensor.to_vector<double>(),
+                        want = golden.file.load("final." + parameter.name).to_vector<double>();
     if (parameter.name.ends_with("qkv.bias")) {
       // Softmax does not see the key bias: its gradient is rounding noise, which Adam scales up. Not compared.
       const auto third = static_cast<std::ptrdiff_t>(got.size() / 3);
@@ -57,13 +60,16 @@ TEST(GoldenTrajectory, AWrongDecayRuleWouldBeNoticed) {
     wrong.step(golden.lr[static_cast<size_t>(i)]);
     golden.adam->zero_grad();
   }
-  EXPECT_GT(worst(golden.gpt.parameters()[0].tensor.to_vector<double>(), golden.file.load("final.wte.weight").to_vector<double>()), 1e-5);
+  EXPECT_GT(worst(golden.gpt.parameters()[0].tensor.to_vector<double>(),
+                  golden.file.load("final.wte.weight").to_vector<double>()),
+            1e-5);
 }
 
 TEST(GoldenTrajectory, SavedAndReloadedTheNextTenLossesAreBitEqual) {
   Golden straight;
   for (int i = 0; i < kSteps; ++i) straight.step(i);
-  const std::string model = ::testing::TempDir() + "golden_model.safetensors", state = ::testing::TempDir() + "golden_state.safetensors";
+  const std::string model = ::testing::TempDir() + "golden_model.safetensors",
+                    state = ::testing::TempDir() + "golden_state.safetensors";
   save_safetensors(model, straight.gpt.named_tensors());
   save_safetensors(state, straight.adam->state());
   Golden again;

@@ -38,7 +38,8 @@ std::vector<std::vector<double>> gradients_of(const Gpt& gpt) {
 TEST(Gpt, ParameterCountFollowsTheFormula) {
   EXPECT_EQ(Gpt(tiny(), Device::cpu()).parameter_count(), tiny().parameter_count());
   // GPT-2's smallest model is known to have 124,439,808.
-  EXPECT_EQ((GptConfig{.layers = 12, .heads = 12, .width = 768, .context = 1024, .vocab = 50257}.parameter_count()), 124439808);
+  EXPECT_EQ((GptConfig{.layers = 12, .heads = 12, .width = 768, .context = 1024, .vocab = 50257}.parameter_count()),
+            124439808);
 }
 
 TEST(Gpt, InitialWeightsDependOnSeedAndNameAlone) {
@@ -77,7 +78,8 @@ TEST(Gpt, ALaterTokenDoesNotChangeAnEarlierLogit) {
   const Tensor ids = random_ids({1, 8}, 23, "in");
   std::vector<int32_t> changed = ids.to_vector<int32_t>();
   changed[5] = (changed[5] + 1) % 23;
-  const std::vector<double> a = gpt.logits(ids).to_vector<double>(), b = gpt.logits(Tensor::from(changed, {1, 8})).to_vector<double>();
+  const std::vector<double> a = gpt.logits(ids).to_vector<double>(),
+                            b = gpt.logits(Tensor::from(changed, {1, 8})).to_vector<double>();
   for (size_t i = 0; i < 5 * 23; ++i) EXPECT_EQ(a[i], b[i]) << "position " << i / 23;
   EXPECT_NE(a.back(), b.back());
 }
@@ -148,14 +150,16 @@ TEST(Gpt, AccumulationOverRaggedMicroBatchesEqualsTheFullBatch) {
   loss.backward();
   double sum = 0;
   for (const auto& [first, count] : {std::pair{0, 1}, {1, 3}, {4, 2}}) {
-    const Tensor part = parts.loss(ids.narrow(0, first, count).contiguous(), all.narrow(0, first, count).contiguous(), {.valid_tokens = double(valid)});
+    const Tensor part = parts.loss(ids.narrow(0, first, count).contiguous(), all.narrow(0, first, count).contiguous(),
+                                   {.valid_tokens = double(valid)});
     part.backward();
     sum += part.item();
   }
   EXPECT_NEAR(sum, loss.item(), 1e-12);
   const auto a = gradients_of(full), b = gradients_of(parts);
   for (size_t p = 0; p < a.size(); ++p) {
-    for (size_t i = 0; i < a[p].size(); ++i) ASSERT_NEAR(a[p][i], b[p][i], 1e-12) << full.parameters()[p].name << " " << i;
+    for (size_t i = 0; i < a[p].size(); ++i)
+      ASSERT_NEAR(a[p][i], b[p][i], 1e-12) << full.parameters()[p].name << " " << i;
   }
 }
 

@@ -29,11 +29,11 @@ struct OpCase {
   std::function<Tensors(const Tensors&)> composed;  ///< the same from basic ops, called with f64 tensors
   double tolerance_f32 = 1e-5;                      ///< on |got - want| / (1 + |want|), elementwise
   double tolerance_bf16 = 2e-2;
-  const char* reason = "";      ///< why these tolerances
-  bool differentiable = true;   ///< whether the op has a backward rule
-  bool benchmark = false;       ///< a large case: only the benchmark driver runs it
-  double flops = 0;             ///< of one forward call, for the benchmark
-  double bytes = 0;             ///< read and written by one forward call in f32, if memory traffic is its measure
+  const char* reason = "";     ///< why these tolerances
+  bool differentiable = true;  ///< whether the op has a backward rule
+  bool benchmark = false;      ///< a large case: only the benchmark driver runs it
+  double flops = 0;            ///< of one forward call, for the benchmark
+  double bytes = 0;            ///< read and written by one forward call in f32, if memory traffic is its measure
 };
 
 /// Cases by family; each is defined in its own file, tests/op_cases_<family>.cpp.

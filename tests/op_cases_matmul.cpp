@@ -19,16 +19,29 @@ Tensors compose_linear(const Tensors& in) {
   return {in[0].rank() == 1 ? y.squeeze(0) : y};
 }
 
-constexpr const char* kReason = "a sum of K products of numbers below 2 in f32: K * 4 * 2^-24; one rounding of inputs and result in bf16";
+constexpr const char* kReason =
+    "a sum of K products of numbers below 2 in f32: K * 4 * 2^-24; one rounding of inputs and result in bf16";
 
 OpCase matmul_case(const char* name, const Shape& a, const Shape& b) {
-  return {.op = "matmul", .name = name, .arguments = {{a}, {b}}, .run = run_matmul, .composed = compose_matmul, .tolerance_f32 = 2e-5, .reason = kReason};
+  return {.op = "matmul",
+          .name = name,
+          .arguments = {{a}, {b}},
+          .run = run_matmul,
+          .composed = compose_matmul,
+          .tolerance_f32 = 2e-5,
+          .reason = kReason};
 }
 
 OpCase linear_case(const char* name, const Shape& x, int64_t out, bool bias) {
   std::vector<Argument> arguments = {{x}, {{out, x.back()}}};
   if (bias) arguments.push_back({{out}});
-  return {.op = "linear", .name = name, .arguments = arguments, .run = run_linear, .composed = compose_linear, .tolerance_f32 = 2e-5, .reason = kReason};
+  return {.op = "linear",
+          .name = name,
+          .arguments = arguments,
+          .run = run_linear,
+          .composed = compose_linear,
+          .tolerance_f32 = 2e-5,
+          .reason = kReason};
 }
 
 }  // namespace

@@ -19,9 +19,9 @@
 namespace weft {
 namespace {
 
-using testing::Values;
 using testing::distance;
 using testing::random;
+using testing::Values;
 
 std::string bytes_of(const Tensor& x) {
   return {static_cast<const char*>(x.raw()), static_cast<size_t>(x.numel() * size_of(x.dtype()))};

@@ -17,9 +17,9 @@
 namespace weft {
 namespace {
 
-using testing::Values;
 using testing::leaf;
 using testing::same_bits;
+using testing::Values;
 
 Tensor random(const Shape& shape, DType dtype, const char* name) {
   const Tensor values = Tensor::empty(shape, DType::f64);

@@ -18,11 +18,11 @@
 namespace weft {
 namespace {
 
-using testing::Values;
 using testing::distance;
 using testing::leaf;
 using testing::random;
 using testing::same_bits;
+using testing::Values;
 
 /// Classes in [0, classes); every `every`-th row is ignored.
 Tensor some_targets(int64_t rows, int64_t classes, int64_t every = 5, int64_t ignored = -100) {

@@ -16,11 +16,11 @@
 namespace weft {
 namespace {
 
-using testing::Values;
 using testing::distance;
 using testing::leaf;
 using testing::random;
 using testing::same_bits;
+using testing::Values;
 
 struct Reference {
   Values y, dx, dweight, dbias;

@@ -65,10 +65,12 @@ const std::vector<int64_t> kSizes = {1, 0, 3, 4, 5, 1021, 4095, 4096, 4097, 8192
 
 /// Every size and role in these dtypes, and so many small tensors that they do not fit into one launch.
 Twins make_twins(const std::vector<DType>& dtypes) {
-  constexpr ParameterRole kRoles[] = {ParameterRole::weight, ParameterRole::embedding, ParameterRole::bias, ParameterRole::norm};
+  constexpr ParameterRole kRoles[] = {ParameterRole::weight, ParameterRole::embedding, ParameterRole::bias,
+                                      ParameterRole::norm};
   Twins twins;
   for (const DType dtype : dtypes) {
-    for (size_t i = 0; i < kSizes.size(); ++i) twins.add(concat(dtype, ' ', kSizes[i]), kSizes[i], dtype, kRoles[i % 4]);
+    for (size_t i = 0; i < kSizes.size(); ++i)
+      twins.add(concat(dtype, ' ', kSizes[i]), kSizes[i], dtype, kRoles[i % 4]);
     for (int i = 0; i < 64; ++i) twins.add(concat(dtype, " small ", i), 1 + i % 7, dtype, kRoles[i % 8 == 7 ? 2 : 0]);
   }
   return twins;
@@ -80,7 +82,8 @@ std::string differences(const Optimizer& a, const Optimizer& b) {
   const auto compare = [&](const std::string& name, const Tensor& x, const Tensor& y) {
     if (bytes_of(x) != bytes_of(y)) names += name + "; ";
   };
-  for (size_t i = 0; i < a.parameters().size(); ++i) compare(a.parameters()[i].name, a.parameters()[i].tensor, b.parameters()[i].tensor);
+  for (size_t i = 0; i < a.parameters().size(); ++i)
+    compare(a.parameters()[i].name, a.parameters()[i].tensor, b.parameters()[i].tensor);
   const NamedTensors x = a.state(), y = b.state();
   EXPECT_EQ(x.size(), y.size());
   for (size_t i = 0; i < x.size(); ++i) compare(x[i].first, x[i].second, y[i].second);
@@ -158,7 +161,8 @@ TEST_F(CudaOptimizer, AdamFollowsAParameterThatSomeoneElseChanges) {
     for (int step = 0; step < 3; ++step) {
       twins.set_gradients(step, 0.1);
       if (step == 1) {
-        for (const Parameters* each : {&twins.cpu, &twins.cuda}) each->front().tensor.detach().slice(0, 10, 4200, 3).fill_(0.7);
+        for (const Parameters* each : {&twins.cpu, &twins.cuda})
+          each->front().tensor.detach().slice(0, 10, 4200, 3).fill_(0.7);
       }
       cpu.step(0.01);
       cuda.step(0.01);
@@ -214,7 +218,8 @@ TEST_F(CudaOptimizer, ClippingAndTheTrustRatioAreTheCpusUpToTheOrderOfTheirSums)
     }
     EXPECT_EQ(clipped, 2);
     EXPECT_LE(largest_distance(cuda, cpu, false), 4 * (0.06 * 1e-7 + 6e-8)) << trust_ratio;
-    EXPECT_LE(largest_distance(cuda, cpu, true), 4 * 0.06 * 1e-7) << "an f64 tensor shares the clip factor: " << trust_ratio;
+    EXPECT_LE(largest_distance(cuda, cpu, true), 4 * 0.06 * 1e-7)
+        << "an f64 tensor shares the clip factor: " << trust_ratio;
     EXPECT_EQ(differences(cuda, twice), "") << "two runs gave different bits";
     for (const Parameter& parameter : twins.cuda) {
       if (parameter.tensor.dtype() != DType::bf16 && parameter.tensor.dtype() != DType::f16) continue;
@@ -228,7 +233,8 @@ TEST_F(CudaOptimizer, ClippingAndTheTrustRatioAreTheCpusUpToTheOrderOfTheirSums)
 }
 
 TEST_F(CudaOptimizer, TheRatioIsOneForZeroWeightsAndZeroUpdates) {
-  Tensor zero = Tensor::zeros({4, 4}, DType::f32, Device::cuda()), still = Tensor::ones({4, 4}, DType::f32, Device::cuda());
+  Tensor zero = Tensor::zeros({4, 4}, DType::f32, Device::cuda()),
+         still = Tensor::ones({4, 4}, DType::f32, Device::cuda());
   zero.requires_grad_().set_grad(Tensor::ones({4, 4}, DType::f32, Device::cuda()));
   still.requires_grad_().set_grad(Tensor::zeros({4, 4}, DType::f32, Device::cuda()));
   lamb({{"zero", zero}, {"still", still}}, {})->step(0.01);
@@ -250,7 +256,8 @@ TEST_F(CudaOptimizer, ADryStepCountsTheMemoryOfARealOne) {
   const auto run = [] {
     const int64_t before = allocator(Device::cuda()).statistics().total.current;
     allocator(Device::cuda()).reset_peak();
-    Tensor w = Tensor::zeros({70, 100}, DType::bf16, Device::cuda()), b = Tensor::zeros({100}, DType::f32, Device::cuda());
+    Tensor w = Tensor::zeros({70, 100}, DType::bf16, Device::cuda()),
+           b = Tensor::zeros({100}, DType::f32, Device::cuda());
     w.requires_grad_().set_grad(Tensor::zeros_like(w));
     b.requires_grad_().set_grad(Tensor::zeros_like(b));
     Adam adam({{"w", w}, {"b", b, ParameterRole::bias}}, {.clip_norm = 1, .trust_ratio = true});
@@ -274,10 +281,12 @@ TEST_F(CudaOptimizer, AGradientThatIsNotFiniteStopsTheStepAndIsNamed) {
       twins.cuda[1].tensor.grad().slice(0, 8765, 8766).fill_(bad);
       twins.cuda[2].tensor.grad().slice(0, 1, 2).fill_(bad);
       EXPECT_ERROR(ErrorKind::kValue,
-                   concat("[grad_norm] the gradient of \"h.1.weight\" (", dtype, " [9001]) is ", bad, " at element 8,765; the step was not taken"),
+                   concat("[grad_norm] the gradient of \"h.1.weight\" (", dtype, " [9001]) is ", bad,
+                          " at element 8,765; the step was not taken"),
                    adam.step(0.1));
       EXPECT_EQ(differences(adam, untouched), "");
-      for (size_t i = 0; i < twins.cpu.size(); ++i) EXPECT_EQ(bytes_of(twins.cuda[i].tensor), bytes_of(twins.cpu[i].tensor));
+      for (size_t i = 0; i < twins.cpu.size(); ++i)
+        EXPECT_EQ(bytes_of(twins.cuda[i].tensor), bytes_of(twins.cpu[i].tensor));
       EXPECT_EQ(adam.steps(), 0);
     }
   }
@@ -286,7 +295,8 @@ TEST_F(CudaOptimizer, AGradientThatIsNotFiniteStopsTheStepAndIsNamed) {
 TEST_F(CudaOptimizer, ParametersOnTwoDevicesAreAnError) {
   Tensor a = Tensor::ones({2}), b = Tensor::ones({2}, DType::f32, Device::cuda());
   a.requires_grad_(), b.requires_grad_();
-  EXPECT_ERROR(ErrorKind::kDevice, "[adam] all parameters must be on one device: \"a\" is on cpu, \"b\" on cuda:0", Adam({{"a", a}, {"b", b}}, {}));
+  EXPECT_ERROR(ErrorKind::kDevice, "[adam] all parameters must be on one device: \"a\" is on cpu, \"b\" on cuda:0",
+               Adam({{"a", a}, {"b", b}}, {}));
   EXPECT_ERROR(ErrorKind::kDevice, "[grad_norm] all parameters must be on one device", grad_norm({{"a", a}, {"b", b}}));
 }
 
@@ -296,7 +306,8 @@ double plain_norm(const Parameters& parameters) {
   long double total = 0;
   for (const Parameter& parameter : parameters) {
     if (!parameter.tensor.grad().defined()) continue;
-    for (const double g : parameter.tensor.grad().to_vector<double>()) total += static_cast<long double>(g) * static_cast<long double>(g);
+    for (const double g : parameter.tensor.grad().to_vector<double>())
+      total += static_cast<long double>(g) * static_cast<long double>(g);
   }
   return static_cast<double>(std::sqrt(total));
 }
@@ -345,7 +356,9 @@ TEST_F(CudaOptimizer, GradNormOfValuesWhoseSquaresOverflowOrUnderflowF32) {
   }
   Tensor x = Tensor::zeros({1}, DType::f64, Device::cuda());
   x.requires_grad_().set_grad(Tensor::full({1}, 1e200, DType::f64, Device::cuda()));
-  EXPECT_ERROR(ErrorKind::kValue, "[grad_norm] the squares of the gradient of \"x\" (f64 [1]) do not add up to a finite number", grad_norm({{"x", x}}));
+  EXPECT_ERROR(ErrorKind::kValue,
+               "[grad_norm] the squares of the gradient of \"x\" (f64 [1]) do not add up to a finite number",
+               grad_norm({{"x", x}}));
 }
 
 TEST_F(CudaOptimizer, GradNormReadsGradientsInAnyLayout) {
@@ -372,12 +385,14 @@ TEST_F(CudaOptimizer, ClipGradNormScalesEachElementByTheFactorRoundedOnce) {
   for (size_t i = 0; i < before.size(); ++i) {
     dispatch_float(before[i].dtype(), "test", [&]<class T>() {
       T* x = before[i].data<T>();
-      for (int64_t k = 0; k < before[i].numel(); ++k) x[k] = T(static_cast<Accumulate<T>>(x[k]) * static_cast<Accumulate<T>>(factor));
+      for (int64_t k = 0; k < before[i].numel(); ++k)
+        x[k] = T(static_cast<Accumulate<T>>(x[k]) * static_cast<Accumulate<T>>(factor));
     });
     EXPECT_EQ(bytes_of(twins.cuda[i].tensor.grad()), bytes_of(before[i])) << twins.cuda[i].name;
   }
   for (size_t i = 0; i < buffers.size(); ++i) {
-    const Values whole = buffers[i].to_vector<double>(), was = random(5003, kDTypes[i], "buffer", 1).to_vector<double>();
+    const Values whole = buffers[i].to_vector<double>(),
+                 was = random(5003, kDTypes[i], "buffer", 1).to_vector<double>();
     EXPECT_EQ(whole.front(), was.front());
     EXPECT_EQ(whole.back(), was.back());
   }

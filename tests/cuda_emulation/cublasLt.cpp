@@ -222,9 +222,9 @@ cublasStatus_t check(const Desc& desc, const Layout& a, const Layout& b, const L
   const uint64_t m = flip_a ? a.columns : a.rows, k = flip_a ? a.rows : a.columns;
   const uint64_t n = flip_b ? b.rows : b.columns, k_of_b = flip_b ? b.columns : b.rows;
   if (k != k_of_b || d.rows != m || d.columns != n || c.rows != m || c.columns != n) return CUBLAS_STATUS_INVALID_VALUE;
-  const bool known_mode = desc.pointer_mode == CUBLASLT_POINTER_MODE_HOST || desc.pointer_mode == CUBLASLT_POINTER_MODE_DEVICE;
-  if (!known_mode || !types_fit(desc, a, b, c, d))
-    return CUBLAS_STATUS_NOT_SUPPORTED;
+  const bool known_mode =
+      desc.pointer_mode == CUBLASLT_POINTER_MODE_HOST || desc.pointer_mode == CUBLASLT_POINTER_MODE_DEVICE;
+  if (!known_mode || !types_fit(desc, a, b, c, d)) return CUBLAS_STATUS_NOT_SUPPORTED;
   if (is_fp8(a.type) && !fp8_fits(desc, a, b, d)) return CUBLAS_STATUS_NOT_SUPPORTED;
   if (!is_fp8(a.type) && (desc.scale_a != nullptr || desc.scale_b != nullptr)) return CUBLAS_STATUS_INVALID_VALUE;
   if (!is_fp8(d.type) && (desc.scale_d != nullptr || desc.largest_d != nullptr)) return CUBLAS_STATUS_INVALID_VALUE;
