@@ -12,6 +12,7 @@ int run_eval(std::span<const std::string> args);
 int run_tokenize(std::span<const std::string> args);
 int run_data(std::span<const std::string> args);
 int run_checkpoint(std::span<const std::string> args);
+int run_plan(std::span<const std::string> args);
 int run_bench(std::span<const std::string> args);
 int run_doctor(std::span<const std::string> args);
 

@@ -20,6 +20,7 @@ constexpr Command kCommands[] = {
     {"tokenize", "trains a tokenizer, encodes and decodes text", run_tokenize},
     {"data", "prepares and inspects token files", run_data},
     {"checkpoint", "lists, verifies and shows checkpoints", run_checkpoint},
+    {"plan", "tells what a distributed run would do, before it runs", run_plan},
     {"bench", "measures the speed of operations and models on this machine", run_bench},
     {"doctor", "tells what this machine and this build can do", run_doctor},
 };
