@@ -15,6 +15,7 @@ namespace {
 thread_local bool recording = true;
 thread_local RecordObserver::See* observer = nullptr;
 thread_local SavedTensorHooks* saved_tensor_hooks = nullptr;
+thread_local DeferredGradients* deferred_gradients = nullptr;
 std::atomic<uint64_t> next_sequence = 0;
 
 /// Leaves come first among nodes that are ready, so that their hooks run as early as they can.
@@ -168,21 +169,65 @@ void BackwardContext::set(int i, Tensor gradient) { results_.at(static_cast<size
 
 const char* BackwardContext::op() const { return node_->op; }
 
-std::optional<BackwardContext::Sink> BackwardContext::sink(int i) {
-  const Edge& edge = node_->edges.at(static_cast<size_t>(i));
-  if (!leaf_gradients_ || recording || edge.node == nullptr || !edge.node->leaf.defined()) return std::nullopt;
-  Meta& meta = *edge.node->leaf.autograd_meta();
+/// Where the gradient of a leaf can be written in place, or nothing.
+static std::optional<BackwardContext::Sink> sink_of(const Tensor& leaf, const char* op) {
+  Meta& meta = *leaf.autograd_meta();
   if (!meta.hooks.empty()) return std::nullopt;
   if (meta.grad.defined()) {
     if (!meta.grad.is_contiguous()) return std::nullopt;
-    meta.grad.storage()->bump(node_->op);
-    sunk_.at(static_cast<size_t>(i)) = true;
-    return Sink{meta.grad, true};
+    meta.grad.storage()->bump(op);
+    return BackwardContext::Sink{meta.grad, true};
   }
-  sunk_.at(static_cast<size_t>(i)) = true;
   const MemoryScope scope(MemoryCategory::gradients);
-  meta.grad = Tensor::empty_like(edge.node->leaf);
-  return Sink{meta.grad, false};
+  meta.grad = Tensor::empty_like(leaf);
+  return BackwardContext::Sink{meta.grad, false};
+}
+
+std::optional<BackwardContext::Sink> BackwardContext::sink(int i) {
+  const Edge& edge = node_->edges.at(static_cast<size_t>(i));
+  if (!leaf_gradients_ || recording || edge.node == nullptr || !edge.node->leaf.defined()) return std::nullopt;
+  const auto sink = sink_of(edge.node->leaf, node_->op);
+  if (sink) sunk_.at(static_cast<size_t>(i)) = true;
+  return sink;
+}
+
+void BackwardContext::compute(int i, std::function<Tensor(const std::optional<Sink>&)> compute) {
+  const Edge& edge = node_->edges.at(static_cast<size_t>(i));
+  if (DeferredGradients* later = DeferredGradients::current(); later != nullptr && leaf_gradients_ && !recording &&
+                                                               edge.node != nullptr && edge.node->leaf.defined() &&
+                                                               edge.node->leaf.autograd_meta()->hooks.empty()) {
+    later->waiting_.push_back({edge.node->leaf, node_->op, std::move(compute)});
+    return;
+  }
+  const auto into = sink(i);
+  Tensor gradient = compute(into);
+  if (!into) set(i, std::move(gradient));
+}
+
+DeferredGradients::Scope::Scope(DeferredGradients& into) : previous_(deferred_gradients) { deferred_gradients = &into; }
+DeferredGradients::Scope::~Scope() { deferred_gradients = previous_; }
+DeferredGradients* DeferredGradients::current() { return deferred_gradients; }
+
+bool DeferredGradients::waits_for(const Tensor& leaf) const {
+  return std::any_of(waiting_.begin(), waiting_.end(),
+                     [&](const Waiting& waiting) { return waiting.leaf.is_same(leaf); });
+}
+
+void DeferredGradients::run() {
+  const GradMode mode(false);
+  std::vector<Waiting> all = std::exchange(waiting_, {});
+  for (size_t i = 0; i < all.size(); ++i) {
+    const Waiting now = std::move(all[i]);
+    Meta& meta = *now.leaf.autograd_meta();
+    const auto into = sink_of(now.leaf, now.op);
+    const Tensor gradient = now.compute(into);
+    if (!into) accumulate(meta.grad, gradient, now.leaf.shape(), now.leaf.dtype(), now.leaf.device(), now.op);
+    const bool more = std::any_of(all.begin() + static_cast<int64_t>(i) + 1, all.end(),
+                                  [&](const Waiting& waiting) { return waiting.leaf.is_same(now.leaf); });
+    if (more) continue;
+    const auto hooks = meta.grad_ready_hooks;
+    for (const auto& hook : hooks) hook(now.leaf);
+  }
 }
 
 void accumulate(Tensor& sum, Tensor gradient, const Shape& shape, DType dtype, Device device, const char* op) {
@@ -429,6 +474,8 @@ class Engine {
         accumulate(meta.grad, gradient, leaf.shape(), leaf.dtype(), leaf.device(), "backward");
       }
     }
+    // Another part of it comes later.
+    if (deferred_gradients != nullptr && deferred_gradients->waits_for(leaf)) return;
     const auto hooks = meta.grad_ready_hooks;
     for (const auto& hook : hooks) hook(leaf);
   }

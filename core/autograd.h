@@ -2,6 +2,7 @@
 #include <functional>
 #include <initializer_list>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "core/tensor.h"
@@ -57,6 +58,9 @@ class BackwardContext {
     bool accumulate = false;
   };
   std::optional<Sink> sink(int i);
+  /// The gradient of input i, by `compute`: written into the sink that it is given, or its answer where there is none.
+  /// At once, or, of a leaf while gradients are deferred (DeferredGradients), later.
+  void compute(int i, std::function<Tensor(const std::optional<Sink>&)> compute);
   const char* op() const;
 
  private:
@@ -137,6 +141,40 @@ class SavedTensorHooks {
  private:
   Pack pack_;
   SavedTensorHooks* previous_;
+};
+
+/// Gradients of leaves that are computed later than the rest of their backward pass: those of weights, for which nobody
+/// waits, while the gradients of a stage's inputs are on their way (Qi et al. 2023). Of a leaf that gets other
+/// gradients too, those come first.
+class DeferredGradients {
+ public:
+  /// While it lives, what backward passes of this thread hand to BackwardContext::compute() for leaves is put off.
+  class Scope {
+   public:
+    explicit Scope(DeferredGradients& into);
+    ~Scope();
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+
+   private:
+    DeferredGradients* previous_;
+  };
+
+  /// Computes all of them in the order in which they were put off, and tells leaves that their gradients are ready.
+  void run();
+  bool empty() const { return waiting_.empty(); }
+
+ private:
+  friend class BackwardContext;
+  friend class Engine;
+  struct Waiting {
+    Tensor leaf;
+    const char* op;
+    std::function<Tensor(const std::optional<BackwardContext::Sink>&)> compute;
+  };
+  static DeferredGradients* current();
+  bool waits_for(const Tensor& leaf) const;
+  std::vector<Waiting> waiting_;
 };
 
 /// While it lives, every function that this thread records is shown to `see` when its outputs are there: what looks for

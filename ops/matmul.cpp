@@ -147,10 +147,11 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
       context.set(0, dx);
     }
     if (context.needs(1)) {
-      const auto sink = context.sink(1);
-      Tensor dw = sink ? sink->tensor : Tensor::empty({out_features, in}, x.dtype(), x.device());
-      product(gradient.transpose(0, 1), x.reshape({rows, in}), dw, sink && sink->accumulate);
-      if (!sink) context.set(1, dw);
+      context.compute(1, [=](const std::optional<BackwardContext::Sink>& sink) {
+        const Tensor dw = sink ? sink->tensor : Tensor::empty({out_features, in}, x.dtype(), x.device());
+        product(gradient.transpose(0, 1), x.reshape({rows, in}), dw, sink && sink->accumulate);
+        return dw;
+      });
     }
     if (!context.needs(2)) return;
     if (size_of(x.dtype()) == 2) {
