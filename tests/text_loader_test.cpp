@@ -45,6 +45,34 @@ Ids starts(Loader& loader, int64_t samples) {
   return result;
 }
 
+TEST(Loader, RanksTakeRangesOfEveryRoundWhereTheyTakeConsecutiveBatches) {
+  for (const int64_t prefetch : {0, 3}) {
+    for (const int64_t ranks : {1, 2, 3}) {
+      for (const int64_t consecutive : {1, 2, 5}) {
+        Loader all(positions(5000), {.batch = 2, .context = 8, .seed = 4, .prefetch = prefetch});
+        std::vector<Loader> own;
+        for (int64_t rank = 0; rank < ranks; ++rank) {
+          own.emplace_back(positions(5000), LoaderOptions{.batch = 2,
+                                                          .context = 8,
+                                                          .seed = 4,
+                                                          .rank = rank,
+                                                          .world_size = ranks,
+                                                          .prefetch = prefetch,
+                                                          .consecutive = consecutive});
+        }
+        for (int round = 0; round < 4; ++round) {
+          if (round == 2) {  // a resumed run
+            const int64_t position = own.front().position();
+            EXPECT_EQ(position, all.position());
+            for (Loader& loader : own) loader.seek(position);
+          }
+          for (Loader& loader : own) EXPECT_EQ(starts(loader, 2 * consecutive), starts(all, 2 * consecutive));
+        }
+      }
+    }
+  }
+}
+
 TEST(Loader, TargetsAreTheInputsShiftedByOne) {
   Loader loader(positions(1000), {.batch = 3, .context = 8, .seed = 1});
   for (int i = 0; i < 100; ++i) {
@@ -228,6 +256,7 @@ TEST(Loader, RefusesBadOptions) {
   refused(100, {.batch = 1, .context = 8, .rank = 1});
   refused(100, {.batch = 1, .context = 8, .rank = -1});
   refused(100, {.batch = 1, .context = 8, .world_size = 0});
+  refused(100, {.batch = 1, .context = 8, .consecutive = 0});
   refused(100, {.batch = 1, .context = 8, .world_size = INT64_MAX});
   refused(100, {.batch = 1, .context = 8, .prefetch = -1});
   message_of(ErrorKind::kValue, [] { Loader(std::shared_ptr<const TokenSource>(), {.context = 8}); });

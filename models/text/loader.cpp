@@ -103,6 +103,7 @@ struct Loader::Impl {
     check_batch_size("Loader", options.batch, options.context);
     check_at_least("Loader", "world_size", options.world_size, 1);
     check_at_least("Loader", "prefetch", options.prefetch, 0);
+    check_at_least("Loader", "consecutive", options.consecutive, 1);
     if (options.rank < 0 || options.rank >= options.world_size) {
       fail(ErrorKind::kValue, "Loader", "rank must be in [0, world_size), got rank ", options.rank, " of ",
            options.world_size);
@@ -126,11 +127,16 @@ struct Loader::Impl {
 
   int64_t step() const { return options.batch * options.world_size; }
 
-  Batch make(int64_t first) const {
+  /// This rank's batch when `position` samples have been consumed, and rounds began at `anchor`.
+  Batch make(int64_t position, int64_t anchor) const {
+    const int64_t number = (position - anchor) / step(), round = number / options.consecutive;
+    const int64_t before =
+        (round * options.world_size + options.rank) * options.consecutive + number % options.consecutive;
+    const int64_t first = anchor + before * options.batch;
     Batch batch = empty_batch(options.batch, options.context);
     std::vector<int32_t> window(static_cast<size_t>(options.context) + 1);
     for (int64_t row = 0; row < options.batch; ++row) {
-      fill_row(*source, order.begin(first + options.rank * options.batch + row), row, window, batch);
+      fill_row(*source, order.begin(first + row), row, window, batch);
     }
     batch.valid = options.batch * options.context;
     return batch;
@@ -141,11 +147,11 @@ struct Loader::Impl {
     for (;;) {
       room.wait(lock, [&] { return stop || (!failed && static_cast<int64_t>(ready.size()) < options.prefetch); });
       if (stop) return;
-      const int64_t first = upcoming, started = seeks;
+      const int64_t first = upcoming, from = anchor, started = seeks;
       lock.unlock();
       Item item;
       try {
-        item.batch = make(first);
+        item.batch = make(first, from);
       } catch (...) {
         item.error = std::current_exception();
       }
@@ -179,6 +185,7 @@ struct Loader::Impl {
   const LoaderOptions options;
   const SampleOrder order;
   int64_t position = 0;
+  int64_t anchor = 0;  ///< where the first round began
 
   std::mutex mutex;
   std::condition_variable room, filled;
@@ -200,7 +207,7 @@ Loader& Loader::operator=(Loader&&) noexcept = default;
 Loader::~Loader() = default;
 
 Batch Loader::next() {
-  Batch batch = impl_->options.prefetch > 0 ? impl_->take() : impl_->make(impl_->position);
+  Batch batch = impl_->options.prefetch > 0 ? impl_->take() : impl_->make(impl_->position, impl_->anchor);
   impl_->position += impl_->step();
   return batch;
 }
@@ -215,6 +222,7 @@ void Loader::seek(int64_t position) {
   {
     const std::lock_guard lock(impl_->mutex);
     impl_->position = position;
+    impl_->anchor = position;
     impl_->upcoming = position;
     impl_->ready.clear();
     impl_->failed = false;

@@ -47,14 +47,17 @@ struct LoaderOptions {
   uint64_t seed = 0;       ///< of the order
   int64_t rank = 0;        ///< this process takes rows [rank * batch, (rank + 1) * batch) of each global batch
   int64_t world_size = 1;  ///< processes that share the data
-  int64_t prefetch = 2;    ///< batches prepared ahead on a thread; 0: none and no thread
+  int64_t prefetch = 2;  ///< batches prepared ahead on a thread; 0: none and no thread
+  /// Batches of this rank that follow each other: a round is consecutive * world_size batches, of which rank r takes
+  /// those from r * consecutive on. With as many as the rank's micro-batches of a step, a rank has a range of the step.
+  int64_t consecutive = 1;
 };
 
 /// Endless batches for training in the order of SampleOrder.
 ///
-/// The only state is position(), the number of samples that all ranks together have consumed. A checkpoint keeps it;
-/// after seek(position) the same samples follow, whatever the batch size, the number of ranks and the prefetch depth.
-/// One thread at a time may use a Loader.
+/// The only state is position(), the number of samples that all ranks together have consumed. A checkpoint keeps it, at
+/// the end of a round; after seek(position) a round begins there and the same samples follow, whatever the batch size,
+/// the number of ranks and the prefetch depth. One thread at a time may use a Loader.
 class Loader {
  public:
   /// @throws Error  kValue for an option outside its range or too few tokens.
