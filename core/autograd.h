@@ -127,6 +127,9 @@ std::vector<Tensor> gradients(const std::vector<Tensor>& outputs, const std::vec
 std::vector<Tensor> checkpoint(std::function<std::vector<Tensor>(const std::vector<Tensor>&)> function,
                                const std::vector<Tensor>& inputs);
 
+/// Whether this thread is in the second run of such a function: what a function counts, it has counted in the first.
+bool recomputing();
+
 /// While it lives, tensors that functions of this thread save for their backward pass go through `pack`, which answers
 /// with a function that brings the tensor back. Recomputation and offloading are made of this.
 class SavedTensorHooks {

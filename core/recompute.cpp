@@ -8,6 +8,19 @@
 namespace weft::autograd {
 namespace {
 
+thread_local bool second_run = false;
+
+class SecondRun {
+ public:
+  SecondRun() : previous_(std::exchange(second_run, true)) {}
+  ~SecondRun() { second_run = previous_; }
+  SecondRun(const SecondRun&) = delete;
+  SecondRun& operator=(const SecondRun&) = delete;
+
+ private:
+  bool previous_;
+};
+
 /// A tensor that may have been handed to the saved-tensor hooks of an enclosing checkpoint, which then recomputes it.
 struct Kept {
   Tensor tensor;
@@ -52,6 +65,7 @@ struct Frame {
     std::vector<Tensor> second;
     {
       const GradMode mode(true);
+      const SecondRun run;
       const SavedTensorHooks hooks([&second](const Tensor& tensor) {
         second.push_back(tensor);
         return [] { return Tensor(); };
@@ -88,6 +102,8 @@ struct Frame {
 };
 
 }  // namespace
+
+bool recomputing() { return second_run; }
 
 std::vector<Tensor> checkpoint(std::function<std::vector<Tensor>(const std::vector<Tensor>&)> function,
                                const std::vector<Tensor>& inputs) {

@@ -25,6 +25,7 @@ Context::Context(int i) : index(i) {
          properties.minor, "; the kernels need 8.0 or newer (Ampere)");
   }
   multiprocessors = properties.multiProcessorCount;
+  compute_capability = properties.major * 10 + properties.minor;
   WEFT_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   WEFT_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&fault), sizeof(Fault), cudaHostAllocMapped));
   *fault = Fault{};

@@ -32,6 +32,7 @@ class Context {
     return static_cast<const char*>(constants_) + (as_double ? 0 : 2 * sizeof(double));
   }
   int multiprocessors = 0;
+  int compute_capability = 0;  ///< major * 10 + minor
   static constexpr size_t kWorkspace = size_t{32} << 20;
 
  private:

@@ -15,6 +15,7 @@
 #include "cuda/error.h"
 #include "cuda/strided.h"
 #include "ops/elementwise_kernels.h"
+#include "ops/fp8_kernels.h"
 #include "ops/gemm_types.h"
 
 namespace weft {
@@ -242,7 +243,58 @@ void run(Cuda device, Gemm<TA, TB, TC> g, const GemmBatch& batch) {
                            stream));
 }
 
+cudaDataType_t type_of(Fp8Format format) { return format == Fp8Format::kE4M3 ? CUDA_R_8F_E4M3 : CUDA_R_8F_E5M2; }
+
 }  // namespace
+
+void fp8_check_device(Cuda) {
+  const Context& context = cuda::current_context();
+  constexpr int kLeast = 89;
+  if (context.compute_capability >= kLeast) return;
+  fail(ErrorKind::kDevice, "fp8", "device ", context.index, " has compute capability ", context.compute_capability / 10,
+       '.', context.compute_capability % 10,
+       "; products of 8-bit floats need 8.9 or newer (Ada, Hopper). Hint: precision bf16, whose products it has");
+}
+
+void fp8_gemm(Cuda device, const Fp8Gemm& g) {
+  if (g.m == 0 || g.n == 0) return;
+  Context& context = cuda::current_context();
+  Descriptor product(CUBLAS_COMPUTE_32F, CUDA_R_32F);
+  // Both operands along k, which is the one form that 8-bit products have before compute capability 10.
+  product.set(CUBLASLT_MATMUL_DESC_TRANSA, static_cast<int32_t>(CUBLAS_OP_T));
+  product.set(CUBLASLT_MATMUL_DESC_TRANSB, static_cast<int32_t>(CUBLAS_OP_N));
+  product.set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(&g.b.scale->inverse));
+  product.set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, static_cast<const void*>(&g.a.scale->inverse));
+  const cublasLtEpilogue_t epilogue = g.bias != nullptr ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+  if (g.bias != nullptr) {
+    product.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, static_cast<const void*>(g.bias));
+    product.set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
+  }
+  const Columns first{true, g.k, g.n, g.b.ld}, second{false, g.k, g.m, g.a.ld}, out{false, g.n, g.m, g.n};
+  const Layout a(type_of(g.b.format), first, 1, 0), b(type_of(g.a.format), second, 1, 0), c(CUDA_R_16BF, out, 1, 0);
+  const std::array<uint32_t, 3> alignment = {alignment_of(g.b.data), alignment_of(g.a.data), alignment_of(g.c)};
+  const Key key{type_of(g.a.format),
+                type_of(g.b.format),
+                CUDA_R_16BF,
+                g.m,
+                g.n,
+                g.k,
+                first.ld,
+                second.ld,
+                out.ld,
+                1,
+                first.transposed,
+                second.transposed,
+                context.index,
+                static_cast<int>(epilogue),
+                0,
+                alignment[0] << 18 | alignment[1] << 9 | alignment[2]};
+  const cublasLtMatmulAlgo_t chosen = algorithm(context, key, product, a, b, c, alignment);
+  const float alpha = 1, beta = g.accumulate ? 1.0f : 0.0f;
+  WEFT_BLAS(cublasLtMatmul(context.blas, product.get(), &alpha, g.b.data, a.get(), g.a.data, b.get(), &beta, g.c,
+                           c.get(), g.c, c.get(), &chosen, context.workspace, Context::kWorkspace,
+                           static_cast<cudaStream_t>(device.stream)));
+}
 
 template <class TA, class TB, class TC>
 void gemm(Cuda device, const Gemm<TA, TB, TC>& product) {

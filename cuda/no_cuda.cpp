@@ -6,6 +6,7 @@
 #include "ops/column_sum.h"
 #include "ops/dropout_kernels.h"
 #include "ops/elementwise_kernels.h"
+#include "ops/fp8_kernels.h"
 #include "ops/gemm.h"
 #include "ops/index_kernels.h"
 #include "ops/loss_kernels.h"
@@ -174,6 +175,11 @@ WEFT_GEMM_INSTANCE(uint16_t, uint16_t, uint16_t)
 WEFT_GEMM_INSTANCE(Half, Half, float)
 WEFT_GEMM_INSTANCE(Half, Half, Half)
 #undef WEFT_GEMM_INSTANCE
+
+void fp8_check_device(Cuda) { absent(); }
+void fp8_quantise(Cuda, const Fp8Quantise&) { absent(); }
+void fp8_gemm(Cuda, const Fp8Gemm&) { absent(); }
+void fp8_update(Cuda, const Fp8Update&) { absent(); }
 
 // ---- optimizers ----
 
