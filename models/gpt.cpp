@@ -159,6 +159,24 @@ Gpt::Gpt(const GptConfig& config, Device device, uint64_t seed, DType dtype)
 
 Gpt::~Gpt() = default;
 
+std::shared_ptr<optim::DelayedScaling> Gpt::use_fp8() {
+  const Tensor& table = wte_.weight();
+  if (table.dtype() != DType::bf16) {
+    fail(ErrorKind::kDType, "gpt", "fp8 products are of bf16 weights and activations, got ", table.dtype());
+  }
+  if (config_.width % 16 != 0) {
+    fail(ErrorKind::kValue, "gpt", "fp8 products need a width that is a multiple of 16, got ", config_.width);
+  }
+  std::vector<std::string> names;
+  std::vector<Linear*> linears;
+  visit([&](const std::string& name, Module& module) {
+    if (auto* found = dynamic_cast<Linear*>(&module)) names.push_back(name), linears.push_back(found);
+  });
+  auto scaling = std::make_shared<optim::DelayedScaling>(std::move(names), table.device());
+  for (size_t i = 0; i < linears.size(); ++i) linears[i]->use_fp8(scaling->layer(i));
+  return scaling;
+}
+
 Tensor Gpt::embed(const Tensor& ids, int64_t first_position) const {
   if (ids.rank() != 2 || ids.size(1) < 1 || first_position + ids.size(1) > config_.context) {
     fail(ErrorKind::kShape, "gpt", "ids must be [B, T] with 1 <= T <= context; got ", ids.describe(), " from position ",

@@ -2,6 +2,7 @@
 #include <memory>
 
 #include "models/layers.h"
+#include "optim/delayed_scaling.h"
 
 namespace weft::models {
 
@@ -62,6 +63,11 @@ class Gpt : public Module {
   /// Logits [B, V] of the last of the new positions `ids` [B, n], which follow those in `cache`; adds them to it. No
   /// gradients. @throws Error kShape when the context is full.
   Tensor next_logits(const Tensor& ids, KvCache& cache) const;
+
+  /// From now on the blocks' linear layers (qkv, proj, fc, mlp.proj) multiply in fp8 in training steps; evaluation and
+  /// generation stay as they are. Give the result to the trainer. @throws Error kDType unless the weights are bf16;
+  /// kValue unless the width is a multiple of 16; kDevice on a device without such products.
+  std::shared_ptr<optim::DelayedScaling> use_fp8();
 
   const GptConfig& config() const { return config_; }
 

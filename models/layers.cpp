@@ -1,5 +1,6 @@
 #include "models/layers.h"
 
+#include "core/autograd.h"
 #include "ops/index.h"
 #include "ops/matmul.h"
 
@@ -10,7 +11,10 @@ Linear::Linear(int64_t in, int64_t out, double deviation, const Init& init, bool
   if (bias) bias_ = add("bias", init.constant({out}, 0), ParameterRole::bias);
 }
 
-Tensor Linear::operator()(const Tensor& x) const { return linear(x, weight_, bias_); }
+Tensor Linear::operator()(const Tensor& x) const {
+  if (fp8_ != nullptr && is_training() && autograd::grad_mode()) return linear_fp8(x, weight_, bias_, fp8_);
+  return linear(x, weight_, bias_);
+}
 
 Embedding::Embedding(int64_t count, int64_t width, double deviation, const Init& init)
     : weight_(add("weight", init.normal("weight", {count, width}, deviation), ParameterRole::embedding)) {}

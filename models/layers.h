@@ -1,5 +1,6 @@
 #pragma once
 #include "models/module.h"
+#include "ops/matmul_fp8.h"
 #include "ops/norm.h"
 
 namespace weft::models {
@@ -10,9 +11,12 @@ class Linear : public Module {
   Linear(int64_t in, int64_t out, double deviation, const Init& init, bool bias = true);
   Tensor operator()(const Tensor& x) const;
   const Tensor& weight() const { return weight_; }
+  /// From now on, in training mode and where gradients are recorded, multiplies in fp8 (ops/matmul_fp8.h).
+  void use_fp8(std::shared_ptr<Fp8Layer> layer) { fp8_ = std::move(layer); }
 
  private:
   Tensor weight_, bias_;
+  std::shared_ptr<Fp8Layer> fp8_;
 };
 
 /// Rows of a table [count, width] by id. Starts normal.

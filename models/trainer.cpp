@@ -67,6 +67,7 @@ StepMetrics Trainer::step() {
   settings.valid_tokens = static_cast<double>(metrics.valid);
   // Losses are read when all work of the step is queued: a device that waits for the host between micro-batches idles.
   if (loss_scale_) metrics.loss_scale = loss_scale_->value();
+  if (fp8_) fp8_->begin_step();
   std::vector<Tensor> losses;
   for (const text::Batch& batch : batches) {
     const auto [inputs, targets] = to_tensors(batch, device);
@@ -80,12 +81,14 @@ StepMetrics Trainer::step() {
   if (!DryRun::active()) {
     for (const Tensor& loss : losses) metrics.loss += loss.item();
     if (!std::isfinite(metrics.loss)) explain_loss(metrics.loss, batches, settings);
+    if (fp8_) metrics.fp8 = fp8_->counts();
   }
   watch.lap(metrics.times.backward);
   const optim::StepReport report =
       optimizer_.step(metrics.lr, {.factor = 1 / metrics.loss_scale, .skip_overflow = loss_scale_.has_value()});
   metrics.skipped = report.skipped;
   if (loss_scale_) loss_scale_->update(report.skipped);
+  if (fp8_) fp8_->update();
   optimizer_.zero_grad();
   watch.lap(metrics.times.optimizer);
   metrics.grad_norm = report.grad_norm;

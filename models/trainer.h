@@ -4,6 +4,7 @@
 
 #include "models/gpt.h"
 #include "models/text/loader.h"
+#include "optim/delayed_scaling.h"
 #include "optim/loss_scale.h"
 #include "optim/optimizer.h"
 #include "optim/schedule.h"
@@ -23,10 +24,11 @@ struct StepMetrics {
   double grad_norm = 0;
   double clip_factor = 1;
   double lr = 0;
-  double loss_scale = 1;  ///< by which the loss was multiplied for the backward pass
-  bool skipped = false;   ///< gradients overflowed at that scale: no weight was changed
-  int64_t tokens = 0;     ///< inputs read
-  int64_t valid = 0;      ///< targets that counted
+  double loss_scale = 1;              ///< by which the loss was multiplied for the backward pass
+  bool skipped = false;               ///< gradients overflowed at that scale: no weight was changed
+  int64_t tokens = 0;                 ///< inputs read
+  int64_t valid = 0;                  ///< targets that counted
+  optim::DelayedScaling::Counts fp8;  ///< elements converted to fp8, and those of them that saturated
   StepTimes times;
 };
 
@@ -41,6 +43,10 @@ class Trainer {
   /// From now on losses are scaled: for f16 (optim/loss_scale.h).
   void scale_loss(const optim::LossScale& scale) { loss_scale_ = scale; }
   const std::optional<optim::LossScale>& loss_scale() const { return loss_scale_; }
+
+  /// From now on keeps these scales, which Gpt::use_fp8() made (optim/delayed_scaling.h).
+  void scale_fp8(std::shared_ptr<optim::DelayedScaling> scaling) { fp8_ = std::move(scaling); }
+  const std::shared_ptr<optim::DelayedScaling>& fp8() const { return fp8_; }
 
   /// One step. @throws Error kValue, before any weight changes, if the loss or a gradient is NaN or infinite; it names
   /// the first tensor that has one.
@@ -60,6 +66,7 @@ class Trainer {
   int64_t accumulate_;
   int64_t step_;
   std::optional<optim::LossScale> loss_scale_;
+  std::shared_ptr<optim::DelayedScaling> fp8_;
 };
 
 /// A batch as tensors {inputs, targets}, i32 [B, T].

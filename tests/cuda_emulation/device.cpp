@@ -8,6 +8,7 @@
 
 #include "block.h"
 #include "cuda_runtime.h"
+#include "emulation.h"
 #include "runtime.h"
 
 namespace weft_emulation {
@@ -16,6 +17,10 @@ namespace {
 constexpr int kShared = 48 << 10, kSharedOptIn = 232448, kSharedReserved = 1 << 10, kSharedTotal = 233472;
 constexpr int kThreads = 1024, kThreadsTotal = 2048, kBlocksTotal = 32;
 constexpr dim3 kLargestBlock(1024, 1024, 64), kLargestGrid(0x7fffffff, 65535, 65535);
+
+struct {
+  int major = 9, minor = 0;
+} compute_capability;
 
 struct ErrorText {
   cudaError_t error;
@@ -138,6 +143,8 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = CUDART_VERSION;
   return cudaSuccess;
 }
+void weft_emulation::set_compute_capability(int major, int minor) { compute_capability = {major, minor}; }
+
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return cudaSuccess;
@@ -168,8 +175,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   std::copy(std::begin(block), std::end(block), p.maxThreadsDim);
   std::copy(std::begin(grid), std::end(grid), p.maxGridSize);
   p.totalConstMem = 64 << 10;
-  p.major = 9;
-  p.minor = 0;
+  p.major = compute_capability.major;
+  p.minor = compute_capability.minor;
   p.multiProcessorCount = 4;
   p.canMapHostMemory = p.concurrentKernels = p.unifiedAddressing = 1;
   p.asyncEngineCount = 1;

@@ -17,6 +17,9 @@ void set_seed(uint64_t seed);
 /// The dynamic shared memory of the running block, aligned to 1024 bytes, 0xff when the block begins.
 unsigned char* dynamic_shared();
 
+/// What the device says of itself from now on; 9.0 at the start.
+void set_compute_capability(int major, int minor);
+
 /// Ends the process if a byte just outside one of the live allocations was written; cudaFree does so for its own.
 void check_guards();
 
