@@ -40,18 +40,21 @@ struct Fp8Stats {
 };
 inline constexpr int64_t kFp8StatsWords = sizeof(Fp8Stats) / sizeof(int64_t);
 
+/// Bits of headroom: a tensor may grow by 2^kFp8Margin over its history before it saturates.
+inline constexpr int kFp8Margin = 1;
 /// Scales are kept from 2^-63 to 2^63: the product of two inverses is then a normal f32.
 inline constexpr int kFp8LargestPower = 63;
 
-/// The largest power of two by which `amax` can be multiplied without passing the largest finite value of the format;
-/// `otherwise` where amax is 0 or not finite.
+/// 2^-kFp8Margin of the largest power of two by which `amax` can be multiplied without passing the largest finite value
+/// of the format; `otherwise` where amax is 0 or not finite.
 WEFT_HD inline float fp8_scale_for(float amax, Fp8Format format, float otherwise) {
   const uint32_t bits = std::bit_cast<uint32_t>(amax);
   if (bits == 0 || bits >= 0x7f800000u) return otherwise;
   constexpr uint32_t kLargestFraction = 0x600000;  // of 1.75, the significand of both largest values
   const int largest = format == Fp8Format::kE4M3 ? Float8Format<Float8E4M3>::kLargestExponent
                                                  : Float8Format<Float8E5M2>::kLargestExponent;
-  int power = largest - (static_cast<int>(bits >> 23) - 127) - ((bits & 0x7fffffu) > kLargestFraction ? 1 : 0);
+  int power =
+      largest - (static_cast<int>(bits >> 23) - 127) - kFp8Margin - ((bits & 0x7fffffu) > kLargestFraction ? 1 : 0);
   power = power > kFp8LargestPower ? kFp8LargestPower : power < -kFp8LargestPower ? -kFp8LargestPower : power;
   return std::bit_cast<float>(static_cast<uint32_t>(power + 127) << 23);
 }

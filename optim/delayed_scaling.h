@@ -11,12 +11,12 @@ namespace weft::optim {
 /// Delayed scaling of fp8 tensors (Micikevicius et al. 2022, section 3.2; the recipe of NVIDIA's Transformer Engine).
 /// Each linear layer has three tensors, input, weight and gradient, and for each of them, in step t,
 ///
-///   scale_t = 2^floor(log2(largest / max(amax_{t-16} ... amax_{t-1})))        largest: 448 (e4m3) or 57,344 (e5m2)
+///   scale_t = 2^(floor(log2(largest / max(amax_{t-16} ... amax_{t-1}))) - 1)        largest: 448 (e4m3), 57,344 (e5m2)
 ///
 /// where amax is the largest magnitude that a step saw, over all of its micro-batches. A scale is known before its
 /// tensor is, so that conversion is one pass; a tensor that outgrows its history saturates, which is counted. Scales
-/// are powers of two: they do not round, and leave half a bit of headroom on average, which is the margin there is. In
-/// the first step, which has no history, a tensor is scaled by its own amax.
+/// are powers of two: they do not round. The margin of one bit lets a tensor double before it saturates. In the first
+/// step, which has no history, a tensor is scaled by its own amax.
 class DelayedScaling {
  public:
   static constexpr int64_t kHistory = 16;  ///< steps

@@ -47,10 +47,10 @@ inline const Float8Reference& reference_of(Fp8Format format) {
   return format == Fp8Format::kE4M3 ? kE4M3Reference : kE5M2Reference;
 }
 
-/// The largest power of two, from 2^-63 to 2^63, that keeps amax within the format.
+/// The largest power of two, from 2^-63 to 2^63, that keeps twice amax within the format.
 inline double reference_scale(double amax, Fp8Format format) {
   int power = 63;
-  while (power > -63 && amax * std::ldexp(1.0, power) > reference_of(format).largest()) --power;
+  while (power > -63 && 2 * amax * std::ldexp(1.0, power) > reference_of(format).largest()) --power;
   return std::ldexp(1.0, power);
 }
 
