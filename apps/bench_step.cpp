@@ -8,6 +8,7 @@
 #include "apps/bench.h"
 #include "apps/device_option.h"
 #include "apps/options.h"
+#include "apps/train_options.h"
 #include "core/log.h"
 #include "core/thread_pool.h"
 #include "models/speed_of_light.h"
@@ -40,7 +41,7 @@ const std::vector<StepShape>& shapes() {
 /// Forward, backward, clipping and AdamW over random tokens.
 class StepBench {
  public:
-  StepBench(const StepShape& shape, int64_t accumulate, Device device, DType dtype)
+  StepBench(const StepShape& shape, int64_t accumulate, Device device, DType dtype, bool fp8)
       : shape_(shape),
         accumulate_(accumulate),
         device_(device),
@@ -50,6 +51,7 @@ class StepBench {
         optimizer_(gpt_.parameters(), {.beta2 = 0.95, .weight_decay = 0.1, .clip_norm = 1.0}),
         loader_(random_tokens(shape), {.batch = shape.batch, .context = shape.config.context, .prefetch = 0}),
         trainer_(gpt_, optimizer_, loader_, {.peak = 3e-4, .floor = 3e-5, .warmup = 10, .total = 1000000}, accumulate) {
+    if (fp8) trainer_.scale_fp8(gpt_.use_fp8());
   }
 
   models::StepMetrics step() { return trainer_.step(); }
@@ -118,7 +120,7 @@ void serve(StepBench& bench) {
 
 int bench_step(std::span<const std::string> args) {
   std::string shape = "a";
-  DType precision = DType::f32;
+  Precision precision = Precision::f32;
   int64_t threads = 0, steps = 20, batch = 0, accumulate = 1;
   bool serving = false;
   DeviceOption device;
@@ -131,8 +133,8 @@ int bench_step(std::span<const std::string> args) {
               "rows of a micro-batch; 0: the shape's");
   options.add("accumulate", &accumulate, {.min = 1, .max = 1 << 20, .unit = "micro-batches"},
               "micro-batches of one step");
-  options.add("precision", &precision, {{"f32", DType::f32}, {"bf16", DType::bf16}},
-              "of weights and activations; the optimizer keeps f32");
+  options.add("precision", &precision, {{"f32", Precision::f32}, {"bf16", Precision::bf16}, {"fp8", Precision::fp8}},
+              "of weights and activations, the optimizer keeps f32; fp8: bf16 whose blocks multiply in 8 bits");
   device.declare(options);
   options.add("threads", &threads, {.min = 0, .max = 1024}, "threads; 0: as many as the process may use");
   options.add("steps", &steps, {.min = 1, .max = 1000000}, "steps that are timed, after 3 that are not");
@@ -145,7 +147,9 @@ int bench_step(std::span<const std::string> args) {
   StepShape chosen = *found;
   if (batch > 0) chosen.batch = batch;
   const Device where = device.device(options);
-  StepBench bench(chosen, accumulate, where, precision);
+  const bool fp8 = precision == Precision::fp8;
+  const DType dtype = precision == Precision::f32 ? DType::f32 : DType::bf16;
+  StepBench bench(chosen, accumulate, where, dtype, fp8);
   if (serving) return serve(bench), 0;
 
   for (int i = 0; i < 3; ++i) bench.step();
@@ -163,7 +167,7 @@ int bench_step(std::span<const std::string> args) {
   std::printf(
       "shape %s on %s (%d threads), %s, median of %lld steps: %.2f ms (forward %.2f, backward %.2f, optimizer %.2f), "
       "best %.2f ms\n",
-      shape.c_str(), to_string(where).c_str(), num_threads(), concat(precision).c_str(), static_cast<long long>(steps),
+      shape.c_str(), to_string(where).c_str(), num_threads(), fp8 ? "fp8" : name(dtype), static_cast<long long>(steps),
       seconds * 1e3, median(forward) * 1e3, median(backward) * 1e3, median(optimizer) * 1e3,
       *std::min_element(total.begin(), total.end()) * 1e3);
   std::printf(

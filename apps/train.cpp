@@ -69,6 +69,12 @@ std::string significant(double value) {
   return text;
 }
 
+/// Saturated elements over converted ones.
+std::string saturation(const optim::DelayedScaling::Counts& counts) {
+  return significant(static_cast<double>(counts.saturated) /
+                     static_cast<double>(std::max<int64_t>(counts.converted, 1)));
+}
+
 std::string run_id() {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   char text[64];
@@ -98,7 +104,9 @@ class Run {
                               .prefetch = options.prefetch}),
         run_id_(run_id()) {
     int64_t step = 0;
+    NamedTensors fp8_state;
     if (from) {
+      fp8_state = take_fp8_state(*from);
       gpt_.load(from->model);
       optimizer_.load_state(from->optimizer);
       step = from->step;
@@ -123,6 +131,10 @@ class Run {
       }
       trainer_->scale_loss(scale);
     }
+    if (options.precision == Precision::fp8) {
+      trainer_->scale_fp8(gpt_.use_fp8());
+      if (from) trainer_->fp8()->load_state(fp8_state);
+    }
   }
 
   /// Trains to the last step or to the first signal. Returns whether the run is complete.
@@ -145,26 +157,31 @@ class Run {
       const double percent = 100 * bound / m.times.total();
       seconds_ += m.times.total();
       tokens_ += m.tokens;
-      metrics_file.write({{"step", m.step},
-                          {"loss", m.loss},
-                          {"grad_norm", m.grad_norm},
-                          {"lr", m.lr},
-                          {"loss_scale", m.loss_scale},
-                          {"skipped", m.skipped},
-                          {"tokens", m.tokens},
-                          {"tokens_per_second", static_cast<double>(m.tokens) / m.times.total()},
-                          {"percent_of_speed_of_light", percent},
-                          {"seconds",
-                           {{"data", m.times.data},
-                            {"forward", m.times.forward},
-                            {"backward", m.times.backward},
-                            {"optimizer", m.times.optimizer}}}});
+      nlohmann::json entry = {{"step", m.step},
+                              {"loss", m.loss},
+                              {"grad_norm", m.grad_norm},
+                              {"lr", m.lr},
+                              {"loss_scale", m.loss_scale},
+                              {"skipped", m.skipped},
+                              {"tokens", m.tokens},
+                              {"tokens_per_second", static_cast<double>(m.tokens) / m.times.total()},
+                              {"percent_of_speed_of_light", percent},
+                              {"seconds",
+                               {{"data", m.times.data},
+                                {"forward", m.times.forward},
+                                {"backward", m.times.backward},
+                                {"optimizer", m.times.optimizer}}}};
+      if (trainer_->fp8()) entry["fp8_converted"] = m.fp8.converted, entry["fp8_saturated"] = m.fp8.saturated;
+      metrics_file.write(entry);
+      fp8_.converted += m.fp8.converted;
+      fp8_.saturated += m.fp8.saturated;
       if (m.skipped)
         log::info("step ", done, " was skipped: gradients overflowed at a loss scale of ", significant(m.loss_scale));
       if (progress.due(done)) {
         fields = concat("loss ", fixed(m.loss, 4), "  |g| ", fixed(m.grad_norm, 3), "  lr ", significant(m.lr), "  ",
                         grouped(static_cast<int64_t>(static_cast<double>(m.tokens) / m.times.total())), " tok/s  ",
                         fixed(percent, 0), "% of SOL");
+        if (trainer_->fp8()) fields += concat("  fp8 sat ", saturation(m.fp8));
         progress.update(done, fields);
       }
       const bool last = done == o_.steps;
@@ -188,8 +205,12 @@ class Run {
     std::cout << "steps " << trainer_->steps() << ", " << grouped(tokens_) << " tokens in " << fixed(seconds_, 1)
               << " s of training ("
               << grouped(seconds_ > 0 ? static_cast<int64_t>(static_cast<double>(tokens_) / seconds_) : 0)
-              << " tokens/s)\n"
-              << "memory:\n"
+              << " tokens/s)\n";
+    if (trainer_->fp8()) {
+      std::cout << "fp8: " << grouped(fp8_.saturated) << " of " << grouped(fp8_.converted)
+                << " elements converted were beyond the largest number and saturated (" << saturation(fp8_) << ")\n";
+    }
+    std::cout << "memory:\n"
               << memory_table(memory) << "written: " << last_checkpoint_ << ", " << (o_.out / "metrics.jsonl").string()
               << ", " << (o_.out / "config.toml").string() << "\n";
   }
@@ -204,11 +225,32 @@ class Run {
     content.data_cursor = loader_.position();
     content.seed = static_cast<uint64_t>(o_.seed);
     content.state = models::to_state(gpt_.config());
+    if (trainer_->fp8()) {
+      const NamedTensors state = trainer_->fp8()->state();
+      content.optimizer.insert(content.optimizer.end(), state.begin(), state.end());
+    }
     if (trainer_->loss_scale()) content.state[kLossScale] = trainer_->loss_scale()->state();
     content.text_files = {{"config.toml", config_text_}, {"tokenizer.json", data_.tokenizer_json}};
     last_checkpoint_ = save_checkpoint(o_.out.string(), content, {.keep_n = static_cast<int>(o_.keep)});
     saved_ = trainer_->steps();
     log::info("saved ", last_checkpoint_);
+  }
+
+  /// The scales of fp8 in a checkpoint, which the optimizer does not know.
+  NamedTensors take_fp8_state(CheckpointContent& from) const {
+    const auto first = std::stable_partition(from.optimizer.begin(), from.optimizer.end(), [](const auto& named) {
+      return !optim::DelayedScaling::owns(named.first);
+    });
+    NamedTensors state(first, from.optimizer.end());
+    from.optimizer.erase(first, from.optimizer.end());
+    const bool fp8 = o_.precision == Precision::fp8;
+    if (fp8 == state.empty()) {
+      fail(ErrorKind::kUsage, "train",
+           fp8 ? "precision = fp8: the checkpoint is of a run that did not multiply in fp8"
+               : "the checkpoint is of a run with precision = fp8, and keeps its scales",
+           "; a run keeps its precision");
+    }
+    return state;
   }
 
   void report_held_out(int64_t done, MetricsFile& metrics_file) {
@@ -243,6 +285,7 @@ class Run {
   std::optional<models::Trainer> trainer_;
   std::string run_id_, last_checkpoint_ = "no checkpoint";
   int64_t saved_ = -1, tokens_ = 0;
+  optim::DelayedScaling::Counts fp8_;
   double seconds_ = 0;
 };
 
@@ -264,6 +307,7 @@ void print_dry_run(const TrainOptions& o, Device device, const Options& options,
   optim::Adam optimizer(gpt.parameters(), o.adam());
   text::Loader loader(data.train, {.batch = o.batch, .context = o.context, .prefetch = 0});
   models::Trainer trainer(gpt, optimizer, loader, o.schedule(), o.accumulate);
+  if (o.precision == Precision::fp8) trainer.scale_fp8(gpt.use_fp8());
   trainer.step();
   trainer.step();
   std::cout << "memory of a step, by replaying two without memory:\n" << memory_table(allocator(device).statistics());

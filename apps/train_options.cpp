@@ -37,9 +37,14 @@ void TrainOptions::declare(Options& o) {
   o.section("run", "The run");
   device.declare(o);
   o.add("precision", &precision,
-        {{"f32", Precision::f32}, {"tf32", Precision::tf32}, {"bf16", Precision::bf16}, {"f16", Precision::f16}},
+        {{"f32", Precision::f32},
+         {"tf32", Precision::tf32},
+         {"bf16", Precision::bf16},
+         {"f16", Precision::f16},
+         {"fp8", Precision::fp8}},
         "numbers of weights and activations: f32; tf32: f32 whose products round to 10 bits on a GPU; bf16, f16: with "
-        "f32 master weights, f16 with dynamic loss scaling");
+        "f32 master weights, f16 with dynamic loss scaling; fp8: bf16 whose linear layers in the blocks multiply in 8 "
+        "bits with delayed scaling (GPUs from compute capability 8.9 on, or a CPU, which emulates it)");
   o.add("out", &out, {.placeholder = "DIR"}, "where checkpoints, metrics.jsonl and the resolved config.toml go");
   o.add("steps", &steps, {.min = 1, .max = int64_t{1} << 40}, "optimizer steps of the whole run");
   o.add("seed", &seed, {.min = 0}, "of the initial weights, the data order and dropout");
@@ -60,6 +65,11 @@ void TrainOptions::declare(Options& o) {
 void TrainOptions::check(const Options& options) const {
   if (data.empty()) options.reject("data", "must be given: the directory that `weft data prepare` wrote");
   if (width % heads != 0) options.reject("heads", "must divide width = ", width, ", got ", heads);
+  if (precision == Precision::fp8 && width % 16 != 0) {
+    options.reject("width",
+                   "must be a multiple of 16 with precision = fp8, whose products read 16 numbers at a time; got ",
+                   width);
+  }
   if (min_lr > lr) options.reject("min_lr", "must be at most lr = ", lr, ", got ", min_lr);
   if (warmup >= steps && warmup > 0) options.reject("warmup", "must be below steps = ", steps, ", got ", warmup);
 }

@@ -16,8 +16,9 @@ enum class OptimizerKind : uint8_t { adamw, lamb };
 
 /// In what numbers a model is trained. f32: everything. tf32: products on GPUs that have it round their operands to 10
 /// bits; elsewhere it is f32. bf16, f16: weights, activations and gradients; the optimizer keeps the weights in f32,
-/// and with f16 losses are scaled dynamically (optim/loss_scale.h).
-enum class Precision : uint8_t { f32, tf32, bf16, f16 };
+/// and with f16 losses are scaled dynamically (optim/loss_scale.h). fp8: bf16 whose linear layers in the blocks
+/// multiply in fp8 (optim/delayed_scaling.h).
+enum class Precision : uint8_t { f32, tf32, bf16, f16, fp8 };
 
 /// Everything that `weft train` can be told.
 struct TrainOptions {
@@ -56,7 +57,8 @@ struct TrainOptions {
 
   models::GptConfig model(int64_t vocab) const;
   DType dtype() const {
-    return precision == Precision::bf16 ? DType::bf16 : precision == Precision::f16 ? DType::f16 : DType::f32;
+    if (precision == Precision::bf16 || precision == Precision::fp8) return DType::bf16;
+    return precision == Precision::f16 ? DType::f16 : DType::f32;
   }
   optim::AdamOptions adam() const;
   optim::CosineSchedule schedule() const;

@@ -127,6 +127,60 @@ TEST(Train, WritesMetricsAndACheckpointThatEvalAndGenerateUse) {
   EXPECT_HAS(run_weft(place, {"checkpoint", "show", "first"}).out, "h.1.mlp.fc.weight");
 }
 
+TEST(Train, Fp8CountsWhatSaturatesAndResumesWithTheSameBits) {
+  const fs::path& place = workplace();
+  const Args fp8 = {"--precision", "fp8", "--accumulate", "2"};
+  const Outcome straight = run_weft(place, train_args("fp8", 12, fp8));
+  ASSERT_EQ(straight.code, 0) << straight.err;
+  EXPECT_HAS(straight.err, "fp8 sat ");
+  // Two layers; inputs 7 C and gradients 9 C a token, 2 x 4 x 8 tokens, weights 12 C^2.
+  const int64_t converted = 2 * (16 * 16 * 2 * 4 * 8 + 12 * 16 * 16);
+  int64_t saturated = 0;
+  for (const Json& entry : metrics_of(place / "fp8")) {
+    if (entry.contains("held_out_loss")) continue;
+    EXPECT_EQ(entry["fp8_converted"].get<int64_t>(), converted) << entry;
+    saturated += entry["fp8_saturated"].get<int64_t>();
+  }
+  EXPECT_HAS(straight.out, concat("fp8: ", grouped(saturated), " of ", grouped(12 * converted), " elements converted"));
+
+  must_run(place, train_args("fp8_halves", 7, fp8 + Args{"--min_lr", "1e-3"}));
+  must_run(place, train_args("fp8_whole", 12, fp8 + Args{"--min_lr", "1e-3"}), {"WEFT_NUM_THREADS=1"});
+  must_run(place, {"train", "--resume", "fp8_halves", "--steps", "12"}, {"WEFT_NUM_THREADS=2"});
+  for (const char* file : {"model.safetensors", "optimizer.safetensors"}) {
+    EXPECT_EQ(content_of(checkpoint_of(place / "fp8_halves") / file),
+              content_of(checkpoint_of(place / "fp8_whole") / file))
+        << file;
+  }
+  bool stored = false;
+  for (const auto& [name, tensor] : load_checkpoint(checkpoint_of(place / "fp8").string()).optimizer)
+    stored |= name == "fp8.h.1.mlp.proj.amax_history" && tensor.describe() == "f32 [3, 16]";
+  EXPECT_TRUE(stored);
+
+  // Its weights are bf16 ones, and serve as such.
+  const Outcome measured = run_weft(place, {"eval", "--checkpoint", "fp8", "--data", "data"});
+  EXPECT_EQ(measured.code, 0) << measured.err;
+}
+
+TEST(Train, Fp8GoesOnFromAnFp8CheckpointOnlyAndOnlyFp8Does) {
+  const fs::path& place = workplace();
+  must_run(place, train_args("in_bf16", 3, {"--precision", "bf16"}));
+  must_run(place, train_args("in_fp8", 3, {"--precision", "fp8"}));
+  const Outcome narrower = run_weft(place, {"train", "--resume", "in_bf16", "--steps", "5", "--precision", "fp8"});
+  EXPECT_EQ(narrower.code, 2) << narrower.err;
+  EXPECT_HAS(narrower.err, "the checkpoint is of a run that did not multiply in fp8; a run keeps its precision");
+  for (const char* precision : {"bf16", "f32"}) {
+    const Outcome wider = run_weft(place, {"train", "--resume", "in_fp8", "--steps", "5", "--precision", precision});
+    EXPECT_EQ(wider.code, 2) << wider.err;
+    EXPECT_HAS(wider.err, "the checkpoint is of a run with precision = fp8");
+  }
+  const Outcome odd = run_weft(
+      place, {"train", "--data", "data", "--out", "odd", "--precision", "fp8", "--width", "24", "--heads", "2"});
+  EXPECT_EQ(odd.code, 2) << odd.err;
+  EXPECT_HAS(odd.err, "must be a multiple of 16 with precision = fp8");
+  const Outcome dry = run_weft(place, train_args("dry_fp8", 3, {"--precision", "fp8", "--dry_run"}));
+  EXPECT_EQ(dry.code, 0) << dry.err;
+}
+
 TEST(Train, GenerateEndsAtTheStopText) {
   const fs::path& place = workplace();
   must_run(place, train_args("stop_text", 3));
