@@ -32,8 +32,12 @@ left() { echo $((deadline - SECONDS)); }
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv 2>&1 | tee "$logs/device.log"
 run weft doctor 2>&1 | tee -a "$logs/device.log"
 
+# Products of 8-bit floats begin with compute capability 8.9.
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -1 | tr -d '. ')
+if [ "${capability:-0}" -ge 89 ]; then fp8=(fp8_cuda_test); else fp8=(); note "fp8" "skipped: compute capability below 8.9"; fi
+
 # ---- tests ----
-for program in gemm_cuda_test op_drivers_cuda_test optim_cuda_test models_cuda_test; do
+for program in gemm_cuda_test op_drivers_cuda_test optim_cuda_test models_cuda_test "${fp8[@]}"; do
   run "$program" --gtest_brief=1 > "$logs/$program.log" 2>&1
   status=$?
   passed=$(grep -oE '\[  PASSED  \] [0-9]+' "$logs/$program.log" | grep -oE '[0-9]+$' | tail -1)
@@ -74,6 +78,10 @@ bench machine-bf16 weft bench machine --device cuda --precision bf16
 bench step-124m weft bench step --device cuda --precision bf16 --shape 124m --batch 32 --steps 10
 bench step-350m weft bench step --device cuda --precision bf16 --shape 350m --batch 16 --steps 6
 bench step-1558m weft bench step --device cuda --precision bf16 --shape 1558m --batch 8 --steps 4
+if [ ${#fp8[@]} -gt 0 ]; then
+  bench step-124m-fp8 weft bench step --device cuda --precision fp8 --shape 124m --batch 32 --steps 10
+  bench step-1558m-fp8 weft bench step --device cuda --precision fp8 --shape 1558m --batch 8 --steps 4
+fi
 if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null && [ "$(left)" -gt 150 ]; then
   starter=$logs/weft
   printf '#!/usr/bin/env bash\nexec %s "$@"\n' "$([ -n "$bundle" ] && echo "$bundle/run weft" || echo build/gpu/bin/weft)" > "$starter"
