@@ -154,11 +154,12 @@ Tensor linear_fp8(const Tensor& x, const Tensor& weight, const Tensor& bias, con
             context.set(0, dx);
           }
           if (context.needs(1)) {
-            const auto sink = context.sink(1);
-            const Tensor dw = sink ? sink->tensor : Tensor::empty({out_features, in}, DType::bf16, incoming.device());
-            product(matrix(gradient.transposed, gradient.scale), matrix(x, x_scale), x.size(1), dw,
-                    sink && sink->accumulate);
-            if (!sink) context.set(1, dw);
+            context.compute(1, [transposed = gradient.transposed, scale = gradient.scale, x, x_scale, out_features,
+                                in](const std::optional<BackwardContext::Sink>& sink) {
+              const Tensor dw = sink ? sink->tensor : Tensor::empty({out_features, in}, DType::bf16, x.device());
+              product(matrix(transposed, scale), matrix(x, x_scale), x.size(1), dw, sink && sink->accumulate);
+              return dw;
+            });
           }
         }
         if (context.needs(2)) context.set(2, sum(incoming, {0}));

@@ -322,6 +322,21 @@ TEST(LinearFp8, RecomputationHasTheSameBitsAndCountsOnce) {
   EXPECT_FALSE(autograd::recomputing());
 }
 
+TEST(LinearFp8, ADeferredGradientOfTheWeightHasTheSameBits) {
+  const Problem p;
+  const Results at_once = run(p, make_layer(scales()));
+  const Tensor x = leaf(p.x), weight = leaf(p.weight);
+  autograd::DeferredGradients later;
+  {
+    const autograd::DeferredGradients::Scope scope(later);
+    linear_fp8(x, weight, p.bias, make_layer(scales())).backward(p.gradient);
+  }
+  EXPECT_FALSE(later.empty());
+  EXPECT_TRUE(testing::same_bits(x.grad(), at_once.dx));
+  later.run();
+  EXPECT_TRUE(testing::same_bits(weight.grad(), at_once.dweight));
+}
+
 TEST(LinearFp8, GradientsOfMicroBatchesAddUpAndTheAmaxIsTheLargest) {
   Problem p;
   const auto layer = make_layer(scales());
