@@ -1,0 +1,58 @@
+#include "dist/store.h"
+
+#include <unistd.h>
+
+#include <chrono>
+#include <fstream>
+#include <iterator>
+#include <thread>
+
+#include "core/error.h"
+
+namespace weft::dist {
+namespace {
+
+/// Keys may hold slashes; file names do not.
+std::filesystem::path file_of(const std::filesystem::path& directory, std::string key) {
+  for (char& c : key) {
+    if (c == '/') c = '.';
+  }
+  return directory / key;
+}
+
+}  // namespace
+
+FileStore::FileStore(std::filesystem::path directory) : directory_(std::move(directory)) {
+  std::error_code error;
+  std::filesystem::create_directories(directory_, error);
+  if (error) fail(ErrorKind::kIo, "store", directory_.string(), ": cannot be made: ", error.message());
+}
+
+void FileStore::set(const std::string& key, const std::string& value) {
+  // Written under another name first: a reader sees nothing or all of it.
+  const std::filesystem::path file = file_of(directory_, key);
+  const std::filesystem::path temporary = concat(file.string(), ".", ::getpid(), ".tmp");
+  std::ofstream out(temporary, std::ios::binary);
+  out << value;
+  out.close();
+  std::error_code error;
+  if (out) std::filesystem::rename(temporary, file, error);
+  if (!out || error) {
+    fail(ErrorKind::kIo, "store", file.string(), ": cannot be written", error ? ": " + error.message() : "");
+  }
+}
+
+std::string FileStore::get(const std::string& key, double timeout) {
+  const std::filesystem::path file = file_of(directory_, key);
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout);
+  for (;;) {
+    if (std::ifstream in(file, std::ios::binary); in) return {std::istreambuf_iterator<char>(in), {}};
+    if (std::chrono::steady_clock::now() > deadline) {
+      fail(ErrorKind::kIo, "store", "nobody has set ", quoted(key), " in ", directory_.string(), " for ", timeout,
+           " s");
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+}
+
+}  // namespace weft::dist
