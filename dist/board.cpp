@@ -60,7 +60,7 @@ void Board::issue(int rank, Stamp& stamp, std::span<const int> members) {
   {
     const Lock lock(mutex_);
     see_user(rank);
-    Lane& lane = lanes_[stamp.lane];
+    Lane& lane = lane_of(stamp);
     stamp.sequence = lane.ranks[rank].next();
     if (failure_) throw_locked(rank, stamp);
     note(lane, rank, stamp, members);
@@ -70,12 +70,12 @@ void Board::issue(int rank, Stamp& stamp, std::span<const int> members) {
 
 void Board::issued_elsewhere(int rank, const Stamp& stamp) {
   const Lock lock(mutex_);
-  note(lanes_[stamp.lane], rank, stamp, {});
+  note(lane_of(stamp), rank, stamp, {});
 }
 
 void Board::match(int rank, const Stamp& mine, std::span<const int> members, bool user) {
   Lock lock(mutex_);
-  Lane& lane = lanes_[mine.lane];
+  Lane& lane = lane_of(mine);
   const int my_index = static_cast<int>(std::find(members.begin(), members.end(), rank) - members.begin());
   const auto deadline = std::chrono::steady_clock::now() + seconds(timeout_);
   std::optional<std::chrono::steady_clock::time_point> grace;
@@ -166,7 +166,6 @@ void Board::begin_wait(int rank, const Stamp& stamp, std::span<const int> member
   if (users_[static_cast<size_t>(rank)].size() > 1) return;
   Wait& wait = waits_[static_cast<size_t>(rank)];
   wait.number = ++waits_begun_;
-  wait.what = stamp.describe();
   wait.stamp = stamp;
   wait.members.assign(members.begin(), members.end());
   wait.on.clear();
@@ -190,7 +189,7 @@ void Board::find_waits(int rank) {
   Wait& wait = waits_[static_cast<size_t>(rank)];
   wait.on.clear();
   if (wait.number == 0) return;
-  Lane& lane = lanes_[wait.stamp.lane];
+  Lane& lane = lane_of(wait.stamp);
   for (const int member : wait.members) {
     // A wait that was heard of was preceded by all that its rank had issued: what is not here now was not issued before.
     const uint64_t number = waits_[static_cast<size_t>(member)].number;
@@ -230,7 +229,15 @@ void Board::check_circle(Lock& lock) {
     std::string text = "ranks do not agree on the order of their operations: they wait for each other in a circle";
     for (size_t i = 0; i < path.size(); ++i) {
       text += concat("\n  rank ", path[i], " waits for rank ", path[(i + 1) % path.size()], " in ",
-                     waits_[static_cast<size_t>(path[i])].what);
+                     waits_[static_cast<size_t>(path[i])].stamp.describe());
+    }
+    const Stamp& first = waits_[static_cast<size_t>(path[0])].stamp;
+    for (const int rank_in : path) {
+      const Stamp& other = waits_[static_cast<size_t>(rank_in)].stamp;
+      if (other.lane == first.lane && other.members != first.members) {
+        text += concat("\n  they mean groups of different members by \"", first.lane, '"');
+        break;
+      }
     }
     for (int other = 0; other < size_; ++other) {
       if (std::find(path.begin(), path.end(), other) == path.end()) {
@@ -246,7 +253,7 @@ std::string Board::waiting_message() {
   check_circle(lock);
   const Wait& wait = waits_[static_cast<size_t>(local_)];
   WireWriter out;
-  out.put(wait.number).text(wait.number ? wait.what : "").put(static_cast<uint32_t>(wait.on.size()));
+  out.put(wait.number).text(wait.stamp.encode()).put(static_cast<uint32_t>(wait.on.size()));
   for (const auto& [rank, number] : wait.on) out.put(rank).put(number);
   return out.take();
 }
@@ -256,7 +263,7 @@ void Board::waiting_elsewhere(int rank, std::string_view message) {
   Lock lock(mutex_);
   Wait& wait = waits_[static_cast<size_t>(rank)];
   wait.number = in.get<uint64_t>();
-  wait.what = in.text();
+  wait.stamp = Stamp::decode(in.text());
   wait.on.resize(in.count(sizeof(int) + sizeof(uint64_t)));
   for (auto& [other, number] : wait.on) {
     other = in.get<int>();
@@ -292,7 +299,7 @@ std::optional<Board::Failure> Board::failure() const {
 void Board::fail_locked(Failure failure, Lock& lock) {
   if (failure_) return;
   failure_ = std::move(failure);
-  for (auto& [name, lane] : lanes_) lane.changed.notify_all();
+  for (auto& [key, lane] : lanes_) lane.changed.notify_all();
   const Failure first = *failure_;
   lock.unlock();
   if (on_failure) on_failure(first);
@@ -317,7 +324,7 @@ void Board::gone(int rank, const std::string& how) {
   const Lock lock(mutex_);
   gone_[static_cast<size_t>(rank)] = how;
   waits_[static_cast<size_t>(rank)].number = 0;
-  for (auto& [name, lane] : lanes_) lane.changed.notify_all();
+  for (auto& [key, lane] : lanes_) lane.changed.notify_all();
 }
 
 void Board::throw_locked(int rank, const Stamp& stamp) const {

@@ -97,13 +97,13 @@ class Board {
   };
   struct Wait {
     uint64_t number = 0;  ///< the how-manieth wait; 0: this rank does not wait
-    std::string what;
+    Stamp stamp;
     std::vector<std::pair<int, uint64_t>> on;  ///< ranks and their waits, each known to precede what is waited for
-    Stamp stamp;                               ///< ranks of this process only, with the members
-    std::vector<int> members;
+    std::vector<int> members;                  ///< of ranks of this process only
   };
   using Lock = std::unique_lock<std::mutex>;
 
+  Lane& lane_of(const Stamp& stamp) { return lanes_[{stamp.lane, stamp.members}]; }
   void note(Lane& lane, int rank, const Stamp& stamp, std::span<const int> members);
   void begin_wait(int rank, const Stamp& stamp, std::span<const int> members, Lock& lock);
   void end_wait(int rank);
@@ -119,7 +119,7 @@ class Board {
   const int size_, local_;
   const double timeout_;
   mutable std::mutex mutex_;
-  std::map<std::string, Lane> lanes_;
+  std::map<std::pair<std::string, uint64_t>, Lane> lanes_;  ///< by name and members
   std::vector<Wait> waits_;
   std::vector<std::string> gone_, last_;
   std::vector<std::set<std::thread::id>> users_;

@@ -92,7 +92,6 @@ std::optional<std::string> conflict(const Stamp& a, int rank_a, const Stamp& b, 
   const bool pair = (a.op == Collective::send && b.op == Collective::recv) ||
                     (a.op == Collective::recv && b.op == Collective::send);
   if (a.op != b.op && !pair) return "they are different operations";
-  if (a.members != b.members) return "the groups have different members";
   if (a.op == Collective::barrier) return std::nullopt;
   if (a.dtype != b.dtype) return "the dtypes differ";
   if ((a.op == Collective::all_reduce || a.op == Collective::reduce_scatter) && a.reduction != b.reduction) {

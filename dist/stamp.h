@@ -32,7 +32,7 @@ struct Stamp {
   DType dtype = DType::f32;
   Reduction reduction = Reduction::sum;
   int root = -1;           ///< broadcast: the source
-  uint64_t members = 0;    ///< hash of the group's world ranks
+  uint64_t members = 0;    ///< hash of the group's world ranks: groups of one name with other members are other groups
   Shape shape;             ///< of the input; of the output for recv
   std::vector<int64_t> send_counts;     ///< rows of dimension 0 for each rank: reduce_scatter, all_gather, all_to_all
   std::vector<int64_t> receive_counts;  ///< all_to_all

@@ -36,6 +36,10 @@ int run_rank(const RankArguments& arguments) {
       (odd ? a : b).all_reduce_(Tensor::ones({4}));
       (odd ? b : a).all_reduce_(Tensor::ones({4}));
     }
+    if (how == "members") {
+      const std::vector<int> some = {0, 1}, all = {0, 1, 2};
+      world.subgroup(odd ? some : all, "part").barrier();
+    }
     if (how == "missing" && !odd) world.barrier();
     return 0;
   }
@@ -110,6 +114,7 @@ INSTANTIATE_TEST_SUITE_P(
         Disagreement{"root", {"sources differ", "from rank 0", "from rank 1"}},
         Disagreement{"message", {"shapes differ", "send #0", "recv #0"}},
         Disagreement{"receivers", {"circle", "rank 0 waits for rank 1", "rank 1 waits for rank 2", "rank 2 waits for rank 0"}},
+        Disagreement{"members", {"circle", "they mean groups of different members by \"part\""}},
         Disagreement{"order", {"circle", "group \"a\"", "group \"b\""}}),
     [](const auto& info) { return std::string(info.param.how); });
 

@@ -127,7 +127,7 @@ TEST(Disagreement, ExchangeThatDoesNotAddUp) {
 }
 
 TEST(Disagreement, OtherMembers) {
-  expect_disagreement({"different members"}, [](Group& world) {
+  expect_disagreement({"circle", "they mean groups of different members by \"odd\""}, [](Group& world) {
     const std::vector<int> members = world.rank() == 1 ? std::vector{0, 1} : std::vector{0, 1, 2};
     Group group = world.subgroup(members, "odd");
     group.barrier();
