@@ -102,12 +102,12 @@ void Board::match(int rank, const Stamp& mine, std::span<const int> members, boo
     }
     const auto now = std::chrono::steady_clock::now();
     if (why && (missing < 0 || (grace && now >= *grace))) {
-      std::string text = concat("ranks do not agree on operation #", mine.sequence, " of group \"", mine.lane, "\": ",
-                                *why);
+      std::string text =
+          concat("ranks do not agree on operation #", mine.sequence, " of group \"", mine.lane, "\": ", *why);
       for (const int member : members) {
         const Issued& theirs = lane.ranks[member];
         text += concat("\n  rank ", member, ": ",
-                       theirs.next() <= mine.sequence     ? "not there yet; " + last_locked(member)
+                       theirs.next() <= mine.sequence ? "not there yet; " + last_locked(member)
                        : theirs.first > mine.sequence ? "past it"
                                                       : theirs.stamps[mine.sequence - theirs.first].describe());
       }
@@ -191,7 +191,8 @@ void Board::find_waits(int rank) {
   if (wait.number == 0) return;
   Lane& lane = lane_of(wait.stamp);
   for (const int member : wait.members) {
-    // A wait that was heard of was preceded by all that its rank had issued: what is not here now was not issued before.
+    // A wait that was heard of was preceded by all that its rank had issued: what is not here now was not issued
+    // before.
     const uint64_t number = waits_[static_cast<size_t>(member)].number;
     if (member != rank && number != 0 && lane.ranks[member].next() <= wait.stamp.sequence) {
       wait.on.emplace_back(member, number);
@@ -268,7 +269,8 @@ void Board::waiting_elsewhere(int rank, std::string_view message) {
   for (auto& [other, number] : wait.on) {
     other = in.get<int>();
     number = in.get<uint64_t>();
-    if (other < 0 || other >= size_) fail(ErrorKind::kData, "dist", "rank ", rank, " says that it waits for rank ", other);
+    if (other < 0 || other >= size_)
+      fail(ErrorKind::kData, "dist", "rank ", rank, " says that it waits for rank ", other);
   }
   in.end();
   check_circle(lock);

@@ -42,9 +42,9 @@ int64_t bytes_sent(const Operation& op) {
       const bool root = op.rank == op.stamp.root;
       if (numel * each <= kDirectBroadcastBytes) return root ? others * numel * each : 0;
       const Pieces pieces = Pieces::even(numel, op.size());
-      // The root has every piece and passes its own on to all; the others have theirs from the root, who needs none back.
-      return root ? outside(pieces) + others * pieces.size(op.rank) * each
-                  : (others - 1) * pieces.size(op.rank) * each;
+      // The root has every piece and passes its own on to all; the others have theirs from the root, who needs none
+      // back.
+      return root ? outside(pieces) + others * pieces.size(op.rank) * each : (others - 1) * pieces.size(op.rank) * each;
     }
     case Collective::send:
       return numel * each;

@@ -15,7 +15,7 @@ struct Operation {
   Stamp stamp;
   std::shared_ptr<const std::vector<int>> members;  ///< world ranks; of send and recv: the source, then the target
   int rank = 0;                                     ///< this rank's index among them
-  Tensor input, output;                             ///< input is output where the operation is in place; undefined for barrier
+  Tensor input, output;  ///< input is output where the operation is in place; undefined for barrier
 
   int size() const { return static_cast<int>(members->size()); }
   std::byte* in() const { return static_cast<std::byte*>(input.raw()); }
@@ -52,8 +52,8 @@ class Engine {
 
   virtual const char* name() const = 0;
   virtual DeviceKind device() const { return DeviceKind::cpu; }
-  /// Does `op` and returns the bytes that this rank sent. All members are in it, with stamps that agree; operations of one
-  /// lane come one after the other, those of different lanes at the same time.
+  /// Does `op` and returns the bytes that this rank sent. All members are in it, with stamps that agree; operations of
+  /// one lane come one after the other, those of different lanes at the same time.
   /// @throws GroupError if the world fails meanwhile.
   virtual int64_t run(const Operation& op) = 0;
 

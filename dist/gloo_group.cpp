@@ -1,6 +1,6 @@
-// Data of CPU tensors between processes, with Gloo's point-to-point messages. Gloo's own collectives are not used: their
-// sums are added in an order that depends on sizes and numbers of ranks. Messages between two ranks in one operation
-// share a slot and arrive in order.
+// Data of CPU tensors between processes, with Gloo's point-to-point messages. Gloo's own collectives are not used:
+// their sums are added in an order that depends on sizes and numbers of ranks. Messages between two ranks in one
+// operation share a slot and arrive in order.
 #include <gloo/common/error.h>
 #include <gloo/rendezvous/context.h>
 #include <gloo/rendezvous/store.h>
@@ -22,8 +22,8 @@ namespace {
 
 using Buffer = gloo::transport::UnboundBuffer;
 
-/// Gloo closes all its connections when a wait takes longer than its timeout. A wait here ends with the data or with the
-/// failure of the world, which is found elsewhere.
+/// Gloo closes all its connections when a wait takes longer than its timeout. A wait here ends with the data or with
+/// the failure of the world, which is found elsewhere.
 constexpr std::chrono::hours kNever{24 * 365};
 /// Bytes of scratch memory that a reduction takes for the pieces of other ranks.
 constexpr int64_t kScratchBytes = int64_t{4} << 20;
@@ -53,7 +53,7 @@ class GlooEngine : public ProcessEngine {
  public:
   GlooEngine(const ProcessOptions& options, Store& store) : ProcessEngine(options, store) {
     // Gloo writes to sockets that the other side may have closed.
-    struct sigaction action {};
+    struct sigaction action{};
     if (sigaction(SIGPIPE, nullptr, &action) == 0 && action.sa_handler == SIG_DFL) signal(SIGPIPE, SIG_IGN);
     try {
       gloo::transport::tcp::attr attribute;
@@ -273,7 +273,8 @@ void GlooEngine::move(const Operation& op, Messages& messages) {
     }
     case Collective::all_to_all: {
       const int64_t row = row_elements(op.stamp.shape) * each;
-      const Pieces to_send = Pieces::rows(op.stamp.send_counts, row), to_receive = Pieces::rows(op.stamp.receive_counts, row);
+      const Pieces to_send = Pieces::rows(op.stamp.send_counts, row),
+                   to_receive = Pieces::rows(op.stamp.receive_counts, row);
       for (int i = 1; i < n; ++i) {
         const int from = (me + i) % n, to = (me + n - i) % n;
         messages.receive(from, op.out() + to_receive.at(from), to_receive.size(from));

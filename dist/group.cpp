@@ -205,7 +205,8 @@ Work Group::start(Collective op, const Tensor& input, const Tensor& output, Stam
     if (reduces(op) && !can_reduce(input.dtype())) {
       fail(ErrorKind::kDType, dist::name(op), "reduces f32, f64, bf16, f16, i32, i64 and u8, got ", input.describe());
     }
-    if (reduces(op) && stamp.reduction == Reduction::avg && (!is_float(input.dtype()) || (size() & (size() - 1)) != 0)) {
+    if (reduces(op) && stamp.reduction == Reduction::avg &&
+        (!is_float(input.dtype()) || (size() & (size() - 1)) != 0)) {
       fail(ErrorKind::kValue, dist::name(op), "avg is for float dtypes and numbers of ranks that are powers of two, ",
            "where the division is exact; got ", input.dtype(), " on ", size(),
            " ranks. Hint: take the sum and divide by what the mean is over");
@@ -337,8 +338,7 @@ Tensor Group::all_gather(const Tensor& input, const Counts& counts, Place place)
   check_has_rows(Collective::all_gather, input);
   Stamp stamp;
   stamp.send_counts = gathered(counts, input.size(0), rank(), size());
-  const Tensor output =
-      Tensor::empty(with_rows(input.shape(), sum(stamp.send_counts)), input.dtype(), input.device());
+  const Tensor output = Tensor::empty(with_rows(input.shape(), sum(stamp.send_counts)), input.dtype(), input.device());
   start(Collective::all_gather, input, output, std::move(stamp), -1, false, place);
   return output;
 }
@@ -391,8 +391,8 @@ Stamp exchanged(const Tensor& input, const Counts& send, const Counts& receive, 
   if (receive.empty() && !send.empty()) {
     fail(ErrorKind::kValue, "all_to_all", "counts to send need counts to receive. Hint: exchange them first");
   }
-  stamp.receive_counts = receive.empty() ? stamp.send_counts
-                                         : counts_or_even(Collective::all_to_all, receive, -1, n, "output");
+  stamp.receive_counts =
+      receive.empty() ? stamp.send_counts : counts_or_even(Collective::all_to_all, receive, -1, n, "output");
   return stamp;
 }
 

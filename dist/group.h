@@ -39,18 +39,19 @@ using Counts = std::vector<int64_t>;
 /// all of them that names each rank's call. So is a rank that died, stopped, left or threw.
 ///
 /// Tensors are contiguous and on the group's device (the CPU for self, threads and Gloo). What is only moved may have
-/// any dtype; what is reduced is f32, f64, bf16, f16, i32, i64 or u8. Sizes may be 0. bf16 and f16 are added up in f32 and
-/// rounded once. Values are added in one order everywhere: ranks 0 and 1, 2 and 3, ... then those sums in pairs, and so
-/// on, a last one without a partner going up as it is; so the result has the same bits on every rank, every
+/// any dtype; what is reduced is f32, f64, bf16, f16, i32, i64 or u8. Sizes may be 0. bf16 and f16 are added up in f32
+/// and rounded once. Values are added in one order everywhere: ranks 0 and 1, 2 and 3, ... then those sums in pairs,
+/// and so on, a last one without a partner going up as it is; so the result has the same bits on every rank, every
 /// implementation (but NCCL's, whose order is its own) and any number of threads.
 ///
-/// Names that end in _ write into their argument. The others leave their input alone and answer with a new tensor; their
-/// _async forms take the output, which must not overlap the input. Nothing here is differentiable: a tensor that takes
-/// part in a graph is an error, in grad mode. Tensors of an operation under way must not be changed, nor its outputs read.
+/// Names that end in _ write into their argument. The others leave their input alone and answer with a new tensor;
+/// their _async forms take the output, which must not overlap the input. Nothing here is differentiable: a tensor that
+/// takes part in a graph is an error, in grad mode. Tensors of an operation under way must not be changed, nor its
+/// outputs read.
 ///
 /// Operations of one group run one after the other, in the order of their calls; send and recv are ordered per pair and
-/// direction instead, and pass the others. A send is done when the receiver has the data. The calls of one rank's groups come
-/// from one thread, or from several that agree on an order with the other ranks.
+/// direction instead, and pass the others. A send is done when the receiver has the data. The calls of one rank's
+/// groups come from one thread, or from several that agree on an order with the other ranks.
 ///
 /// docs/parallelism/groups.md has the bytes that each operation sends.
 class Group {

@@ -26,9 +26,9 @@ const char* name(Axis axis);
 ///   rank = ((dp * PP + pp) * CP + cp) * TP + tp        (lower case: coordinates; upper case: sizes)
 ///
 /// tp is innermost because its ranks talk the most: two all-reduces of every layer's activations, in the forward and in
-/// the backward pass, which nothing hides. Neighbouring ranks usually share a machine and its fastest links. cp exchanges
-/// keys and values once a layer, behind attention; pp passes one activation from stage to stage; dp exchanges gradients once
-/// a step, hidden behind the backward pass, and so may span the slowest links.
+/// the backward pass, which nothing hides. Neighbouring ranks usually share a machine and its fastest links. cp
+/// exchanges keys and values once a layer, behind attention; pp passes one activation from stage to stage; dp exchanges
+/// gradients once a step, hidden behind the backward pass, and so may span the slowest links.
 class Mesh {
  public:
   using Coordinates = std::array<int, kAxes>;  ///< indexed by Axis

@@ -17,9 +17,9 @@ void Work::State::execute(bool user) noexcept {
   } catch (const std::exception& error) {
     // The others are in the same operation and would wait for this rank's data.
     failure = std::current_exception();
-    board.fail_all(ErrorKind::kIo, world_rank,
-                   concat("rank ", world_rank, " of ", board.size(), " could not do ", op.stamp.describe(), ": ",
-                          error.what()));
+    board.fail_all(
+        ErrorKind::kIo, world_rank,
+        concat("rank ", world_rank, " of ", board.size(), " could not do ", op.stamp.describe(), ": ", error.what()));
   }
   board.recorder().finished(record, failure == nullptr);
   const std::lock_guard lock(mutex);

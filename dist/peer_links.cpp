@@ -69,9 +69,7 @@ Address resolve(const std::string& host, const std::string& port) {
   return address;
 }
 
-[[noreturn]] void fail_io(const std::string& what) {
-  fail(ErrorKind::kIo, "dist", what, ": ", std::strerror(errno));
-}
+[[noreturn]] void fail_io(const std::string& what) { fail(ErrorKind::kIo, "dist", what, ": ", std::strerror(errno)); }
 
 void set_no_delay(int fd) {
   const int one = 1;

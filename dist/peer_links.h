@@ -13,8 +13,8 @@
 
 namespace weft::dist {
 
-/// Short messages between the processes of one run over TCP, with heartbeats: a connection between each two, served by one
-/// thread, which a busy program does not stop and a stopped process does.
+/// Short messages between the processes of one run over TCP, with heartbeats: a connection between each two, served by
+/// one thread, which a busy program does not stop and a stopped process does.
 class PeerLinks {
  public:
   struct Options {

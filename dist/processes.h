@@ -28,7 +28,7 @@ struct ProcessOptions {
 Group gloo_group(const ProcessOptions& options, Store& store);
 
 /// The same on GPUs: this process's tensors are on cuda:`device`, data travel with NCCL, whose order of summation is
-/// its own. @throws Error  kUsage if this build has no NCCL.
+/// its own. The store must outlive the group, whose subgroups use it. @throws Error  kUsage if this build has no NCCL.
 Group nccl_group(const ProcessOptions& options, Store& store, int device);
 
 /// "" or why there is no such group in this build.

@@ -89,8 +89,8 @@ Stamp Stamp::decode(std::string_view bytes) {
 }
 
 std::optional<std::string> conflict(const Stamp& a, int rank_a, const Stamp& b, int rank_b) {
-  const bool pair = (a.op == Collective::send && b.op == Collective::recv) ||
-                    (a.op == Collective::recv && b.op == Collective::send);
+  const bool pair =
+      (a.op == Collective::send && b.op == Collective::recv) || (a.op == Collective::recv && b.op == Collective::send);
   if (a.op != b.op && !pair) return "they are different operations";
   if (a.op == Collective::barrier) return std::nullopt;
   if (a.dtype != b.dtype) return "the dtypes differ";

@@ -26,17 +26,17 @@ const char* name(Reduction reduction);
 
 /// What one rank asks for in one operation. Ranks of a group compare stamps before any data moves.
 struct Stamp {
-  std::string lane;        ///< the group's name; for send and recv "group 0>1", so that pairs are ordered on their own
-  uint64_t sequence = 0;   ///< the how-manieth operation of that lane
+  std::string lane;       ///< the group's name; for send and recv "group 0>1", so that pairs are ordered on their own
+  uint64_t sequence = 0;  ///< the how-manieth operation of that lane
   Collective op = Collective::barrier;
   DType dtype = DType::f32;
   Reduction reduction = Reduction::sum;
-  int root = -1;           ///< broadcast: the source
-  uint64_t members = 0;    ///< hash of the group's world ranks: groups of one name with other members are other groups
-  Shape shape;             ///< of the input; of the output for recv
+  int root = -1;         ///< broadcast: the source
+  uint64_t members = 0;  ///< hash of the group's world ranks: groups of one name with other members are other groups
+  Shape shape;           ///< of the input; of the output for recv
   std::vector<int64_t> send_counts;     ///< rows of dimension 0 for each rank: reduce_scatter, all_gather, all_to_all
   std::vector<int64_t> receive_counts;  ///< all_to_all
-  std::string place;       ///< "train.cpp:55"
+  std::string place;                    ///< "train.cpp:55"
 
   /// "all_reduce #17 of group "dp", f32 [8, 64], sum, at train.cpp:55".
   std::string describe() const;

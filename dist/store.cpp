@@ -24,7 +24,10 @@ std::filesystem::path file_of(const std::filesystem::path& directory, std::strin
 
 FileStore::FileStore(std::filesystem::path directory) : directory_(std::move(directory)) {
   std::error_code error;
-  std::filesystem::create_directories(directory_, error);
+  // What is in it lets a process join the run: its owner alone may read it.
+  if (std::filesystem::create_directories(directory_, error)) {
+    std::filesystem::permissions(directory_, std::filesystem::perms::owner_all, error);
+  }
   if (error) fail(ErrorKind::kIo, "store", directory_.string(), ": cannot be made: ", error.message());
 }
 

@@ -31,8 +31,8 @@ void copy_bytes(std::byte* to, const std::byte* from, int64_t bytes) {
 /// Where the ranks of one lane meet and see each other's buffers.
 class Meeting {
  public:
-  /// Returns the operations of all ranks when all have come. From then on all of them go on to leave(), so that nobody's
-  /// buffers go away while others use them; before, a failure of the world lets everyone go.
+  /// Returns the operations of all ranks when all have come. From then on all of them go on to leave(), so that
+  /// nobody's buffers go away while others use them; before, a failure of the world lets everyone go.
   std::vector<const Operation*> enter(const Operation& op, Board& board, int rank) {
     std::unique_lock lock(mutex_);
     ops_.resize(static_cast<size_t>(op.size()));
@@ -174,8 +174,8 @@ class ThreadsEngine : public Engine {
   }
 
   /// outputs[at_output...] of `to` = reduction over ranks of inputs[at_input...].
-  static void reduce(const Operation& op, const std::vector<const Operation*>& from, int64_t at_input, int64_t at_output,
-                     int64_t elements, const std::vector<const Operation*>& to) {
+  static void reduce(const Operation& op, const std::vector<const Operation*>& from, int64_t at_input,
+                     int64_t at_output, int64_t elements, const std::vector<const Operation*>& to) {
     if (elements == 0) return;
     const int64_t each = size_of(op.stamp.dtype);
     std::vector<const void*> inputs;

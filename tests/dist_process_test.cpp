@@ -28,7 +28,8 @@ int run_rank(const RankArguments& arguments) {
     if (how == "reduction") world.all_reduce_(Tensor::ones({4}), odd ? Reduction::max : Reduction::sum);
     if (how == "counts") world.all_gather(Tensor::ones({odd ? 2 : 1}));
     if (how == "root") world.broadcast_(Tensor::ones({4}), odd);
-    if (how == "message") odd ? world.recv_(Tensor::ones({5}), 0) : me == 0 ? world.send(Tensor::ones({4}), 1) : world.barrier();
+    if (how == "message")
+      odd ? world.recv_(Tensor::ones({5}), 0) : me == 0 ? world.send(Tensor::ones({4}), 1) : world.barrier();
     if (how == "receivers") world.recv_(Tensor::ones({4}), (me + 1) % world.size());
     if (how == "order") {
       const std::vector<int> all = {0, 1, 2};
@@ -73,16 +74,16 @@ TEST_P(Gloo, ConformsWithTheBitsOfThreads) {
   const auto outcomes = processes.wait_all(120);
   for (size_t rank = 0; rank < outcomes.size(); ++rank) {
     EXPECT_EQ(outcomes[rank].code, 0) << "rank " << rank << ": " << outcomes[rank].err;
-    EXPECT_EQ(outcomes[rank].output, std::to_string(digests[rank])) << "rank " << rank << " has other bits than threads";
+    EXPECT_EQ(outcomes[rank].output, std::to_string(digests[rank]))
+        << "rank " << rank << " has other bits than threads";
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Group, Gloo,
-                         ::testing::Combine(::testing::Values(1, 2, 3, 4), ::testing::Range<size_t>(0, programs().size())),
-                         [](const auto& info) {
-                           return std::string(programs()[std::get<1>(info.param)].name) + "On" +
-                                  std::to_string(std::get<0>(info.param));
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Group, Gloo, ::testing::Combine(::testing::Values(1, 2, 3, 4), ::testing::Range<size_t>(0, programs().size())),
+    [](const auto& info) {
+      return std::string(programs()[std::get<1>(info.param)].name) + "On" + std::to_string(std::get<0>(info.param));
+    });
 
 struct Disagreement {
   const char* how;
@@ -105,17 +106,22 @@ TEST_P(GlooDisagreement, IsAnErrorOnAllRanksThatNamesEachCall) {
 
 INSTANTIATE_TEST_SUITE_P(
     Kinds, GlooDisagreement,
-    ::testing::Values(
-        Disagreement{"op", {"different operations", "rank 0: all_reduce #1", "rank 1: barrier #1", "rank 2: all_reduce #1", "at dist_process_test.cpp:"}},
-        Disagreement{"dtype", {"dtypes differ", "rank 1: all_reduce #1 of group \"world\", f64 [4]", "rank 2: all_reduce #1 of group \"world\", f32 [4]"}},
-        Disagreement{"shape", {"shapes differ", "[3, 2]", "[2, 3]"}},
-        Disagreement{"reduction", {"reductions differ", "sum", "max"}},
-        Disagreement{"counts", {"counts differ", "{2, 2, 2}", "{1, 1, 1}"}},
-        Disagreement{"root", {"sources differ", "from rank 0", "from rank 1"}},
-        Disagreement{"message", {"shapes differ", "send #0", "recv #0"}},
-        Disagreement{"receivers", {"circle", "rank 0 waits for rank 1", "rank 1 waits for rank 2", "rank 2 waits for rank 0"}},
-        Disagreement{"members", {"circle", "they mean groups of different members by \"part\""}},
-        Disagreement{"order", {"circle", "group \"a\"", "group \"b\""}}),
+    ::testing::Values(Disagreement{"op",
+                                   {"different operations", "rank 0: all_reduce #1", "rank 1: barrier #1",
+                                    "rank 2: all_reduce #1", "at dist_process_test.cpp:"}},
+                      Disagreement{"dtype",
+                                   {"dtypes differ", "rank 1: all_reduce #1 of group \"world\", f64 [4]",
+                                    "rank 2: all_reduce #1 of group \"world\", f32 [4]"}},
+                      Disagreement{"shape", {"shapes differ", "[3, 2]", "[2, 3]"}},
+                      Disagreement{"reduction", {"reductions differ", "sum", "max"}},
+                      Disagreement{"counts", {"counts differ", "{2, 2, 2}", "{1, 1, 1}"}},
+                      Disagreement{"root", {"sources differ", "from rank 0", "from rank 1"}},
+                      Disagreement{"message", {"shapes differ", "send #0", "recv #0"}},
+                      Disagreement{
+                          "receivers",
+                          {"circle", "rank 0 waits for rank 1", "rank 1 waits for rank 2", "rank 2 waits for rank 0"}},
+                      Disagreement{"members", {"circle", "they mean groups of different members by \"part\""}},
+                      Disagreement{"order", {"circle", "group \"a\"", "group \"b\""}}),
     [](const auto& info) { return std::string(info.param.how); });
 
 TEST(GlooGroup, ARankThatLeavesIsNamedWhereItIsNeeded) {
@@ -126,7 +132,8 @@ TEST(GlooGroup, ARankThatLeavesIsNamedWhereItIsNeeded) {
   for (const int rank : {0, 2}) {
     const auto& outcome = outcomes[static_cast<size_t>(rank)];
     EXPECT_EQ(outcome.code, 7);
-    EXPECT_NE(outcome.err.find("rank 1 of 3 has left and will not come to barrier #1"), std::string::npos) << outcome.err;
+    EXPECT_NE(outcome.err.find("rank 1 of 3 has left and will not come to barrier #1"), std::string::npos)
+        << outcome.err;
   }
 }
 
@@ -172,6 +179,12 @@ TEST(GlooGroup, OptionsThatMakeNoSenseAreErrors) {
   options.address = "no.such.host";
   EXPECT_ERROR(ErrorKind::kUsage, "\"no.such.host\" cannot be used", gloo_group(options, store));
   std::filesystem::remove_all(directory);
+}
+
+TEST(NcclGroup, ABuildWithoutItSaysSo) {
+  FileStore store(::testing::TempDir());
+  EXPECT_STREQ(why_no_nccl(), "this build has no NCCL");
+  EXPECT_ERROR(ErrorKind::kUsage, "this build has no NCCL", nccl_group({}, store, 0));
 }
 
 TEST(FileStore, KeysAreSeenWhenTheyAreComplete) {

@@ -46,7 +46,8 @@ void expect_same(const Tensor& got, const Tensor& want, const std::string& what,
   digest.add(got);
 }
 
-/// The order of summation as it is documented, level by level: neighbours in pairs, a last one without a partner as it is.
+/// The order of summation as it is documented, level by level: neighbours in pairs, a last one without a partner as it
+/// is.
 template <class T, class A, class Combine>
 Tensor reference(const std::vector<Tensor>& inputs, Combine combine, double divisor) {
   const Tensor out = Tensor::empty_like(inputs[0]);
@@ -125,7 +126,8 @@ std::vector<Reduction> reductions(DType dtype, int n) {
   return all;
 }
 
-void check_all_reduce(Group& group, const Shape& shape, DType dtype, Reduction reduction, uint64_t seed, Digest& digest) {
+void check_all_reduce(Group& group, const Shape& shape, DType dtype, Reduction reduction, uint64_t seed,
+                      Digest& digest) {
   const std::vector<Tensor> all = all_values(group, shape, dtype, seed);
   const Tensor want = reference(all, reduction);
   const Tensor mine = all[static_cast<size_t>(group.rank())];
@@ -143,7 +145,8 @@ void check_reduce_scatter(Group& group, const Counts& counts, int64_t row, DType
                           uint64_t seed, Digest& digest) {
   const std::vector<Tensor> all = all_values(group, {total(counts), row}, dtype, seed);
   const int64_t begin = total(Counts(counts.begin(), counts.begin() + group.rank()));
-  const Tensor want = reference(all, reduction).narrow(0, begin, counts[static_cast<size_t>(group.rank())]).contiguous();
+  const Tensor want =
+      reference(all, reduction).narrow(0, begin, counts[static_cast<size_t>(group.rank())]).contiguous();
   const Tensor mine = all[static_cast<size_t>(group.rank())];
   expect_same(group.reduce_scatter(mine, reduction, counts), want,
               concat("reduce_scatter of ", mine.describe(), ", ", name(reduction)), digest);
@@ -152,7 +155,8 @@ void check_reduce_scatter(Group& group, const Counts& counts, int64_t row, DType
 void check_all_gather(Group& group, const Counts& counts, int64_t row, DType dtype, uint64_t seed, Digest& digest) {
   std::vector<Tensor> all;
   for (int r = 0; r < group.size(); ++r) {
-    all.push_back(values(group.world_ranks()[static_cast<size_t>(r)], {counts[static_cast<size_t>(r)], row}, dtype, seed));
+    all.push_back(
+        values(group.world_ranks()[static_cast<size_t>(r)], {counts[static_cast<size_t>(r)], row}, dtype, seed));
   }
   const Tensor want = cat(all), mine = all[static_cast<size_t>(group.rank())];
   expect_same(group.all_gather(mine, counts), want, concat("all_gather of ", mine.describe()), digest);
@@ -181,10 +185,10 @@ void check_all_to_all(Group& group, int64_t row, DType dtype, uint64_t seed, Dig
     Counts theirs;
     for (int r = 0; r < n; ++r) theirs.push_back(rows(s, r));
     const Tensor t = values(group.world_ranks()[static_cast<size_t>(s)], {total(theirs), row}, dtype, seed);
-    received.push_back(t.narrow(0, total(Counts(theirs.begin(), theirs.begin() + group.rank())), rows(s, group.rank())));
+    received.push_back(
+        t.narrow(0, total(Counts(theirs.begin(), theirs.begin() + group.rank())), rows(s, group.rank())));
   }
-  const Tensor mine =
-      values(group.world_ranks()[static_cast<size_t>(group.rank())], {total(send), row}, dtype, seed);
+  const Tensor mine = values(group.world_ranks()[static_cast<size_t>(group.rank())], {total(send), row}, dtype, seed);
   expect_same(group.all_to_all(mine, send, receive), cat(received), concat("all_to_all of ", mine.describe()), digest);
 }
 
@@ -250,7 +254,8 @@ uint64_t special_values(Group& world) {
     // Bits of a NaN are the processor's affair; whether there is one is not.
     const std::vector<float> a = got.to_vector<float>(), b = want.to_vector<float>();
     for (size_t i = 0; i < a.size(); ++i) {
-      if (std::isnan(a[i]) != std::isnan(b[i]) || (!std::isnan(a[i]) && std::memcmp(&a[i], &b[i], sizeof(float)) != 0)) {
+      if (std::isnan(a[i]) != std::isnan(b[i]) ||
+          (!std::isnan(a[i]) && std::memcmp(&a[i], &b[i], sizeof(float)) != 0)) {
         throw std::runtime_error(concat(name(reduction), " of special values: got ", a[i], ", want ", b[i]));
       }
     }
@@ -346,7 +351,8 @@ uint64_t groups_of_a_mesh(Group& world) {
     if (n % tp != 0) continue;
     const Mesh mesh({1, n / tp, 1, tp});
     const Axis tp_axis[] = {Axis::tp}, pp_axis[] = {Axis::pp}, both[] = {Axis::pp, Axis::tp};
-    Group inner = world.subgroup(mesh, tp_axis), outer = world.subgroup(mesh, pp_axis), all = world.subgroup(mesh, both);
+    Group inner = world.subgroup(mesh, tp_axis), outer = world.subgroup(mesh, pp_axis),
+          all = world.subgroup(mesh, both);
     if (inner.size() != tp || outer.size() != n / tp || all.size() != n) throw std::runtime_error("sizes of groups");
     for (uint64_t i = 0; i < 3; ++i) {
       // Both at once: different groups do not wait for each other.
@@ -433,11 +439,15 @@ uint64_t bytes_are_counted(Group& world) {
   expect_traffic(world, Collective::all_to_all, 1, bytes * (n - 1) / n);
   world.broadcast_(Tensor::ones({elements}), 0);
   expect_traffic(world, Collective::broadcast, 1,
-                 n == 1 ? 0 : world.rank() == 0 ? 2 * bytes * (n - 1) / n : (n - 2) * bytes / n);
+                 n == 1              ? 0
+                 : world.rank() == 0 ? 2 * bytes * (n - 1) / n
+                                     : (n - 2) * bytes / n);
   world.broadcast_(Tensor::ones({10}), 0);
   const int64_t small = world.rank() == 0 ? 40 * (n - 1) : 0;
   expect_traffic(world, Collective::broadcast, 2,
-                 small + (n == 1 ? 0 : world.rank() == 0 ? 2 * bytes * (n - 1) / n : (n - 2) * bytes / n));
+                 small + (n == 1              ? 0
+                          : world.rank() == 0 ? 2 * bytes * (n - 1) / n
+                                              : (n - 2) * bytes / n));
   world.barrier();
   expect_traffic(world, Collective::barrier, 1, 0);
   if (n > 1) {

@@ -6,9 +6,9 @@
 
 namespace weft::dist::testing {
 
-/// What every implementation of a group must do: a program that all ranks run. Each compares what it gets with values that
-/// it computes itself, bit by bit, and throws where they differ; the answer is a digest of all of them, for comparing
-/// implementations.
+/// What every implementation of a group must do: a program that all ranks run. Each compares what it gets with values
+/// that it computes itself, bit by bit, and throws where they differ; the answer is a digest of all of them, for
+/// comparing implementations.
 struct Program {
   const char* name;
   uint64_t (*run)(Group& world);

@@ -77,12 +77,13 @@ void expect_disagreement(const std::vector<std::string>& parts, const std::funct
 }
 
 TEST(Disagreement, OtherOperation) {
-  expect_disagreement({"different operations", "rank 0: all_reduce #0 of group \"world\", f32 [4], sum, at dist_threads",
-                       "rank 1: barrier #0", "rank 2: all_reduce #0"},
-                      [](Group& world) {
-                        if (world.rank() == 1) return world.barrier();
-                        world.all_reduce_(Tensor::ones({4}));
-                      });
+  expect_disagreement(
+      {"different operations", "rank 0: all_reduce #0 of group \"world\", f32 [4], sum, at dist_threads",
+       "rank 1: barrier #0", "rank 2: all_reduce #0"},
+      [](Group& world) {
+        if (world.rank() == 1) return world.barrier();
+        world.all_reduce_(Tensor::ones({4}));
+      });
 }
 
 TEST(Disagreement, OtherDType) {
@@ -148,8 +149,9 @@ TEST(Disagreement, OtherOrderOfTwoGroups) {
 }
 
 TEST(Disagreement, EverybodyReceives) {
-  expect_disagreement({"circle", "recv #0 of group \"world 1>0\"", "recv #0 of group \"world 2>1\"", "waits for rank 2"},
-                      [](Group& world) { world.recv_(Tensor::ones({4}), (world.rank() + 1) % 3); });
+  expect_disagreement(
+      {"circle", "recv #0 of group \"world 1>0\"", "recv #0 of group \"world 2>1\"", "waits for rank 2"},
+      [](Group& world) { world.recv_(Tensor::ones({4}), (world.rank() + 1) % 3); });
 }
 
 TEST(Disagreement, EverybodySendsAndWaits) {
@@ -186,7 +188,8 @@ TEST(Disagreement, ARankThatReturnsEarly) {
     world.barrier();
     if (world.rank() != 2) world.all_reduce_(Tensor::ones({4}));
   });
-  for (const char* part : {"rank 2 of 3 has returned from its program", "all_reduce #1", "its last operation was barrier #0"}) {
+  for (const char* part :
+       {"rank 2 of 3 has returned from its program", "all_reduce #1", "its last operation was barrier #0"}) {
     EXPECT_NE(text.find(part), std::string::npos) << text;
   }
 }
@@ -194,21 +197,20 @@ TEST(Disagreement, ARankThatReturnsEarly) {
 TEST(Disagreement, ARankThatDoesNotComeInTime) {
   std::atomic<bool> over = false;
   const std::string text = weft::testing::error_of(ErrorKind::kIo, [&] {
-    run_threads(
-        2,
-        [&](Group& world) {
-          if (world.rank() == 1) {
-            while (!over) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-            return;
-          }
-          try {
-            world.barrier();
-          } catch (const GroupError&) {
-            over = true;
-            throw;
-          }
-        },
-        {.timeout = 0.2});
+    run_threads(2,
+                [&](Group& world) {
+                  if (world.rank() == 1) {
+                    while (!over) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+                    return;
+                  }
+                  try {
+                    world.barrier();
+                  } catch (const GroupError&) {
+                    over = true;
+                    throw;
+                  }
+                },
+                {.timeout = 0.2});
   });
   EXPECT_NE(text.find("rank 1 of 2 has not come to barrier #0"), std::string::npos) << text;
 }
@@ -241,7 +243,8 @@ TEST(RunThreads, OthersAreToldWhoThrewWhat) {
                            }),
                std::runtime_error);
   ASSERT_EQ(told.size(), 2u);
-  for (const std::string& text : told) EXPECT_NE(text.find("rank 1 of 3 threw: out of luck"), std::string::npos) << text;
+  for (const std::string& text : told)
+    EXPECT_NE(text.find("rank 1 of 3 threw: out of luck"), std::string::npos) << text;
 }
 
 TEST(RunThreads, AnExceptionWithOperationsUnderWayLeavesNobodyWaiting) {
@@ -270,7 +273,8 @@ TEST(RunThreads, NoOperationSucceedsAfterAFailure) {
 }
 
 TEST(RunThreads, RanksComputeAtTheSameTimeWithTheSameBits) {
-  const Tensor a = weft::testing::random({96, 64}, DType::f32, "a"), b = weft::testing::random({64, 80}, DType::f32, "b");
+  const Tensor a = weft::testing::random({96, 64}, DType::f32, "a"),
+               b = weft::testing::random({64, 80}, DType::f32, "b");
   const Tensor want = matmul(a, b);
   const int before = num_threads();
   for (const int threads : {1, 4}) {
@@ -312,7 +316,8 @@ TEST(Arguments, WhatAnOperationDoesNotTakeIsAnErrorBeforeAnybodyIsAsked) {
   EXPECT_ERROR(ErrorKind::kValue, "undefined tensor", self.all_reduce_(Tensor()));
   EXPECT_ERROR(ErrorKind::kDType, "reduces f32, f64", self.all_reduce_(Tensor::ones({2}, DType::boolean)));
   EXPECT_ERROR(ErrorKind::kDType, "reduces f32, f64", self.reduce_scatter(Tensor::ones({2}, DType::f8e4m3)));
-  EXPECT_ERROR(ErrorKind::kValue, "avg is for float dtypes", self.all_reduce_(Tensor::ones({2}, DType::i32), Reduction::avg));
+  EXPECT_ERROR(ErrorKind::kValue, "avg is for float dtypes",
+               self.all_reduce_(Tensor::ones({2}, DType::i32), Reduction::avg));
   EXPECT_ERROR(ErrorKind::kShape, "the output must be [4, 6]", self.all_reduce_async(t, Tensor::ones({4})));
   EXPECT_ERROR(ErrorKind::kDType, "the output f64", self.all_reduce_async(t, Tensor::ones({4, 6}, DType::f64)));
   EXPECT_ERROR(ErrorKind::kValue, "share memory", self.all_reduce_async(t.narrow(0, 0, 3), t.narrow(0, 1, 3)));
@@ -398,13 +403,12 @@ TEST(FlightRecorder, HoldsTheLastThousandOperations) {
 
 TEST(FlightRecorder, IsWrittenToItsFileAtTheFirstFailure) {
   const std::string path = ::testing::TempDir() + "flight_record_" + std::to_string(::getpid());
-  EXPECT_THROW(run_threads(
-                   2,
-                   [](Group& world) {
-                     for (int i = 0; i < 5; ++i) world.barrier();
-                     world.all_reduce_(Tensor::ones({2 + world.rank()}));
-                   },
-                   {.flight_record = path}),
+  EXPECT_THROW(run_threads(2,
+                           [](Group& world) {
+                             for (int i = 0; i < 5; ++i) world.barrier();
+                             world.all_reduce_(Tensor::ones({2 + world.rank()}));
+                           },
+                           {.flight_record = path}),
                GroupError);
   std::ifstream in(path);
   const std::string text{std::istreambuf_iterator<char>(in), {}};

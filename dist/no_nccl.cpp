@@ -1,0 +1,13 @@
+// What the library is without NCCL: the symbols of nccl_group.cpp.
+#include "core/error.h"
+#include "dist/processes.h"
+
+namespace weft::dist {
+
+const char* why_no_nccl() { return "this build has no NCCL"; }
+
+Group nccl_group(const ProcessOptions&, Store&, int) {
+  fail(ErrorKind::kUsage, "nccl", why_no_nccl(), ". Hint: build with CUDA where nccl.h and libnccl are installed");
+}
+
+}  // namespace weft::dist
