@@ -66,7 +66,8 @@ std::string processors() {
 }
 
 std::string memory() {
-  return concat(human_bytes(memory_limit()), " may be used at most, ", human_bytes(memory_available()),
+  const MemorySize size = backend(Device::cpu()).memory();
+  return concat(human_bytes(size.total), " may be used at most, ", human_bytes(size.free),
                 " of the machine's are free");
 }
 

@@ -75,6 +75,12 @@ SavedTensor::SavedTensor(const Tensor& tensor, const std::vector<Tensor>& output
     if (tensor.is_same(outputs[i])) output_ = static_cast<int>(i);
   }
   if (output_ < 0) meta_ = tensor.autograd_meta();
+  if (const auto& recipe = tensor.storage()->recipe(); recipe != nullptr && recipe->gives(*tensor.storage())) {
+    recipe_ = recipe;
+    recipe_->add_user();
+    shape_ = tensor.shape(), strides_ = tensor.strides(), offset_ = tensor.offset();
+    return;
+  }
   version_ = tensor.storage()->version();
   if (const auto* pack = SavedTensorHooks::current()) {
     unpacker_ = (*pack)(tensor.detach());
@@ -83,16 +89,20 @@ SavedTensor::SavedTensor(const Tensor& tensor, const std::vector<Tensor>& output
   }
 }
 
-Tensor SavedTensor::unpack(const std::shared_ptr<Node>& node) const {
-  Tensor tensor = tensor_;
-  if (unpacker_) {
-    tensor = unpacker_();
-  } else if (tensor.defined() && tensor.storage()->version() != version_) {
-    fail(ErrorKind::kState, node->op, "the backward pass needs a tensor (", tensor.describe(), ") that [",
-         tensor.storage()->last_change(), "] changed in place after [", node->op, "] saved it (version ",
-         tensor.storage()->version(), ", saved at ", version_,
+Tensor SavedTensor::value(const char* op) const {
+  if (recipe_) return Tensor::make_view(recipe_->value(), shape_, strides_, offset_);
+  if (unpacker_) return unpacker_();
+  if (tensor_.defined() && tensor_.storage()->version() != version_) {
+    fail(ErrorKind::kState, op, "the backward pass needs a tensor (", tensor_.describe(), ") that [",
+         tensor_.storage()->last_change(), "] changed in place after [", op, "] saved it (version ",
+         tensor_.storage()->version(), ", saved at ", version_,
          "). Hint: change a clone(), or make the change after backward()");
   }
+  return tensor_;
+}
+
+Tensor SavedTensor::unpack(const std::shared_ptr<Node>& node) const {
+  Tensor tensor = value(node->op);
   if (!tensor.defined() || !recording) return tensor;
   std::shared_ptr<Meta> meta = meta_;
   if (output_ >= 0) {

@@ -14,6 +14,7 @@
 namespace weft::autograd {
 
 class Node;
+class Recipe;
 
 /// Where a gradient goes: an input of the node that made the tensor.
 struct Edge {
@@ -30,10 +31,16 @@ class SavedTensor {
   /// The tensor as it was saved, with its place in the graph if grad mode is on. @throws Error kState, naming `node`'s
   /// op and the one that changed it, if it was changed in place since.
   Tensor unpack(const std::shared_ptr<Node>& node) const;
+  /// The same without a place in the graph; `op` saved it.
+  Tensor value(const char* op) const;
 
  private:
   Tensor tensor_;
   uint64_t version_ = 0;
+  std::shared_ptr<Recipe> recipe_;  // set where the tensor is made again
+  Shape shape_;                     // and what part of it was saved
+  Strides strides_;
+  int64_t offset_ = 0;
   std::shared_ptr<Meta> meta_;        // graph position of an input; null if it has none
   int output_ = -1;                   // or its number among the node's own outputs
   std::function<Tensor()> unpacker_;  // set where SavedTensorHooks took the tensor away
@@ -129,6 +136,21 @@ std::vector<Tensor> checkpoint(std::function<std::vector<Tensor>(const std::vect
 
 /// Whether this thread is in the second run of such a function: what a function counts, it has counted in the first.
 bool recomputing();
+
+/// Whether a function whose own backward pass needs its result keeps it, or a recipe for it: see remade().
+enum class Keep : uint8_t { kValue, kRecipe };
+
+/// From now on a rule that saves `output`, or a view of it, keeps a recipe in its place: function(inputs), called when
+/// the first such rule runs. For results that are cheap to make again from tensors that are kept anyway (selective
+/// recomputation, Korthikanti et al. 2022, section 5). Inputs are saved tensors like others: they go through hooks,
+/// may be remade themselves, and changing one in place is an error that names both functions.
+/// @param op        name in messages; a string literal
+/// @param output    just made and row-major, not part of another tensor. If it is changed in place before a rule saves
+///                  it, that rule keeps the tensor as usual
+/// @param function  gives `output` again bit for bit, without a graph; must not capture tensors
+/// @throws Error kState if the function answers with another shape or dtype.
+void remade(const char* op, const Tensor& output, std::function<Tensor(const std::vector<Tensor>&)> function,
+            const std::vector<Tensor>& inputs);
 
 /// While it lives, tensors that functions of this thread save for their backward pass go through `pack`, which answers
 /// with a function that brings the tensor back. Recomputation and offloading are made of this.

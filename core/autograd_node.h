@@ -27,6 +27,29 @@ class Node {
   std::vector<std::pair<int, std::function<Tensor(const Tensor&)>>> hooks;  ///< by output
 };
 
+/// How to have a tensor again (autograd::remade).
+class Recipe {
+ public:
+  using Function = std::function<Tensor(const std::vector<Tensor>&)>;
+  Recipe(const char* op, const Tensor& output, Function function, const std::vector<Tensor>& inputs);
+
+  /// Whether the storage still holds what the function gives.
+  bool gives(const Storage& storage) const { return storage.version() == version_; }
+  void add_user() { ++users_; }
+  /// The whole tensor. It is kept until each user has had it, so that rules that follow one another share it.
+  Tensor value();
+
+ private:
+  const char* op_;
+  uint64_t version_;
+  Shape shape_;
+  DType dtype_;
+  Function function_;
+  std::vector<SavedTensor> inputs_;
+  Tensor value_;
+  int users_ = 0, served_ = 0;
+};
+
 /// A tensor's place in the graph.
 struct Meta {
   bool requires_grad = false;

@@ -1,5 +1,6 @@
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -17,7 +18,14 @@ struct StridedView {
   DType dtype = DType::f32;
 };
 
-/// What the tensor runtime asks of a device. Calls may return before the work is done; work on one device is ordered.
+/// Bytes of a device's memory, or of what this process may have of the host's.
+struct MemorySize {
+  int64_t free = 0;
+  int64_t total = 0;
+};
+
+/// What the tensor runtime asks of a device. Calls may return before the work is done; work on one device is ordered,
+/// but for that of copy_async().
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -26,6 +34,11 @@ class Backend {
   /// Memory from the system, aligned to 64 bytes; null if there is none left.
   virtual void* system_allocate(size_t bytes) = 0;
   virtual void system_free(void* data, size_t bytes) = 0;
+  /// What is free for this process and what there is; 0 for what cannot be told.
+  virtual MemorySize memory() = 0;
+  /// Host memory that the device copies from and to while the host goes on; null if there is none left.
+  virtual void* host_allocate(size_t bytes) = 0;
+  virtual void host_free(void* data, size_t bytes) = 0;
   /// dst = cast(src), same shape. A cast to an integer truncates towards zero and saturates, NaN gives 0; to bool it
   /// tests for non-zero; to a float it rounds once, to nearest even. dst and src must not overlap.
   virtual void copy(const StridedView& dst, const StridedView& src) = 0;
@@ -39,9 +52,27 @@ class Backend {
   /// read, on return.
   virtual void to_device(void* dst, const void* src, size_t bytes) = 0;
   virtual void to_host(void* dst, const void* src, size_t bytes) = 0;
+  enum class Direction : uint8_t { kToHost, kToDevice };
+  /// A point in the device's work.
+  class Event {
+   public:
+    virtual ~Event() = default;
+  };
+  /// Queues a copy between host_allocate()'s memory and the device's beside the device's other work, on one queue for
+  /// each direction. It begins when all work queued before this call, and what `after` stands for (may be null), is
+  /// done; work queued later does not wait for it unless wait() says so. The answer stands for its end.
+  ///
+  /// So a copy reads what earlier work wrote, and may write where earlier work reads. What the caller must see to: both
+  /// places belong to the copy until wait() was called for it. Memory is given back to an allocator, which hands it to
+  /// work queued later, after that call, not before; nor may the host read the one or write the other before
+  /// synchronize().
+  virtual std::shared_ptr<Event> copy_async(void* dst, const void* src, size_t bytes, Direction direction,
+                                            const Event* after = nullptr) = 0;
+  /// Work queued from now on, copies among it, begins after the event. The host does not wait.
+  virtual void wait(const Event& event) = 0;
   /// Makes this the calling thread's current device; the stream of its kernels, or null where work is done on return.
   virtual void* use() { return nullptr; }
-  /// Returns when all work is done. This and to_host() throw what a kernel found wrong with its input
+  /// Returns when all work, copies among it, is done. This and to_host() throw what a kernel found wrong with its input
   /// meanwhile (an index out of range, say): such a kernel leaves the element at fault alone.
   virtual void synchronize() = 0;
 };

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <mutex>
 #include <ostream>
+#include <sstream>
 #include <utility>
 #include <vector>
 
@@ -105,6 +106,19 @@ To convert(From x) {
     return To(static_cast<float>(x));
   else
     return To(x);
+}
+
+/// A value of /proc/meminfo in bytes, 0 if it is not there.
+int64_t meminfo(const std::string& key) {
+  std::ifstream in("/proc/meminfo");
+  for (std::string entry; std::getline(in, entry);) {
+    if (!entry.starts_with(key + ":")) continue;
+    std::istringstream rest(entry.substr(key.size() + 1));
+    int64_t kibibytes = 0;
+    rest >> kibibytes;
+    return kibibytes * 1024;
+  }
+  return 0;
 }
 
 class CpuBackend final : public Backend {
@@ -217,6 +231,23 @@ class CpuBackend final : public Backend {
   void to_device(void* dst, const void* src, size_t bytes) override { std::memcpy(dst, src, bytes); }
   void to_host(void* dst, const void* src, size_t bytes) override { std::memcpy(dst, src, bytes); }
   void synchronize() override {}
+
+  MemorySize memory() override {
+    const int64_t machine = meminfo("MemTotal"), available = meminfo("MemAvailable");
+    for (const char* file : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
+      int64_t limit = 0;
+      if (std::ifstream in(file); in >> limit && limit > 0)
+        return {available, machine > 0 ? std::min(machine, limit) : limit};
+    }
+    return {available, machine};
+  }
+  void* host_allocate(size_t bytes) override { return system_allocate(bytes); }
+  void host_free(void* data, size_t bytes) override { system_free(data, bytes); }
+  std::shared_ptr<Event> copy_async(void* dst, const void* src, size_t bytes, Direction, const Event*) override {
+    std::memcpy(dst, src, bytes);
+    return std::make_shared<Event>();
+  }
+  void wait(const Event&) override {}
 
   std::string name() const override {
     std::ifstream in("/proc/cpuinfo");

@@ -68,7 +68,7 @@ struct Allocator::State {
   };
 
   Device device;
-  bool dry;
+  bool dry, pinned;
   mutable std::mutex mutex;
   std::set<Block*, Smaller> unused[2];  // by size, then address: best fit, deterministic; [small]
   std::unordered_map<void*, Block*> used;
@@ -86,13 +86,18 @@ struct Allocator::State {
   }
 
   void* take_from_system(size_t bytes) {
-    if (!dry) return backend(device).system_allocate(bytes);
+    if (!dry) return pinned ? backend(device).host_allocate(bytes) : backend(device).system_allocate(bytes);
     // Addresses without memory: unique, and a stray access faults instead of reading nonsense.
     void* data = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return data == MAP_FAILED ? nullptr : data;
   }
   void give_to_system(void* data, size_t bytes) {
-    dry ? static_cast<void>(munmap(data, bytes)) : backend(device).system_free(data, bytes);
+    if (dry)
+      munmap(data, bytes);
+    else if (pinned)
+      backend(device).host_free(data, bytes);
+    else
+      backend(device).system_free(data, bytes);
   }
 
   Block* new_segment(size_t bytes, bool small) {
@@ -135,9 +140,10 @@ struct Allocator::State {
   }
 };
 
-Allocator::Allocator(Device device, bool dry) : state_(new State) {
+Allocator::Allocator(Device device, bool dry, bool pinned) : state_(new State) {
   state_->device = device;
   state_->dry = dry;
+  state_->pinned = pinned;
 }
 
 Allocator::~Allocator() {
@@ -166,9 +172,9 @@ void* Allocator::allocate(size_t bytes, MemoryCategory category) {
     }
     if (block == nullptr) {
       fail(ErrorKind::kMemory, "allocate", grouped(static_cast<int64_t>(bytes)), " bytes (",
-           human_bytes(static_cast<int64_t>(bytes)), ") of ", name(category), " memory on ", s.device,
-           " could not be had. In use:\n", memory_table(s.statistics),
-           "Hint: a smaller micro-batch, a shorter context or recomputation needs less");
+           human_bytes(static_cast<int64_t>(bytes)), ") of ", name(category),
+           s.pinned ? " memory on the host, pinned for " : " memory on ", s.device, " could not be had. In use:\n",
+           memory_table(s.statistics), "Hint: a smaller micro-batch, a shorter context or recomputation needs less");
     }
   }
   if (block->bytes > size) {
@@ -244,21 +250,33 @@ void Allocator::release_cached() {
   state_->release_cached();
 }
 
-Allocator& allocator(Device device) {
+namespace {
+
+struct Which {
+  Device device;
+  bool dry, pinned;
+  auto operator<=>(const Which&) const = default;
+};
+
+Allocator& allocator(const Which& which) {
   // Never destroyed: tensors in static variables may outlive any order of destruction.
   static std::mutex& mutex = *new std::mutex;
-  static auto& allocators = *new std::map<std::pair<Device, bool>, Allocator*>;
-  thread_local std::pair<Device, bool> last;
+  static auto& allocators = *new std::map<Which, Allocator*>;
+  thread_local Which last;
   thread_local Allocator* cached = nullptr;
-  const std::pair key(device, DryRun::active());
-  if (cached != nullptr && key == last) return *cached;
+  if (cached != nullptr && which == last) return *cached;
   const std::lock_guard lock(mutex);
-  Allocator*& entry = allocators[key];
-  if (entry == nullptr) entry = new Allocator(device, key.second);
-  last = key;
+  Allocator*& entry = allocators[which];
+  if (entry == nullptr) entry = new Allocator(which.device, which.dry, which.pinned);
+  last = which;
   cached = entry;
   return *entry;
 }
+
+}  // namespace
+
+Allocator& allocator(Device device) { return allocator({device, DryRun::active(), false}); }
+Allocator& pinned_allocator(Device device) { return allocator({device, DryRun::active(), true}); }
 
 std::string human_bytes(int64_t bytes) {
   static constexpr const char* kUnits[] = {"B", "KiB", "MiB", "GiB", "TiB"};

@@ -66,7 +66,8 @@ class Allocator {
   void release_cached();
 
   struct State;
-  explicit Allocator(Device device, bool dry);
+  /// @param pinned  host memory that the device copies from and to by itself, instead of its own
+  explicit Allocator(Device device, bool dry, bool pinned = false);
   ~Allocator();
 
  private:
@@ -75,6 +76,8 @@ class Allocator {
 
 /// The allocator of a device; while a DryRun is active, its dry twin.
 Allocator& allocator(Device device);
+/// That of page-locked host memory for copies from and to the device (Tensor::pinned).
+Allocator& pinned_allocator(Device device);
 
 /// The table of categories with current and peak use, as text.
 std::string memory_table(const MemoryStatistics& statistics);

@@ -1,4 +1,5 @@
-// Recomputation: checkpoint() keeps what a second run of a function needs instead of what its rules save.
+// Recomputation: checkpoint() keeps what a second run of a function needs instead of what its rules save, remade() what
+// makes one tensor again.
 #include <optional>
 #include <utility>
 
@@ -116,6 +117,45 @@ std::vector<Tensor> checkpoint(std::function<std::vector<Tensor>(const std::vect
     return [frame, i = frame->saved.size() - 1] { return frame->value(i); };
   });
   return frame->function(inputs);
+}
+
+Recipe::Recipe(const char* op, const Tensor& output, Function function, const std::vector<Tensor>& inputs)
+    : op_(op),
+      version_(output.storage()->version()),
+      shape_(output.shape()),
+      dtype_(output.dtype()),
+      function_(std::move(function)) {
+  inputs_.reserve(inputs.size());
+  for (const Tensor& input : inputs)
+    inputs_.emplace_back(input.defined() ? input.detach() : input, std::vector<Tensor>());
+}
+
+Tensor Recipe::value() {
+  if (!value_.defined()) {
+    std::vector<Tensor> inputs;
+    for (const SavedTensor& input : inputs_) inputs.push_back(input.value(op_));
+    const NoGrad no_grad;
+    Tensor made = function_(inputs);
+    if (!(made.shape() == shape_) || made.dtype() != dtype_ || !made.is_contiguous() || made.offset() != 0) {
+      fail(ErrorKind::kState, op_, "the result was ", dtype_, ' ', shape_, " the first time and ", made.describe(),
+           made.is_contiguous() ? "" : ", not row-major,",
+           " when it was made again: its recipe is not a pure function of its inputs");
+    }
+    value_ = std::move(made);
+  }
+  if (++served_ < users_) return value_;
+  served_ = 0;
+  return std::exchange(value_, Tensor());
+}
+
+void remade(const char* op, const Tensor& output, std::function<Tensor(const std::vector<Tensor>&)> function,
+            const std::vector<Tensor>& inputs) {
+  if (!grad_mode()) return;
+  if (!output.is_contiguous() || output.offset() != 0) {
+    fail(ErrorKind::kState, op, "only a whole row-major tensor can be made again, got ", output.describe(),
+         " at offset ", output.offset());
+  }
+  output.storage()->set_recipe(std::make_shared<Recipe>(op, output, std::move(function), inputs));
 }
 
 }  // namespace weft::autograd

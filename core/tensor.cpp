@@ -12,11 +12,12 @@ using autograd::Meta;
 
 // ---- storage ----
 
-Storage::Storage(Device device, int64_t bytes)
+Storage::Storage(Device device, int64_t bytes, Allocator& allocator)
     : device_(device),
       bytes_(bytes),
-      allocator_(&allocator(device)),
-      data_(allocator_->allocate(static_cast<size_t>(bytes), MemoryScope::current())) {}
+      allocator_(&allocator),
+      category_(MemoryScope::current()),
+      data_(allocator_->allocate(static_cast<size_t>(bytes), category_)) {}
 
 Storage::~Storage() { allocator_->free(data_); }
 
@@ -46,6 +47,14 @@ Tensor::Impl& Tensor::get() const {
 }
 
 Tensor Tensor::empty(const Shape& shape, DType dtype, Device device) {
+  return allocated(shape, dtype, device, allocator(device));
+}
+
+Tensor Tensor::pinned(const Shape& shape, DType dtype, Device device) {
+  return allocated(shape, dtype, Device::cpu(), pinned_allocator(device));
+}
+
+Tensor Tensor::allocated(const Shape& shape, DType dtype, Device device, Allocator& allocator) {
   const int64_t count = weft::numel(shape, "Tensor::empty");
   int64_t bytes = 0;
   if (__builtin_mul_overflow(count, size_of(dtype), &bytes)) {
@@ -53,7 +62,7 @@ Tensor Tensor::empty(const Shape& shape, DType dtype, Device device) {
   }
   Tensor out;
   out.impl_ = std::make_shared<Impl>();
-  out.impl_->storage = std::make_shared<Storage>(device, bytes);
+  out.impl_->storage = std::make_shared<Storage>(device, bytes, allocator);
   out.impl_->shape = shape;
   out.impl_->strides = contiguous_strides(shape);
   out.impl_->numel = count;

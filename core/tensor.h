@@ -15,13 +15,15 @@ namespace weft {
 class Tensor;
 namespace autograd {
 class Node;
+class Recipe;
 struct Meta;
 }  // namespace autograd
 
 /// Bytes on a device, shared by a tensor and its views, with a counter of in-place changes.
 class Storage {
  public:
-  Storage(Device device, int64_t bytes);
+  /// @param allocator  where the bytes come from: the device's, or that of a device which may read them from afar
+  Storage(Device device, int64_t bytes, Allocator& allocator);
   ~Storage();
   Storage(const Storage&) = delete;
   Storage& operator=(const Storage&) = delete;
@@ -34,13 +36,19 @@ class Storage {
   /// Notes an in-place change by `op` (a string literal).
   void bump(const char* op) { ++version_, last_change_ = op; }
   /// Counts the bytes under another category from now on.
-  void recount(MemoryCategory category) const { allocator_->recount(data_, category); }
+  void recount(MemoryCategory category) { allocator_->recount(data_, category), category_ = category; }
+  MemoryCategory category() const { return category_; }
+  /// How a rule that saves this is to have it again (autograd::remade); null: by keeping it.
+  const std::shared_ptr<autograd::Recipe>& recipe() const { return recipe_; }
+  void set_recipe(std::shared_ptr<autograd::Recipe> recipe) { recipe_ = std::move(recipe); }
 
  private:
   Device device_;
   int64_t bytes_;
   Allocator* allocator_;
+  MemoryCategory category_;
   void* data_;
+  std::shared_ptr<autograd::Recipe> recipe_;
   uint64_t version_ = 0;
   const char* last_change_ = "nothing";
 };
@@ -55,6 +63,10 @@ class Tensor {
   // ---- making ----
   /// Contiguous, contents unspecified. Counted under MemoryScope's category.
   static Tensor empty(const Shape& shape, DType dtype = DType::f32, Device device = Device::cpu());
+  /// The same on the CPU, in memory that stays where it is (page-locked), so that `device` copies from and to it while
+  /// the host goes on (Backend::copy_async). Host code may use it when no copy of it is under way. Counted by
+  /// pinned_allocator(device).
+  static Tensor pinned(const Shape& shape, DType dtype, Device device);
   static Tensor full(const Shape& shape, double value, DType dtype = DType::f32, Device device = Device::cpu());
   static Tensor zeros(const Shape& shape, DType dtype = DType::f32, Device device = Device::cpu()) {
     return full(shape, 0, dtype, device);
@@ -178,6 +190,7 @@ class Tensor {
   void set_autograd_meta(std::shared_ptr<autograd::Meta> meta) const { get().meta = std::move(meta); }
 
  private:
+  static Tensor allocated(const Shape& shape, DType dtype, Device device, Allocator& allocator);
   Impl& get() const;
   std::shared_ptr<Impl> impl_;
 };

@@ -16,6 +16,20 @@
 namespace weft {
 namespace {
 
+/// A place in a stream.
+class CudaEvent final : public Backend::Event {
+ public:
+  explicit CudaEvent(cudaStream_t stream) {
+    WEFT_CUDA(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming));
+    WEFT_CUDA(cudaEventRecord(event_, stream));
+  }
+  ~CudaEvent() override { cudaEventDestroy(event_); }
+  void hold_up(cudaStream_t stream) const { WEFT_CUDA(cudaStreamWaitEvent(stream, event_, 0)); }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
 class CudaBackend : public Backend {
  public:
   explicit CudaBackend(int index) : context_(index) {}
@@ -48,6 +62,42 @@ class CudaBackend : public Backend {
     WEFT_CUDA(cudaFree(data));
   }
 
+  MemorySize memory() override {
+    context_.use();
+    size_t free = 0, total = 0;
+    WEFT_CUDA(cudaMemGetInfo(&free, &total));
+    return {static_cast<int64_t>(free), static_cast<int64_t>(total)};
+  }
+  void* host_allocate(size_t bytes) override {
+    context_.use();
+    void* data = nullptr;
+    const cudaError_t status = cudaHostAlloc(&data, bytes, cudaHostAllocDefault);
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      return nullptr;
+    }
+    WEFT_CUDA(status);
+    return data;
+  }
+  void host_free(void* data, size_t) override {
+    synchronize();  // a copy may be under way
+    WEFT_CUDA(cudaFreeHost(data));
+  }
+  std::shared_ptr<Event> copy_async(void* dst, const void* src, size_t bytes, Direction direction,
+                                    const Event* after) override {
+    context_.use();
+    const bool to_host = direction == Direction::kToHost;
+    const cudaStream_t stream = context_.copies[to_host ? 0 : 1];
+    CudaEvent(context_.stream).hold_up(stream);
+    if (after != nullptr) static_cast<const CudaEvent*>(after)->hold_up(stream);
+    WEFT_CUDA(cudaMemcpyAsync(dst, src, bytes, to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice, stream));
+    return std::make_shared<CudaEvent>(stream);
+  }
+  void wait(const Event& event) override {
+    context_.use();
+    static_cast<const CudaEvent&>(event).hold_up(context_.stream);
+  }
+
   void copy(const StridedView& dst, const StridedView& src) override { cuda::copy(queue("copy"), dst, src); }
   void fill(const StridedView& dst, double value) override { cuda::fill(queue("fill"), dst, value); }
   void add(const StridedView& dst, const StridedView& src) override { cuda::add(queue("accumulate"), dst, src); }
@@ -69,7 +119,11 @@ class CudaBackend : public Backend {
     WEFT_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, context_.stream));
     context_.synchronize();
   }
-  void synchronize() override { context_.synchronize(); }
+  void synchronize() override {
+    context_.use();
+    for (const cudaStream_t copy : context_.copies) WEFT_CUDA(cudaStreamSynchronize(copy));
+    context_.synchronize();
+  }
 
  private:
   Cuda queue(const char* op) { return {use(), op}; }

@@ -27,6 +27,7 @@ Context::Context(int i) : index(i) {
   multiprocessors = properties.multiProcessorCount;
   compute_capability = properties.major * 10 + properties.minor;
   WEFT_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  for (cudaStream_t& copy : copies) WEFT_CUDA(cudaStreamCreateWithFlags(&copy, cudaStreamNonBlocking));
   WEFT_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&fault), sizeof(Fault), cudaHostAllocMapped));
   *fault = Fault{};
   if (cublasLtCreate(&blas) != CUBLAS_STATUS_SUCCESS)
@@ -47,6 +48,7 @@ Context::~Context() {
   cudaFree(workspace);
   cublasLtDestroy(blas);
   cudaFreeHost(fault);
+  for (const cudaStream_t copy : copies) cudaStreamDestroy(copy);
   cudaStreamDestroy(stream);
 }
 

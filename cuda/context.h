@@ -24,6 +24,7 @@ class Context {
 
   const int index;
   cudaStream_t stream = nullptr;
+  cudaStream_t copies[2] = {};  ///< beside it: copies to the host, copies to the device
   cublasLtHandle_t blas = nullptr;
   void* workspace = nullptr;  ///< for one kernel or product at a time, in the order of the stream
   Fault* fault = nullptr;     ///< written by kernels

@@ -402,6 +402,85 @@ TEST(CudaEmulation, ThreadsLaunchAtTheSameTime) {
   EXPECT_EQ(to_host(total, 1)[0], 2 * 200 * 2 * 128);
 }
 
+// ---- what is left for later ----
+
+class CudaLate : public testing::Test {
+ protected:
+  void SetUp() override {
+    for (cudaStream_t* stream : {&work_, &copies_})
+      ASSERT_EQ(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), cudaSuccess);
+    ASSERT_EQ(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), cudaSuccess);
+    ASSERT_EQ(cudaMallocHost(reinterpret_cast<void**>(&host_), kBytes), cudaSuccess);
+    std::fill_n(host_, kCount, 3.0f);
+  }
+  void TearDown() override {
+    EXPECT_EQ(cudaStreamDestroy(work_), cudaSuccess);
+    EXPECT_EQ(cudaStreamDestroy(copies_), cudaSuccess);
+    EXPECT_EQ(cudaEventDestroy(event_), cudaSuccess);
+    EXPECT_EQ(cudaFreeHost(host_), cudaSuccess);
+    weft_emulation::set_late(weft_emulation::Late::kCopies);
+  }
+  void copy_in(float* to) {
+    ASSERT_EQ(cudaMemcpyAsync(to, host_, kBytes, cudaMemcpyHostToDevice, copies_), cudaSuccess);
+  }
+  void add_up(const float* x, float* total) {
+    ASSERT_EQ(launch(configure(1, kCount, 0, work_), accumulate, x, total, 1.0f), cudaSuccess);
+  }
+  void order(cudaStream_t first, cudaStream_t second) {
+    ASSERT_EQ(cudaEventRecord(event_, first), cudaSuccess);
+    ASSERT_EQ(cudaStreamWaitEvent(second, event_), cudaSuccess);
+  }
+
+  static constexpr int kCount = 64;
+  static constexpr size_t kBytes = kCount * sizeof(float);
+  cudaStream_t work_ = nullptr, copies_ = nullptr;
+  cudaEvent_t event_ = nullptr;
+  float* host_ = nullptr;
+};
+
+TEST_F(CudaLate, AKernelThatDoesNotWaitForACopyReadsWhatWasThereBefore) {
+  auto x = to_device(std::vector<float>(kCount, 1));
+  auto total = to_device<float>({0});
+  copy_in(x.get());
+  add_up(x.get(), total.get());
+  EXPECT_EQ(to_host(total, 1)[0], kCount) << "the wait is missing";
+  order(copies_, work_);
+  add_up(x.get(), total.get());
+  EXPECT_EQ(to_host(total, 1)[0], kCount + 3 * kCount);
+}
+
+TEST_F(CudaLate, AKernelThatDoesNotWaitOverwritesWhatACopyHasYetToRead) {
+  auto x = to_device(std::vector<float>(kCount, 1));
+  ASSERT_EQ(cudaMemcpyAsync(host_, x.get(), kBytes, cudaMemcpyDeviceToHost, copies_), cudaSuccess);
+  ASSERT_EQ(cudaMemsetAsync(x.get(), 0, kBytes, work_), cudaSuccess);
+  ASSERT_EQ(cudaStreamSynchronize(copies_), cudaSuccess);
+  EXPECT_EQ(host_[0], 0);
+}
+
+TEST_F(CudaLate, ACopyThatDoesNotWaitForAKernelIsAheadOfIt) {
+  weft_emulation::set_late(weft_emulation::Late::kKernels);
+  auto x = to_device(std::vector<float>(kCount, 1));
+  auto total = to_device<float>({0});
+  add_up(x.get(), total.get());
+  copy_in(x.get());
+  ASSERT_EQ(cudaStreamSynchronize(work_), cudaSuccess);
+  EXPECT_EQ(to_host(total, 1)[0], 3 * kCount) << "the wait is missing";
+  std::fill_n(host_, kCount, 5.0f);
+  add_up(x.get(), total.get());
+  order(work_, copies_);
+  copy_in(x.get());
+  EXPECT_EQ(to_host(total, 1)[0], 3 * kCount + 3 * kCount) << "the copy made the kernel before it run";
+}
+
+TEST_F(CudaLate, CopiesOfPageableMemoryDoNotOutliveTheCall) {
+  auto x = to_device(std::vector<float>(kCount, 1));
+  std::vector<float> values(kCount, 7);
+  ASSERT_EQ(cudaMemcpyAsync(x.get(), values.data(), kBytes, cudaMemcpyHostToDevice, copies_), cudaSuccess);
+  values.assign(kCount, 0);
+  ASSERT_EQ(cudaMemcpyAsync(values.data(), x.get(), kBytes, cudaMemcpyDeviceToHost, copies_), cudaSuccess);
+  EXPECT_EQ(values[kCount - 1], 7);
+}
+
 // ---- capture ----
 
 class CudaCapture : public testing::Test {

@@ -4,9 +4,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <vector>
 
 #include "block.h"
+#include "emulation.h"
 #include "runtime.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -16,7 +19,7 @@
 namespace weft_emulation {
 namespace {
 
-constexpr size_t kTotal = size_t{4} << 30, kAlignment = 512, kGuard = 512;
+constexpr size_t kAlignment = 512, kGuard = 512;
 // Not 0xff, which is what fresh memory holds: a NaN copied over the end must be seen.
 constexpr unsigned char kGuardByte = 0xf5;
 
@@ -26,7 +29,7 @@ struct Allocation {
 };
 
 std::mutex mutex;
-size_t used = 0;
+size_t total = size_t{4} << 30, used = 0;
 std::map<unsigned char*, Allocation>& allocations() {
   static auto* all = new std::map<unsigned char*, Allocation>;  // outlives every static that frees memory
   return *all;
@@ -64,7 +67,7 @@ cudaError_t allocate(void** data, size_t bytes, bool on_host) {
   if (const cudaError_t error = refuse_while_capturing(); error != cudaSuccess) return result(error);
   if (bytes == 0) return cudaSuccess;
   const std::lock_guard lock(mutex);
-  if (!on_host && bytes > kTotal - used) return result(cudaErrorMemoryAllocation);
+  if (!on_host && bytes > std::max(total, used) - used) return result(cudaErrorMemoryAllocation);
   const size_t whole = (bytes + 2 * kGuard + kAlignment - 1) / kAlignment * kAlignment;
   auto* block = static_cast<unsigned char*>(std::aligned_alloc(kAlignment, whole));
   if (block == nullptr) return result(cudaErrorMemoryAllocation);
@@ -81,6 +84,7 @@ cudaError_t allocate(void** data, size_t bytes, bool on_host) {
 cudaError_t release(void* data, bool on_host) {
   if (data == nullptr) return cudaSuccess;
   if (const cudaError_t error = refuse_while_capturing(); error != cudaSuccess) return result(error);
+  finish_all();
   const std::lock_guard lock(mutex);
   const auto found = allocations().find(static_cast<unsigned char*>(data));
   if (found == allocations().end() || found->second.on_host != on_host) return result(cudaErrorInvalidValue);
@@ -98,7 +102,20 @@ cudaError_t release(void* data, bool on_host) {
   return cudaSuccess;
 }
 
+/// Whether the runtime knows the memory: else a copy goes through memory of its own.
+bool known(const void* data) {
+  const std::lock_guard lock(mutex);
+  const auto* place = static_cast<const unsigned char*>(data);
+  auto after = allocations().upper_bound(const_cast<unsigned char*>(place));
+  return after != allocations().begin() && place < std::prev(after)->first + std::prev(after)->second.bytes;
+}
+
 }  // namespace
+
+void set_memory(size_t bytes) {
+  const std::lock_guard lock(mutex);
+  total = bytes;
+}
 
 void check_guards() {
   const std::lock_guard lock(mutex);
@@ -131,15 +148,27 @@ cudaError_t cudaHostGetDevicePointer(void** on_device, void* on_host, unsigned i
 
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   const std::lock_guard lock(weft_emulation::mutex);
-  *free = weft_emulation::kTotal - weft_emulation::used;
-  *total = weft_emulation::kTotal;
+  *total = weft_emulation::total;
+  *free = std::max(*total, weft_emulation::used) - weft_emulation::used;
   return cudaSuccess;
 }
 
 cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
-  return submit(stream, [=] {
-    if (bytes > 0) std::memmove(dst, src, bytes);
-  });
+  using weft_emulation::Kind;
+  const auto move = [=](const void* from) {
+    if (bytes > 0) std::memmove(dst, from, bytes);
+  };
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  if (stream != nullptr) cudaStreamIsCapturing(stream, &capturing);
+  if (capturing != cudaStreamCaptureStatusNone) return submit(stream, [=] { move(src); }, Kind::kCopy);
+  if (!weft_emulation::known(src)) {
+    const auto* begin = static_cast<const unsigned char*>(src);
+    const auto taken = std::make_shared<std::vector<unsigned char>>(begin, begin + bytes);
+    return submit(stream, [=] { move(taken->data()); }, Kind::kCopy);
+  }
+  const cudaError_t error = submit(stream, [=] { move(src); }, Kind::kCopy);
+  if (error == cudaSuccess && !weft_emulation::known(dst)) weft_emulation::finish_stream(stream);
+  return error;
 }
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
   return submit(stream, [=] {

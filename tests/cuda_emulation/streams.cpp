@@ -1,6 +1,8 @@
 // Streams, events, and the capture of streams into graphs.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -8,12 +10,19 @@
 #include <thread>
 #include <vector>
 
+#include "emulation.h"
 #include "runtime.h"
 
 namespace {
 
 using Work = std::function<void()>;
 using Time = std::chrono::steady_clock::time_point;
+
+/// The work of a stream that is left to be done.
+struct Queue {
+  std::deque<Work> left;
+  uint64_t submitted = 0, begun = 0;
+};
 
 /// How many operations of each stream of a capture come before a point of it.
 using Clock = std::map<const CUstream_st*, int>;
@@ -33,6 +42,7 @@ struct Capture {
 struct CUstream_st {
   bool blocking = true;
   std::mutex running;
+  std::shared_ptr<Queue> queue = std::make_shared<Queue>();
   std::shared_ptr<Capture> capture;
   Clock clock;
 };
@@ -40,6 +50,8 @@ struct CUstream_st {
 struct CUevent_st {
   bool timed = true, recorded = false;
   Time time;
+  std::shared_ptr<Queue> queue;  // where it was last recorded outside a capture, and behind how much work
+  uint64_t position = 0;
   std::shared_ptr<Capture> capture;  // where it was last recorded, if that was in a capture
   Clock clock;
 };
@@ -65,6 +77,37 @@ std::vector<std::shared_ptr<Capture>>& captures() {
 std::mutex& null_stream() {
   static std::mutex running;
   return running;
+}
+
+std::atomic<weft_emulation::Late> late = weft_emulation::Late::kCopies;
+
+/// Held while work is left or while what was left is done: work may wait for that of any other stream.
+std::recursive_mutex& leaving() {
+  static std::recursive_mutex mutex;
+  return mutex;
+}
+std::set<CUstream_st*>& streams() {
+  static std::set<CUstream_st*> all;
+  return all;
+}
+
+void run_until(Queue& queue, uint64_t position) {
+  const std::lock_guard lock(leaving());
+  while (queue.begun < position && !queue.left.empty()) {
+    const Work work = std::move(queue.left.front());
+    queue.left.pop_front();
+    ++queue.begun;
+    work();
+  }
+}
+void finish(CUstream_st& stream) { run_until(*stream.queue, UINT64_MAX); }
+
+/// What the null stream waits for.
+void finish_blocking() {
+  const std::lock_guard lock(leaving());
+  for (CUstream_st* stream : streams()) {
+    if (stream->blocking) finish(*stream);
+  }
 }
 
 void invalidate(Capture& capture) { capture.invalidated = true; }
@@ -129,7 +172,18 @@ cudaError_t refuse_while_capturing() {
   return refused ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
 
-cudaError_t submit(cudaStream_t stream, Work work) {
+void set_late(Late what) { late = what; }
+
+void finish_stream(cudaStream_t stream) {
+  if (stream != nullptr) finish(*stream);
+}
+
+void finish_all() {
+  const std::lock_guard lock(leaving());
+  for (CUstream_st* stream : streams()) finish(*stream);
+}
+
+cudaError_t submit(cudaStream_t stream, Work work, Kind kind) {
   {
     const std::lock_guard lock(mutex);
     if (stream == nullptr && waits_for_capture()) return result(cudaErrorStreamCaptureImplicit);
@@ -139,6 +193,19 @@ cudaError_t submit(cudaStream_t stream, Work work) {
       ++stream->clock[stream];
       return cudaSuccess;
     }
+  }
+  if (stream == nullptr) {
+    finish_blocking();
+  } else {
+    const std::lock_guard lock(leaving());
+    Queue& queue = *stream->queue;
+    ++queue.submitted;
+    if (late == (kind == Kind::kCopy ? Late::kCopies : Late::kKernels)) {
+      queue.left.push_back(std::move(work));
+      return cudaSuccess;
+    }
+    finish(*stream);
+    ++queue.begun;
   }
   const std::lock_guard lock(stream == nullptr ? null_stream() : stream->running);
   work();
@@ -155,6 +222,8 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned int flags) 
   if (stream == nullptr || flags > cudaStreamNonBlocking) return result(cudaErrorInvalidValue);
   *stream = new CUstream_st;
   (*stream)->blocking = flags != cudaStreamNonBlocking;
+  const std::lock_guard lock(leaving());
+  streams().insert(*stream);
   return cudaSuccess;
 }
 
@@ -168,12 +237,18 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
       if (capture->origin == stream) leave(capture);
     }
   }
+  finish(*stream);
+  {
+    const std::lock_guard lock(leaving());
+    streams().erase(stream);
+  }
   delete stream;
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (const cudaError_t error = may_wait_for(stream); error != cudaSuccess) return result(error);
+  stream == nullptr ? finish_blocking() : finish(*stream);
   const std::lock_guard wait(stream == nullptr ? null_stream() : stream->running);
   return cudaSuccess;
 }
@@ -181,18 +256,38 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
 
 cudaError_t cudaDeviceSynchronize() {
-  const std::lock_guard lock(mutex);
-  return result(invalidate_if([](const Capture&) { return true; }) ? cudaErrorStreamCaptureUnsupported : cudaSuccess);
+  {
+    const std::lock_guard lock(mutex);
+    if (invalidate_if([](const Capture&) { return true; })) return result(cudaErrorStreamCaptureUnsupported);
+  }
+  weft_emulation::finish_all();
+  return cudaSuccess;
 }
+
+namespace {
+
+/// Work behind this on the stream is done after that before the event.
+void leave_wait(CUstream_st& stream, const CUevent_st& event) {
+  if (event.queue == nullptr) return;
+  const std::lock_guard lock(leaving());
+  if (event.queue->begun >= event.position) return;
+  stream.queue->left.emplace_back([queue = event.queue, position = event.position] { run_until(*queue, position); });
+  ++stream.queue->submitted;
+}
+
+}  // namespace
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned int) {
   if (event == nullptr) return result(cudaErrorInvalidResourceHandle);
   const std::lock_guard lock(mutex);
   if (stream == nullptr) {
-    return result(waits_for_capture() || event->capture != nullptr ? cudaErrorStreamCaptureImplicit : cudaSuccess);
+    if (waits_for_capture() || event->capture != nullptr) return result(cudaErrorStreamCaptureImplicit);
+    if (event->queue != nullptr) run_until(*event->queue, event->position);
+    return cudaSuccess;
   }
   if (event->capture == nullptr) {
-    if (stream->capture == nullptr || !event->recorded) return cudaSuccess;
+    if (!event->recorded) return cudaSuccess;
+    if (stream->capture == nullptr) return leave_wait(*stream, *event), cudaSuccess;
     invalidate(*stream->capture);
     return result(cudaErrorStreamCaptureIsolation);
   }
@@ -238,6 +333,9 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   if (event->capture == nullptr) {
     event->recorded = true;
     event->time = std::chrono::steady_clock::now();
+    const std::lock_guard left(leaving());
+    event->queue = stream == nullptr ? nullptr : stream->queue;
+    event->position = stream == nullptr ? 0 : stream->queue->submitted;
     return cudaSuccess;
   }
   event->clock = stream->clock;
@@ -246,7 +344,9 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   if (event == nullptr) return result(cudaErrorInvalidResourceHandle);
-  return result(may_wait_for(event));
+  if (const cudaError_t error = may_wait_for(event); error != cudaSuccess) return result(error);
+  if (event->queue != nullptr) run_until(*event->queue, event->position);
+  return cudaSuccess;
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaEventSynchronize(event); }
