@@ -298,6 +298,43 @@ void Options::declare_choice(std::string name, std::vector<std::string> names, s
   declare(std::move(name), "NAME", one_of(names), std::move(help), std::move(field));
 }
 
+void Options::add(std::string name, SwitchRule rule, std::string help) {
+  std::string names;
+  for (const auto& [each, on] : rule.switches) names += (names.empty() ? "" : ", ") + each;
+  OptionField field;
+  field.assign = [rule](const Given& value) {
+    const auto* raw = std::get_if<Raw>(&value);
+    if (!rule.was_bool.empty() &&
+        (std::holds_alternative<bool>(value) || (raw != nullptr && (raw->text == "true" || raw->text == "false")))) {
+      throw Refused{rule.was_bool};
+    }
+    const std::string words = read_text(value);
+    std::vector<bool*> on;
+    for (const Given& item : is_none(value) ? std::vector<Given>() : read_list(Raw{words})) {
+      const std::string word = read_text(item);
+      const auto found = std::find_if(rule.switches.begin(), rule.switches.end(),
+                                      [&](const auto& each) { return each.first == word; });
+      if (found == rule.switches.end()) {
+        std::vector<std::string> candidates = {"none"};
+        for (const auto& each : rule.switches) candidates.push_back(each.first);
+        throw not_among(word, candidates);
+      }
+      on.push_back(found->second);
+    }
+    if (words.empty()) throw Refused{"it is empty"};
+    for (const auto& each : rule.switches) *each.second = std::find(on.begin(), on.end(), each.second) != on.end();
+  };
+  field.literal = [rule] {
+    std::string words;
+    for (const auto& [each, on] : rule.switches) {
+      if (*on) words += (words.empty() ? "" : ",") + each;
+    }
+    return toml_literal(std::string_view(words.empty() ? "none" : words));
+  };
+  declare(std::move(name), "NAME,...", "none or some of " + names + ", joined by commas", std::move(help),
+          std::move(field));
+}
+
 void Options::action(std::string name, bool* field, std::string help) {
   add(std::move(name), field, std::move(help));
   entries_.back()->saved = false;

@@ -60,6 +60,12 @@ struct PathRule {
   std::string_view placeholder = "PATH";
 };
 
+/// Switches of an option that turns on any of them: "norm,attention", or "none".
+struct SwitchRule {
+  std::vector<std::pair<std::string, bool*>> switches;
+  std::string was_bool = {};  ///< of an option that was true or false before: what that is now, for the message
+};
+
 /// How many elements a list takes.
 struct ListSize {
   size_t min = 0;
@@ -110,6 +116,9 @@ class Options {
   template <class Enum>
     requires std::is_enum_v<Enum>
   void add(std::string name, Enum* field, std::vector<std::pair<std::string, Enum>> choices, std::string help);
+
+  /// Any of a few switches, joined by commas, or "none"; in a file it is that text too.
+  void add(std::string name, SwitchRule rule, std::string help);
 
   /// --name for this call only (--dry-run, --yes): not in files, variables or the resolved file.
   void action(std::string name, bool* field, std::string help);

@@ -1,6 +1,12 @@
 #include "apps/train_options.h"
 
 namespace weft::apps {
+namespace {
+
+/// Smaller tensors are not worth a copy: at 20 GB/s it takes as long as three kernels take to start.
+constexpr int64_t kOffloadFrom = int64_t{1} << 18;
+
+}  // namespace
 
 void TrainOptions::declare(Options& o) {
   o.section("data", "The data");
@@ -18,8 +24,14 @@ void TrainOptions::declare(Options& o) {
   o.add("width", &width, {.min = 1, .max = 1 << 24}, "channels of the residual stream");
   o.add("context", &context, {.min = 1, .max = 1 << 24, .unit = "tokens"}, "positions of a sequence");
   o.add("dropout", &dropout, {.min = 0, .below = 1}, "probability with which an activation is dropped in training");
-  o.add("recompute", &recompute,
-        "compute each block a second time in the backward pass instead of keeping its activations; same numbers");
+  o.add("recompute",
+        {.switches = {{"block", &recompute.block},
+                      {"norm", &recompute.norm},
+                      {"activation", &recompute.activation},
+                      {"attention", &recompute.attention}},
+         .was_bool = "true is \"block\" now, false is \"none\""},
+        "what the backward pass computes a second time instead of keeping it: whole blocks, or outputs of their norms, "
+        "of GELU and of attention; same numbers");
 
   o.section("optimizer", "The optimizer");
   o.add("optimizer", &optimizer, {{"adamw", OptimizerKind::adamw}, {"lamb", OptimizerKind::lamb}},
@@ -45,6 +57,9 @@ void TrainOptions::declare(Options& o) {
         "numbers of weights and activations: f32; tf32: f32 whose products round to 10 bits on a GPU; bf16, f16: with "
         "f32 master weights, f16 with dynamic loss scaling; fp8: bf16 whose linear layers in the blocks multiply in 8 "
         "bits with delayed scaling (GPUs from compute capability 8.9 on, or a CPU, which emulates it)");
+  o.add("offload", {.switches = {{"optimizer", &offload_optimizer}, {"activations", &offload_activations}}},
+        "what waits in the host's memory while a GPU does not need it: the optimizer's state, saved activations of the "
+        "blocks; same numbers");
   o.add("out", &out, {.placeholder = "DIR"}, "where checkpoints, metrics.jsonl and the resolved config.toml go");
   o.add("steps", &steps, {.min = 1, .max = int64_t{1} << 40}, "optimizer steps of the whole run");
   o.add("seed", &seed, {.min = 0}, "of the initial weights, the data order and dropout");
@@ -69,6 +84,9 @@ void TrainOptions::check(const Options& options) const {
     options.reject("width",
                    "must be a multiple of 16 with precision = fp8, whose products read 16 numbers at a time; got ",
                    width);
+    }
+  if ((offload_optimizer || offload_activations) && device.planned(options).kind == DeviceKind::cpu) {
+    options.reject("offload", "is for a CUDA device; this run is on the CPU, where the memory is the host's already");
   }
   if (min_lr > lr) options.reject("min_lr", "must be at most lr = ", lr, ", got ", min_lr);
   if (warmup >= steps && warmup > 0) options.reject("warmup", "must be below steps = ", steps, ", got ", warmup);
@@ -78,13 +96,14 @@ models::GptConfig TrainOptions::model(int64_t vocab) const {
   models::GptConfig config;
   config.layers = layers, config.heads = heads, config.width = width, config.context = context, config.vocab = vocab;
   config.dropout = dropout, config.recompute = recompute;
+  if (offload_activations) config.offload_from = kOffloadFrom;
   return config;
 }
 
 optim::AdamOptions TrainOptions::adam() const {
   optim::AdamOptions adam;
   adam.beta1 = beta1, adam.beta2 = beta2, adam.eps = eps, adam.weight_decay = weight_decay, adam.clip_norm = clip;
-  adam.trust_ratio = optimizer == OptimizerKind::lamb;
+  adam.trust_ratio = optimizer == OptimizerKind::lamb, adam.offload = offload_optimizer;
   return adam;
 }
 

@@ -30,11 +30,12 @@ struct TrainOptions {
   // model
   int64_t layers = 4, heads = 4, width = 128, context = 64;
   double dropout = 0;
-  bool recompute = false;
+  models::Recompute recompute;
   // optimizer
   OptimizerKind optimizer = OptimizerKind::adamw;
   double lr = 1e-3, min_lr = 1e-4, weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, clip = 1.0;
   int64_t warmup = 100;
+  bool offload_optimizer = false, offload_activations = false;
   // run
   DeviceOption device;
   Precision precision = Precision::f32;

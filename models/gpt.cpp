@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "core/autograd.h"
+#include "core/offload.h"
 #include "ops/attention.h"
 #include "ops/dropout.h"
 #include "ops/elementwise.h"
@@ -18,6 +19,8 @@ double residual_deviation(const GptConfig& config) {
   return kDeviation / std::sqrt(2.0 * static_cast<double>(config.layers));
 }
 
+autograd::Keep keep(bool recompute) { return recompute ? autograd::Keep::kRecipe : autograd::Keep::kValue; }
+
 /// Dropout on rows [B, T, C] of a step's batch.
 Tensor apply_dropout(const Tensor& x, double p, const RandomStream& stream, bool training, const GptStep& step) {
   const int64_t row = x.numel() / std::max<int64_t>(x.size(0), 1);
@@ -28,13 +31,14 @@ class Attention : public Module {
  public:
   Attention(const GptConfig& config, const Init& init)
       : heads_(config.heads),
+        keep_(keep(config.recompute.attention)),
         qkv_(config.width, 3 * config.width, kDeviation, init.at("qkv")),
         proj_(config.width, config.width, residual_deviation(config), init.at("proj")) {
     add("qkv", qkv_);
     add("proj", proj_);
   }
 
-  Tensor operator()(const Tensor& x) const { return proj_(causal_attention(qkv_(x), heads_)); }
+  Tensor operator()(const Tensor& x) const { return proj_(causal_attention(qkv_(x), heads_, keep_)); }
 
   /// The same for positions that follow the `seen` first ones of `keys` and `values` [B, T, C], which are filled.
   Tensor extend(const Tensor& x, int64_t seen, const Tensor& keys, const Tensor& values) const {
@@ -50,20 +54,29 @@ class Attention : public Module {
 
  private:
   int64_t heads_;
+  autograd::Keep keep_;
   Linear qkv_, proj_;
 };
 
 class Mlp : public Module {
  public:
   Mlp(const GptConfig& config, const Init& init)
-      : fc_(config.width, 4 * config.width, kDeviation, init.at("fc")),
+      : recompute_(config.recompute.activation),
+        fc_(config.width, 4 * config.width, kDeviation, init.at("fc")),
         proj_(4 * config.width, config.width, residual_deviation(config), init.at("proj")) {
     add("fc", fc_);
     add("proj", proj_);
   }
-  Tensor operator()(const Tensor& x) const { return proj_(gelu(fc_(x))); }
+  Tensor operator()(const Tensor& x) const {
+    const Tensor before = fc_(x), after = gelu(before);
+    if (recompute_) {
+      autograd::remade("gelu", after, [](const std::vector<Tensor>& in) { return gelu(in[0]); }, {before});
+    }
+    return proj_(after);
+  }
 
  private:
+  bool recompute_;
   Linear fc_, proj_;
 };
 
@@ -101,6 +114,7 @@ class Gpt::Block : public Module {
  public:
   Block(const GptConfig& config, uint64_t seed, const Init& init)
       : dropout_(config.dropout),
+        keep_norm_(keep(config.recompute.norm)),
         attention_stream_(seed, "dropout/" + init.path + ".attn"),
         mlp_stream_(seed, "dropout/" + init.path + ".mlp"),
         ln_1_(config.width, config.norm_eps, init.at("ln_1")),
@@ -115,9 +129,9 @@ class Gpt::Block : public Module {
 
   /// {residual stream, MLP branch}.
   std::pair<Tensor, Tensor> operator()(const Tensor& x, const Tensor& branch, const GptStep& step) const {
-    const auto [before, normed] = ln_1_.add_and_norm(x, branch);
+    const auto [before, normed] = ln_1_.add_and_norm(x, branch, keep_norm_);
     const Tensor attended = drop(attn_(normed), attention_stream_, step);
-    const auto [after, normed_again] = ln_2_.add_and_norm(before, attended);
+    const auto [after, normed_again] = ln_2_.add_and_norm(before, attended, keep_norm_);
     return {after, drop(mlp_(normed_again), mlp_stream_, step)};
   }
 
@@ -134,6 +148,7 @@ class Gpt::Block : public Module {
   }
 
   double dropout_;
+  autograd::Keep keep_norm_;
   RandomStream attention_stream_, mlp_stream_;
   LayerNorm ln_1_;
   Attention attn_;
@@ -147,6 +162,10 @@ Gpt::Gpt(const GptConfig& config, Device device, uint64_t seed, DType dtype)
       wte_(config.vocab, config.width, kDeviation, Init{seed, dtype, device, "wte"}),
       wpe_(config.context, config.width, kDeviation, Init{seed, dtype, device, "wpe"}),
       ln_f_(config.width, config.norm_eps, Init{seed, dtype, device, "ln_f"}) {
+  if (config.offload_from && device.kind == DeviceKind::cpu) {
+    fail(ErrorKind::kValue, "gpt", "offload_from is for models on a CUDA device; on ", device,
+         " the memory is the host's already");
+  }
   add("wte", wte_);
   add("wpe", wpe_);
   for (int64_t i = 0; i < config.layers; ++i) {
@@ -190,12 +209,16 @@ Tensor Gpt::embed(const Tensor& ids, int64_t first_position) const {
 Tensor Gpt::hidden(const Tensor& ids, const GptStep& step) const {
   Tensor x = embed(ids, 0), branch;
   x = apply_dropout(x, config_.dropout, RandomStream(seed_, "dropout/embedding"), is_training(), step);
-  for (const auto& block : blocks_) {
-    if (!config_.recompute || !autograd::grad_mode()) {
-      std::tie(x, branch) = (*block)(x, branch, step);
+  const bool training = autograd::grad_mode();
+  autograd::Offload offload(config_.offload_from.value_or(0));
+  for (size_t i = 0; i < blocks_.size(); ++i) {
+    std::optional<autograd::Offload::Group> group;
+    if (config_.offload_from && training) group.emplace(offload, i + 2 < blocks_.size());
+    if (!config_.recompute.block || !training) {
+      std::tie(x, branch) = (*blocks_[i])(x, branch, step);
       continue;
     }
-    const auto run = [&block = *block, step](const std::vector<Tensor>& inputs) {
+    const auto run = [&block = *blocks_[i], step](const std::vector<Tensor>& inputs) {
       const auto [sum, next] = block(inputs[0], inputs.size() > 1 ? inputs[1] : Tensor(), step);
       return std::vector<Tensor>{sum, next};
     };
@@ -203,7 +226,7 @@ Tensor Gpt::hidden(const Tensor& ids, const GptStep& step) const {
         autograd::checkpoint(run, branch.defined() ? std::vector<Tensor>{x, branch} : std::vector<Tensor>{x});
     x = outputs[0], branch = outputs[1];
   }
-  return ln_f_.add_and_norm(x, branch).normed;
+  return ln_f_.add_and_norm(x, branch, keep(config_.recompute.norm)).normed;
 }
 
 Tensor Gpt::logits(const Tensor& ids) const { return linear(hidden(ids, {}), wte_.weight()); }

@@ -1,10 +1,20 @@
 #pragma once
 #include <memory>
+#include <optional>
 
 #include "models/layers.h"
 #include "optim/delayed_scaling.h"
 
 namespace weft::models {
+
+/// What a training step computes a second time in its backward pass instead of keeping it; same numbers. The parts of a
+/// block compose with the block.
+struct Recompute {
+  bool block = false;       ///< each block, from its input
+  bool norm = false;        ///< outputs of layer norms, from the residual stream
+  bool activation = false;  ///< outputs of GELU, from their inputs
+  bool attention = false;   ///< outputs of attention, from queries, keys and values
+};
 
 /// GPT-2's shape (Radford et al. 2019).
 struct GptConfig {
@@ -15,7 +25,10 @@ struct GptConfig {
   int64_t vocab = 0;     ///< V; must be given
   double dropout = 0;    ///< in [0, 1): after the embeddings and at the end of each branch
   double norm_eps = 1e-5;
-  bool recompute = false;  ///< keep only each block's input for the backward pass and compute the block again
+  Recompute recompute = {};
+  /// Tensors of at least this many bytes that blocks save for their backward pass wait for it in the host's memory
+  /// (core/offload.h); not given: none does. CUDA only.
+  std::optional<int64_t> offload_from = {};
 
   /// @throws Error kValue naming the field that makes no sense.
   void check() const;

@@ -64,16 +64,15 @@ void check_count(const GptConfig& config, const SafetensorsFile& model) {
 }  // namespace
 
 std::map<std::string, std::string> to_state(const GptConfig& config) {
-  return {{"gpt.layers", text_of(config.layers)},     {"gpt.heads", text_of(config.heads)},
-          {"gpt.width", text_of(config.width)},       {"gpt.context", text_of(config.context)},
-          {"gpt.vocab", text_of(config.vocab)},       {"gpt.dropout", text_of(config.dropout)},
-          {"gpt.norm_eps", text_of(config.norm_eps)}, {"gpt.recompute", config.recompute ? "1" : "0"}};
+  return {{"gpt.layers", text_of(config.layers)},    {"gpt.heads", text_of(config.heads)},
+          {"gpt.width", text_of(config.width)},      {"gpt.context", text_of(config.context)},
+          {"gpt.vocab", text_of(config.vocab)},      {"gpt.dropout", text_of(config.dropout)},
+          {"gpt.norm_eps", text_of(config.norm_eps)}};
 }
 
 GptConfig gpt_config_from_state(const std::map<std::string, std::string>& state, const std::string& where) {
   const StateReader reader(state, where);
   GptConfig config;
-  int recompute = 0;
   reader.read("layers", config.layers);
   reader.read("heads", config.heads);
   reader.read("width", config.width);
@@ -81,12 +80,6 @@ GptConfig gpt_config_from_state(const std::map<std::string, std::string>& state,
   reader.read("vocab", config.vocab);
   reader.read("dropout", config.dropout);
   reader.read("norm_eps", config.norm_eps);
-  reader.read("recompute", recompute);
-  if (recompute != 0 && recompute != 1) {
-    fail(ErrorKind::kData, "gpt_checkpoint", where, ": the state entry \"gpt.recompute\" is ", recompute,
-         "; must be 0 or 1");
-  }
-  config.recompute = recompute == 1;
   try {
     config.check();
   } catch (const Error& error) {

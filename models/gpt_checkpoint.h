@@ -8,7 +8,8 @@
 
 namespace weft::models {
 
-/// What a checkpoint says of the model in it, as entries "gpt.layers", "gpt.width", ... of its state.
+/// What a checkpoint says of the model in it, as entries "gpt.layers", "gpt.width", ... of its state. How a run saved
+/// memory is the run's own affair, and not among them.
 std::map<std::string, std::string> to_state(const GptConfig& config);
 /// @throws Error kData naming `where` and the entry that is missing or makes no sense.
 GptConfig gpt_config_from_state(const std::map<std::string, std::string>& state, const std::string& where);

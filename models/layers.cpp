@@ -28,9 +28,14 @@ LayerNorm::LayerNorm(int64_t width, double eps, const Init& init)
 
 Tensor LayerNorm::operator()(const Tensor& x) const { return layer_norm(x, weight_, bias_, eps_); }
 
-ResidualNorm LayerNorm::add_and_norm(const Tensor& x, const Tensor& branch) const {
-  if (!branch.defined()) return {x, (*this)(x)};
-  return residual_layer_norm(x, branch, weight_, bias_, eps_);
+ResidualNorm LayerNorm::add_and_norm(const Tensor& x, const Tensor& branch, autograd::Keep keep) const {
+  const ResidualNorm out =
+      branch.defined() ? residual_layer_norm(x, branch, weight_, bias_, eps_) : ResidualNorm{x, (*this)(x)};
+  if (keep == autograd::Keep::kRecipe) {
+    const auto again = [eps = eps_](const std::vector<Tensor>& in) { return layer_norm(in[0], in[1], in[2], eps); };
+    autograd::remade("layer_norm", out.normed, again, {out.sum, weight_, bias_});
+  }
+  return out;
 }
 
 }  // namespace weft::models

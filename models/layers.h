@@ -1,4 +1,5 @@
 #pragma once
+#include "core/autograd.h"
 #include "models/module.h"
 #include "ops/matmul_fp8.h"
 #include "ops/norm.h"
@@ -35,8 +36,9 @@ class LayerNorm : public Module {
  public:
   LayerNorm(int64_t width, double eps, const Init& init);
   Tensor operator()(const Tensor& x) const;
-  /// {x + branch, norm of that sum} in one pass; an undefined branch is 0.
-  ResidualNorm add_and_norm(const Tensor& x, const Tensor& branch) const;
+  /// {x + branch, norm of that sum} in one pass; an undefined branch is 0. With Keep::kRecipe, rules that save the norm
+  /// have it made again from the sum.
+  ResidualNorm add_and_norm(const Tensor& x, const Tensor& branch, autograd::Keep keep = autograd::Keep::kValue) const;
 
  private:
   Tensor weight_, bias_;

@@ -106,7 +106,7 @@ AttentionShape check_attention(const Tensor& q, const Tensor& k, const Tensor& v
 
 }  // namespace
 
-Tensor causal_attention(const Tensor& qkv, int64_t heads) {
+Tensor causal_attention(const Tensor& qkv, int64_t heads, autograd::Keep keep) {
   constexpr const char* kOp = "causal_attention";
   check_float(kOp, qkv);
   if (heads < 1) fail(ErrorKind::kValue, kOp, "heads must be at least 1, got ", heads);
@@ -139,6 +139,10 @@ Tensor causal_attention(const Tensor& qkv, int64_t heads) {
                                     .lse = lse.data<Accumulate<T>>()});
     });
   });
+  if (keep == autograd::Keep::kRecipe) {
+    const auto again = [heads](const std::vector<Tensor>& in) { return causal_attention(in[0], heads); };
+    autograd::remade(kOp, out, again, {packed});
+  }
   autograd::record(kOp, {packed}, {out}, {packed, out, lse}, [shape](BackwardContext& context) {
     const Tensor qkv = context.saved(0), out = context.saved(1), lse = context.saved(2);
     const Tensor dout = with_unit_stride(context.grad());

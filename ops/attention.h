@@ -1,7 +1,7 @@
 #pragma once
 #include <optional>
 
-#include "core/tensor.h"
+#include "core/autograd.h"
 
 namespace weft {
 
@@ -28,8 +28,9 @@ struct AttentionOptions {
 ///               are 0.
 /// @throws Error  kShape if qkv is not [B, T, 3 C] or heads does not divide C; kValue for heads < 1; kDType.
 /// Saved for backward: qkv, y and the logarithm of each softmax's sum [B, H, T] in f32 (f64 for f64). The backward pass
-/// computes p again, tile by tile. Bits do not depend on the number of threads.
-Tensor causal_attention(const Tensor& qkv, int64_t heads);
+/// computes p again, tile by tile. Bits do not depend on the number of threads. With Keep::kRecipe, y is made again
+/// from qkv wherever it was saved, here and by what reads it, for one more forward pass.
+Tensor causal_attention(const Tensor& qkv, int64_t heads, autograd::Keep keep = autograd::Keep::kValue);
 
 /// Attention of queries over keys that may be more than they are: cross-attention, or new tokens over a cache.
 ///

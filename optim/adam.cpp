@@ -24,6 +24,7 @@ void check(const AdamOptions& options) {
           "at least 0");
   require(options.clip_norm >= 0 && std::isfinite(options.clip_norm), "clip_norm", options.clip_norm,
           "at least 0 (0 is no clipping)");
+  require(options.offload_piece >= 1, "offload_piece", static_cast<double>(options.offload_piece), "at least 1");
 }
 
 DType state_dtype(DType parameter) { return parameter == DType::f64 ? DType::f64 : DType::f32; }
@@ -39,16 +40,40 @@ Adam::Adam(Parameters parameters, const AdamOptions& options, std::shared_ptr<No
   if (norms_ == nullptr) fail(ErrorKind::kValue, "adam", "needs a NormReducer, got null");
   device_ = device_of("adam", parameters_);
   const MemoryScope scope(MemoryCategory::optimizer);
+  if (options_.offload) make_stream(parameters_.empty() ? DType::f32 : state_dtype(parameters_[0].tensor.dtype()));
   for (const Parameter& parameter : parameters_) {
     const Tensor& tensor = parameter.tensor;
     const DType dtype = state_dtype(tensor.dtype());
     Slot slot;
-    slot.exp_avg = Tensor::zeros(tensor.shape(), dtype, tensor.device());
-    slot.exp_avg_sq = Tensor::zeros(tensor.shape(), dtype, tensor.device());
-    if (dtype != tensor.dtype()) slot.master = tensor.detach().to(dtype);
+    if (stream_) {
+      const StateStream::Slot& hosted = stream_->slots()[slots_.size()];
+      slot.exp_avg = hosted.exp_avg, slot.exp_avg_sq = hosted.exp_avg_sq, slot.master = hosted.master;
+      const autograd::NoGrad no_grad;
+      if (slot.master.defined()) slot.master.copy_(tensor);
+    } else {
+      slot.exp_avg = Tensor::zeros(tensor.shape(), dtype, tensor.device());
+      slot.exp_avg_sq = Tensor::zeros(tensor.shape(), dtype, tensor.device());
+      if (dtype != tensor.dtype()) slot.master = tensor.detach().to(dtype);
+    }
     slot.version = tensor.storage()->version();
     slots_.push_back(std::move(slot));
   }
+}
+
+void Adam::make_stream(DType dtype) {
+  if (device_.kind == DeviceKind::cpu) {
+    fail(ErrorKind::kDevice, "adam", "offload is for parameters on a CUDA device; on ", device_,
+         " the memory is the host's already");
+  }
+  std::vector<StateStream::Wanted> wanted;
+  for (const Parameter& parameter : parameters_) {
+    if (state_dtype(parameter.tensor.dtype()) != dtype) {
+      fail(ErrorKind::kDType, "adam", "offload wants the state of all parameters in one type: that of ",
+           quoted(parameters_.front().name), " is ", dtype, ", that of ", quoted(parameter.name), " is not");
+    }
+    wanted.push_back({parameter.tensor.shape(), parameter.tensor.dtype() != dtype});
+  }
+  stream_.emplace(device_, dtype, wanted, options_.offload_piece);
 }
 
 NamedTensors Adam::state_tensors() const {
@@ -91,6 +116,8 @@ StepReport Adam::step(double lr, const GradientScale& scale) {
   std::vector<AdamTensor> plain, ratio;  // without and with the trust ratio
   std::vector<size_t> ratio_index;       // of the parameters of the latter
   std::vector<AdamTensor> changed;       // by someone else
+  std::vector<StateStream::Job> jobs;    // with offload: all of them
+  std::vector<bool> job_changed;
   std::vector<Tensor> gradients;
   for (size_t p = 0; p < parameters_.size(); ++p) {
     const Parameter& parameter = parameters_[p];
@@ -115,7 +142,12 @@ StepReport Adam::step(double lr, const GradientScale& scale) {
     } else {
       plain.push_back(tensor);
     }
-    if (slot.master.defined() && slot.version != parameter.tensor.storage()->version()) changed.push_back(tensor);
+    const bool was_changed = slot.master.defined() && slot.version != parameter.tensor.storage()->version();
+    if (was_changed) changed.push_back(tensor);
+    if (stream_) {
+      jobs.push_back({tensor, !ratio_index.empty() && ratio_index.back() == p});
+      job_changed.push_back(was_changed);
+    }
   }
   int64_t partials = 0;
   for (const AdamTensor& tensor : ratio) {
@@ -128,7 +160,10 @@ StepReport Adam::step(double lr, const GradientScale& scale) {
   for (const Parameter& parameter : parameters_) {
     if (parameter.tensor.grad().defined()) parameter.tensor.begin_change("adam");
   }
-  if (DryRun::active()) return report;
+  if (DryRun::active()) {
+    if (stream_) stream_->run(jobs, StateStream::Changes::kAll, {});
+    return report;
+  }
   for (size_t p = 0; p < slots_.size(); ++p) {
     if (parameters_[p].tensor.grad().defined()) slots_[p].version = parameters_[p].tensor.storage()->version();
   }
@@ -144,19 +179,41 @@ StepReport Adam::step(double lr, const GradientScale& scale) {
       .inverse_bias2 = 1 / (1 - std::pow(options_.beta2, t)),
       .eps = options_.eps,
   };
-  launch(device_, "adam", [&](auto on) {
-    adam_follow(on, changed);
-    adam_update(on, plain, constants);
-  });
+  // Where the sums of squares of weight and update are, of each tensor with the ratio.
+  std::vector<std::pair<size_t, size_t>> places;
+  if (stream_) {
+    double* partials_left = partial.data<double>();
+    stream_->run(jobs, StateStream::Changes::kAll, [&](std::span<const StateStream::Part> parts) {
+      std::vector<AdamTensor> cut, whole, follow;
+      for (const StateStream::Part& part : parts) {
+        (jobs[part.job].whole ? whole : cut).push_back(part.tensor);
+        if (job_changed[part.job]) follow.push_back(part.tensor);
+      }
+      const size_t first = 2 * places.size();
+      for (size_t i = 0; i < whole.size(); ++i) places.emplace_back(first + i, first + whole.size() + i);
+      launch(device_, "adam", [&](auto on) {
+        adam_follow(on, follow);
+        adam_update(on, cut, constants);
+        if (whole.empty()) return;
+        adam_moments(on, whole, constants, partials_left, sums.data<double>() + first);
+        for (const AdamTensor& tensor : whole) partials_left += 2 * adam_partials(on, tensor);
+      });
+    });
+  } else {
+    launch(device_, "adam", [&](auto on) {
+      adam_follow(on, changed);
+      adam_update(on, plain, constants);
+      if (options_.trust_ratio) adam_moments(on, ratio, constants, partial.data<double>(), sums.data<double>());
+    });
+    for (size_t i = 0; i < ratio.size(); ++i) places.emplace_back(i, ratio.size() + i);
+  }
   if (!options_.trust_ratio) return report;
 
-  launch(device_, "adam",
-         [&](auto on) { adam_moments(on, ratio, constants, partial.data<double>(), sums.data<double>()); });
   const std::vector<double> found = sums.to_vector<double>();
   std::vector<double> weights(parameters_.size(), 0.0), updates(parameters_.size(), 0.0);
   for (size_t i = 0; i < ratio_index.size(); ++i) {
-    weights[ratio_index[i]] = found[i];
-    updates[ratio_index[i]] = found[ratio_index.size() + i];
+    weights[ratio_index[i]] = found[places[i].first];
+    updates[ratio_index[i]] = found[places[i].second];
   }
   norms_->reduce(weights, parameters_);
   norms_->reduce(updates, parameters_);
@@ -164,7 +221,17 @@ StepReport Adam::step(double lr, const GradientScale& scale) {
     const double weight = std::sqrt(weights[ratio_index[i]]), update = std::sqrt(updates[ratio_index[i]]);
     if (weight > 0 && update > 0) ratio[i].lr *= weight / update;
   }
-  launch(device_, "adam", [&](auto on) { adam_apply(on, ratio, constants); });
+  if (!stream_) {
+    launch(device_, "adam", [&](auto on) { adam_apply(on, ratio, constants); });
+    return report;
+  }
+  std::vector<StateStream::Job> rest;
+  for (const AdamTensor& tensor : ratio) rest.push_back({tensor, true});
+  stream_->run(rest, StateStream::Changes::kMasters, [&](std::span<const StateStream::Part> parts) {
+    std::vector<AdamTensor> tensors;
+    for (const StateStream::Part& part : parts) tensors.push_back(part.tensor);
+    launch(device_, "adam", [&](auto on) { adam_apply(on, tensors, constants); });
+  });
   return report;
 }
 

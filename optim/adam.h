@@ -1,7 +1,9 @@
 #pragma once
 #include <memory>
+#include <optional>
 
 #include "optim/optimizer.h"
+#include "optim/state_stream.h"
 
 namespace weft::optim {
 
@@ -12,6 +14,8 @@ struct AdamOptions {
   double weight_decay = 0.0;  ///< >= 0, for parameters whose role is weight; norms, biases and embeddings are spared
   double clip_norm = 0.0;     ///< global gradient norm allowed; 0 means no clipping
   bool trust_ratio = false;   ///< LAMB
+  bool offload = false;       ///< keeps the state in pinned host memory (optim/state_stream.h); CUDA only, same bits
+  int64_t offload_piece = int64_t{1} << 21;  ///< elements of the state that are on the device at a time, times three
 };
 
 /// AdamW (Loshchilov & Hutter 2019) and LAMB (You et al. 2020, algorithm 2) as one rule, per element of a tensor w:
@@ -28,11 +32,13 @@ struct AdamOptions {
 /// Computed in the state's type; no bit depends on the number of threads. CUDA takes the same operations, rounded the
 /// same, so that its steps are the CPU's bit for bit (of a CPU that fuses multiply and add), but for the sums of
 /// squares behind clip_factor and r, which it adds in another fixed order. The host waits for the device once in a
-/// step, for the squares of the gradients, and with the trust ratio once more, for those of weights and updates.
+/// step, for the squares of the gradients, and with the trust ratio once more, for those of weights and updates. With
+/// offload it also waits at the end of the step, for the last copy to it; the trust ratio then keeps the state of a
+/// tensor in one piece, because its squares are added up, and reads it twice.
 class Adam final : public Optimizer {
  public:
   /// @throws Error kValue for options outside their range or a missing reducer; kDevice unless all parameters are on
-  /// one device.
+  /// one device, and with offload one of CUDA; kDType for offload of states of two types.
   Adam(Parameters parameters, const AdamOptions& options,
        std::shared_ptr<NormReducer> norms = std::make_shared<LocalNorms>());
   /// @throws Error kValue, before anything is changed, for a learning rate that is not finite and >= 0, and for
@@ -47,9 +53,12 @@ class Adam final : public Optimizer {
     Tensor exp_avg, exp_avg_sq, master;
     uint64_t version = 0;  ///< of the parameter's storage when the master was last written to it
   };
+  void make_stream(DType dtype);
+
   AdamOptions options_;
   Device device_;
   std::shared_ptr<NormReducer> norms_;
+  std::optional<StateStream> stream_;  ///< with offload
   std::vector<Slot> slots_;
 };
 

@@ -41,7 +41,7 @@ struct Small {
              .context = 8,
              .vocab = kVocab,
              .dropout = 0.1,
-             .recompute = recompute},
+             .recompute = {.block = recompute}},
             device, 1, dtype),
         adam(gpt.parameters(), {.clip_norm = 1.0}),
         trainer(gpt, adam, loader, {.peak = 1e-3, .warmup = 2, .total = 100}, 2, step) {}

@@ -101,7 +101,7 @@ TEST(Gpt, RecomputationGivesTheSameGradientsBitForBitWithLessMemory) {
   GptConfig config{.layers = 6, .heads = 2, .width = 32, .context = 32, .vocab = 23};
   config.dropout = 0.1;
   GptConfig saving = config;
-  saving.recompute = true;
+  saving.recompute.block = true;
   const Tensor ids = random_ids({8, 32}, 23, "in"), targets = random_ids({8, 32}, 23, "out");
   const auto run = [&](const GptConfig& which, int64_t& peak) {
     const Gpt gpt(which, Device::cpu(), 1);

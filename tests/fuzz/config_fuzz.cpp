@@ -11,7 +11,7 @@ namespace weft::fuzz {
 
 std::vector<std::string> seeds() {
   return {
-      "# a run\n[model]\nlayers = 4\nwidth = 0x80\nlr = 4e-3\ndropout = inf\nrecompute = true\n[run]\nout = "
+      "# a run\n[model]\nlayers = 4\nwidth = 0x80\nlr = 4e-3\ndropout = inf\nrecompute = \"block\"\n[run]\nout = "
       "\"a\\u00e9\"\nlist = [1, 2.5, 'x']\ntext = \"\"\"\nlong\"\"\"\nat = 1979-05-27T07:32:00Z\n"};
 }
 

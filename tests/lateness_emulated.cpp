@@ -1,0 +1,15 @@
+#include "cuda_emulation/emulation.h"
+#include "tests/lateness.h"
+
+namespace weft::testing {
+
+void for_each_lateness(const std::function<void(const char*)>& test) {
+  using weft_emulation::Late;
+  for (const auto& [late, name] :
+       {std::pair(Late::kKernels, "kernels"), {Late::kNothing, "nothing"}, {Late::kCopies, "copies"}}) {
+    weft_emulation::set_late(late);
+    test(name);
+  }
+}
+
+}  // namespace weft::testing
