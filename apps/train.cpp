@@ -12,7 +12,7 @@
 #include "apps/data_directory.h"
 #include "apps/files.h"
 #include "apps/held_out.h"
-#include "apps/machine.h"
+#include "apps/memory_plan.h"
 #include "apps/progress.h"
 #include "apps/stop_signal.h"
 #include "apps/train_options.h"
@@ -302,15 +302,11 @@ void print_dry_run(const TrainOptions& o, Device device, const Options& options,
             << " (6 (12 L C^2 + V C) + 7 L C T)\n"
             << "epochs:          "
             << fixed(static_cast<double>(tokens * o.steps) / static_cast<double>(data.train->size()), 2) << "\n";
-  const DryRun dry;
-  models::Gpt gpt(config, device, 0, o.dtype());
-  optim::Adam optimizer(gpt.parameters(), o.adam());
-  text::Loader loader(data.train, {.batch = o.batch, .context = o.context, .prefetch = 0});
-  models::Trainer trainer(gpt, optimizer, loader, o.schedule(), o.accumulate);
-  if (o.precision == Precision::fp8) trainer.scale_fp8(gpt.use_fp8());
-  trainer.step();
-  trainer.step();
-  std::cout << "memory of a step, by replaying two without memory:\n" << memory_table(allocator(device).statistics());
+  const MemoryPlan plan = plan_memory(o, device, {data.train, config.vocab});
+  std::cout << "memory of a step, by replaying two without memory:\n" << memory_table(plan.device);
+  if (plan.host.total.peak > 0)
+    std::cout << "and of the host, page-locked for " << device << ":\n" << memory_table(plan.host);
+  std::cout << "what saves memory there:\n" << savers_table(o, device, {data.train, config.vocab});
 }
 
 /// A model that cannot fit is refused before its first weight is drawn: afterwards, the system would end some process
@@ -326,7 +322,7 @@ void refuse_too_large(const TrainOptions& o, int64_t vocab) {
   }
   // Weights, gradients and two moments, in f32.
   const int64_t bytes = 16 * o.model(vocab).parameter_count();
-  if (const int64_t limit = memory_limit(); !o.dry_run && limit > 0 && bytes > limit) {
+  if (const int64_t limit = backend(Device::cpu()).memory().total; !o.dry_run && limit > 0 && bytes > limit) {
     fail(ErrorKind::kMemory, "train", "weights, gradients and optimizer alone take ", human_bytes(bytes),
          " of memory; this process can have ", human_bytes(limit),
          " at most. Hint: fewer layers or a smaller width; weft train --dry-run tells what a model takes");
@@ -387,15 +383,20 @@ int run_train(std::span<const std::string> args) {
   if (o.dry_run) return print_dry_run(o, device, options, data), 0;
 
   refuse_later_checkpoints(o, from, options);
+  const PlannedData planned{data.train, data.tokenizer.vocab_size()};
+  refuse_if_it_cannot_fit(o, device, planned);
   const std::string config_text = options.toml(false);
-  Run run(o, device, config_text, std::move(data), std::move(from));
-  // Whatever could be wrong with options and data was found above: a refused call leaves nothing behind.
-  make_directories(o.out);
-  write_file_atomic((o.out / "config.toml").string(), as_bytes(config_text));
-  log::info("device ", device, " (", backend(device).name(), "), ", num_threads(), " threads; writing to ",
-            o.out.string());
-  const bool complete = run.train();
-  run.print_summary();
+  bool complete = false;
+  advise_if_memory_ends(o, device, planned, [&] {
+    Run run(o, device, config_text, std::move(data), std::move(from));
+    // Whatever could be wrong with options and data was found above: a refused call leaves nothing behind.
+    make_directories(o.out);
+    write_file_atomic((o.out / "config.toml").string(), as_bytes(config_text));
+    log::info("device ", device, " (", backend(device).name(), "), ", num_threads(), " threads; writing to ",
+              o.out.string());
+    complete = run.train();
+    run.print_summary();
+  });
   if (!complete) std::cout << "to go on: weft train --resume " << o.out.string() << std::endl;
   return 0;
 }

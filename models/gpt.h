@@ -14,6 +14,7 @@ struct Recompute {
   bool norm = false;        ///< outputs of layer norms, from the residual stream
   bool activation = false;  ///< outputs of GELU, from their inputs
   bool attention = false;   ///< outputs of attention, from queries, keys and values
+  bool operator==(const Recompute&) const = default;
 };
 
 /// GPT-2's shape (Radford et al. 2019).

@@ -262,6 +262,42 @@ TEST(Train, DryRunTellsParametersAndMemoryAndMakesNothing) {
   EXPECT_HAS(huge.out, "parameters:      17");
 }
 
+TEST(Train, DryRunTellsWhatEachSaverSavesAndCosts) {
+  const fs::path& place = workplace();
+  const Outcome outcome = run_weft(place, train_args("dry", 10, {"--dry_run", "--device", "cpu"}));
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  for (const char* part : {"--recompute norm ", "--recompute activation ", "--recompute attention ",
+                           "--recompute block ", "--precision bf16 ", "read and written once more", "of a step's)"}) {
+    EXPECT_HAS(outcome.out, part);
+  }
+  EXPECT_EQ(outcome.out.find("--offload"), std::string::npos) << "for a GPU only";
+  const Outcome block = run_weft(place, train_args("dry", 10, {"--dry_run", "--device", "cpu", "--recompute=block"}));
+  EXPECT_EQ(block.out.find("--recompute block "), std::string::npos) << block.out;
+  EXPECT_HAS(block.out, "--recompute block,norm ");
+}
+
+TEST(Train, RefusesAStepThatDoesNotFitAndTellsWhatWould) {
+  const fs::path& place = workplace();
+  const Outcome outcome =
+      run_weft(place, {"train",   "--data",  "data",     "--out",     "large",    "--device", "cpu",
+                       "--steps", "9",       "--warmup", "0",         "--layers", "300",      "--width",
+                       "1024",    "--heads", "4",        "--context", "512",      "--batch",  "4096"});
+  EXPECT_NE(outcome.code, 0);
+  for (const char* part : {"[train] a step takes ", "TiB on cpu, which has ", "activations", "What would fit into ",
+                           "--batch ", "--recompute block"}) {
+    EXPECT_HAS(outcome.err, part);
+  }
+  EXPECT_FALSE(fs::exists(place / "large"));
+}
+
+TEST(Train, RecomputationIsAMatterOfTheRunAndNotOfTheModel) {
+  const fs::path& place = workplace();
+  must_run(place, train_args("kept", 4, {"--save_every", "2"}));
+  must_run(place, train_args("remade", 2, {"--save_every", "2", "--recompute", "norm,activation,attention"}));
+  must_run(place, {"train", "--resume", "remade", "--steps", "4", "--recompute", "block"});
+  EXPECT_EQ(reproducible(metrics_of(place / "kept")), reproducible(metrics_of(place / "remade")));
+}
+
 TEST(Train, StopsAtANaNAndNamesTheTensor) {
   const fs::path& place = workplace();
   must_run(place, train_args("poisoned", 4, {"--save_every", "0"}));

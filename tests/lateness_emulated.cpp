@@ -5,8 +5,10 @@ namespace weft::testing {
 
 void for_each_lateness(const std::function<void(const char*)>& test) {
   using weft_emulation::Late;
-  for (const auto& [late, name] :
-       {std::pair(Late::kKernels, "kernels"), {Late::kNothing, "nothing"}, {Late::kCopies, "copies"}}) {
+  struct AsAtTheStart {
+    ~AsAtTheStart() { weft_emulation::set_late(Late::kCopies); }
+  } const after;
+  for (const auto& [late, name] : {std::pair(Late::kKernels, "kernels"), {Late::kCopies, "copies"}}) {
     weft_emulation::set_late(late);
     test(name);
   }

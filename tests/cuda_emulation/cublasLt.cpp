@@ -508,18 +508,25 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
   find_epilogue(desc->epilogue, epilogue);
   if ((epilogue.bias != Bias::kNone && desc->bias == nullptr) || (epilogue.aux && desc->aux == nullptr))
     return CUBLAS_STATUS_INVALID_VALUE;
-  const Matmul call = {*desc,
-                       *a_layout,
-                       *b_layout,
-                       *c_layout,
-                       *d_layout,
-                       a,
-                       b,
-                       c,
-                       d,
-                       load(desc->scale, alpha, 0),
-                       load(desc->scale, beta, 0)};
+  Matmul call = {*desc,
+                 *a_layout,
+                 *b_layout,
+                 *c_layout,
+                 *d_layout,
+                 a,
+                 b,
+                 c,
+                 d,
+                 load(desc->scale, alpha, 0),
+                 load(desc->scale, beta, 0)};
   if (call.beta != 0 && c == nullptr) return CUBLAS_STATUS_INVALID_VALUE;
-  const cudaError_t error = submit(stream, [call] { multiply(call); });
+  const bool on_device = desc->pointer_mode == CUBLASLT_POINTER_MODE_DEVICE;
+  const cudaError_t error = submit(stream, [call, on_device, alpha, beta]() mutable {
+    if (on_device) {  // factors are what the memory holds when the product is made
+      call.alpha = load(call.desc.scale, alpha, 0);
+      call.beta = load(call.desc.scale, beta, 0);
+    }
+    multiply(call);
+  });
   return error == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }

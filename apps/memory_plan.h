@@ -1,0 +1,44 @@
+#pragma once
+#include <functional>
+#include <string>
+
+#include "apps/train_options.h"
+#include "core/memory.h"
+#include "models/text/loader.h"
+
+namespace weft::apps {
+
+/// What a training step takes, found by replaying two without memory or arithmetic (core/memory.h, DryRun).
+struct MemoryPlan {
+  MemoryStatistics device, host;  ///< memory of the device; of the host, page-locked for it
+  /// Bytes that the device must have free: what is taken from it, caches included.
+  int64_t needs() const { return device.reserved; }
+};
+
+/// The data that a step reads, whose contents do not matter, and the vocabulary.
+struct PlannedData {
+  std::shared_ptr<const text::TokenSource> tokens;
+  int64_t vocab = 0;
+};
+
+/// @throws Error as the run itself would for options that it refuses.
+MemoryPlan plan_memory(const TrainOptions& options, Device device, const PlannedData& data);
+
+/// One line for each way of saving memory that is not in use yet: the peak on the device with it, what that saves in
+/// bytes and percent, and what it costs a step in executed FLOPs or copied bytes.
+std::string savers_table(const TrainOptions& options, Device device, const PlannedData& data);
+
+/// What would fit into `limit` bytes of the device: the largest micro-batch with the same tokens a step, and what each
+/// way of saving memory needs for the micro-batch that was asked for.
+std::string what_would_fit(const TrainOptions& options, Device device, const PlannedData& data, int64_t limit);
+
+/// @throws Error kMemory with that advice if a step needs more than the device has free (a CPU: than this process may
+/// ever have).
+void refuse_if_it_cannot_fit(const TrainOptions& options, Device device, const PlannedData& data);
+
+/// Calls run(). @throws what it throws, with that advice behind an Error of kind kMemory; it then counts as free what
+/// this process holds of the device too.
+void advise_if_memory_ends(const TrainOptions& options, Device device, const PlannedData& data,
+                           const std::function<void()>& run);
+
+}  // namespace weft::apps
