@@ -185,7 +185,7 @@ MemoryPlan plan_memory(const TrainOptions& o, Device device, const PlannedData& 
     optim::Adam optimizer(gpt.parameters(), o.adam());
     text::Loader loader(data.tokens, {.batch = o.batch, .context = o.context, .prefetch = 0});
     models::Trainer trainer(gpt, optimizer, loader, o.schedule(), o.accumulate);
-  if (with.precision == Precision::fp8) trainer.scale_fp8(gpt.use_fp8());
+    if (o.precision == Precision::fp8) trainer.scale_fp8(gpt.use_fp8());
     trainer.step();
     trainer.step();
     plan = {memory.statistics(), host.statistics()};

@@ -84,7 +84,7 @@ void TrainOptions::check(const Options& options) const {
     options.reject("width",
                    "must be a multiple of 16 with precision = fp8, whose products read 16 numbers at a time; got ",
                    width);
-    }
+  }
   if ((offload_optimizer || offload_activations) && device.planned(options).kind == DeviceKind::cpu) {
     options.reject("offload", "is for a CUDA device; this run is on the CPU, where the memory is the host's already");
   }
