@@ -26,13 +26,24 @@ struct IsaInfo {
 };
 constexpr IsaInfo kIsas[] = {
     // best first
+    {GemmIsa::kAvx512Bf16, "avx512bf16", HWY_AVX3},
     {GemmIsa::kAvx512, "avx512", HWY_AVX3},
     {GemmIsa::kAvx2, "avx2", HWY_AVX2},
     {GemmIsa::kPortable, "portable", 0},
 };
 
+/// Whether the processor multiplies pairs of bfloat16. Highway's targets that say so ask for more than our kernels do.
+bool multiplies_bf16() {
+#if HWY_ARCH_X86
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 bool available(const IsaInfo& info) {
   return (info.hwy_targets == 0 || (hwy::SupportedTargets() & info.hwy_targets) != 0) &&
+         (info.isa != GemmIsa::kAvx512Bf16 || multiplies_bf16()) &&
          gemm_kernels<float, float, float>(info.isa) != nullptr;
 }
 
@@ -174,6 +185,7 @@ T* gemm_scratch(GemmScratch use, int64_t count) {
 }
 template float* gemm_scratch<float>(GemmScratch, int64_t);
 template double* gemm_scratch<double>(GemmScratch, int64_t);
+template Bf16Pair* gemm_scratch<Bf16Pair>(GemmScratch, int64_t);
 
 }  // namespace detail
 

@@ -36,6 +36,11 @@ enum class GemmActivation : uint8_t {
 ///
 /// An element of C is summed in an order that depends on m, n, k, the layouts and the instruction set alone: the same
 /// bits on any number of threads, and in a batch as alone.
+///
+/// With "avx512bf16", products of two bfloat16 matrices are summed by VDPBF16PS, two elements of k at a time. It rounds
+/// each addition to nearest even, as the other instruction sets do, and so keeps their bound: |error| <= (k + 4) 2^-24
+/// times the sum of |a b|. But it takes elements, products and sums below the smallest normal float, 1.2e-38, as 0.
+/// (Products of up to 8 rows with a B that lies along k wait for memory: they are summed as with "avx512".)
 template <class TA, class TB = TA, class TC = TA>
 struct Gemm {
   using Sum = std::conditional_t<std::is_same_v<TA, double>, double, float>;
@@ -111,7 +116,8 @@ Gemm<TA, TB, TC> make_gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int
   return product;
 }
 
-/// Instruction set of the kernels in use: "avx512", "avx2" or "portable".
+/// Instruction set of the kernels in use: "avx512bf16", "avx512", "avx2" or "portable". "avx512bf16" is "avx512" with
+/// instructions of its own for products of two bfloat16 matrices.
 const char* gemm_isa();
 
 /// Forces an instruction set by name, for tests and comparisons; "" goes back to the best. False, and no change, if

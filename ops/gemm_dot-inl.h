@@ -76,10 +76,10 @@ HWY_NOINLINE void dot_column(const T* HWY_RESTRICT a, const S* HWY_RESTRICT b, i
   int64_t p = 0;
   for (; p + 4 * n <= k; p += 4 * n) {
     unroll<4>([&](auto u) WEFT_UNROLLED {
-      multiply_add(hn::LoadU(d, a + p + u * n), Source<T, S>::load(d, b + p + u * n), sum[u]);
+      multiply_add<T>(hn::LoadU(d, a + p + u * n), Source<T, S>::load(d, b + p + u * n), sum[u]);
     });
   }
-  for (; p + n <= k; p += n) multiply_add(hn::LoadU(d, a + p), Source<T, S>::load(d, b + p), sum[0]);
+  for (; p + n <= k; p += n) multiply_add<T>(hn::LoadU(d, a + p), Source<T, S>::load(d, b + p), sum[0]);
   hn::Store(hn::Add(hn::Add(sum[0], sum[1]), hn::Add(sum[2], sum[3])), d, lanes);
 }
 
@@ -104,7 +104,7 @@ HWY_NOINLINE void dot_block(const T* HWY_RESTRICT a, int64_t lda, const S* const
                      Source<T, S>::load(d, b3 + p)};
     unroll<kRows>([&](auto i) WEFT_UNROLLED {
       const V av = hn::LoadU(d, a + i * lda + p);
-      unroll<4>([&](auto j) WEFT_UNROLLED { multiply_add(av, bv[j], sum[i * kParts + part][j]); });
+      unroll<4>([&](auto j) WEFT_UNROLLED { multiply_add<T>(av, bv[j], sum[i * kParts + part][j]); });
     });
   };
   int64_t p = 0;

@@ -12,11 +12,17 @@ struct GemmTile {
   int64_t row0, row1, col0, col1;
 };
 
+/// Two bfloat16 numbers that follow one another along k: an element of an operand for instructions that multiply and
+/// add pairs. At an odd end of k, `second` is 0.
+struct Bf16Pair {
+  uint16_t first, second;
+};
+
 /// Sizes that the plan of a product depends on.
 struct GemmShape {
   int rows;   ///< rows of a register tile
   int cols;   ///< columns of a register tile
-  int lanes;  ///< elements of a vector
+  int lanes;  ///< multiply-adds of an instruction
 };
 
 template <class TA, class TB, class TC>
@@ -43,7 +49,7 @@ enum class GemmScratch : uint8_t { kA, kB, kSums };
 template <class T>
 T* gemm_scratch(GemmScratch use, int64_t count);
 
-enum class GemmIsa : uint8_t { kPortable, kAvx2, kAvx512 };
+enum class GemmIsa : uint8_t { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
 /// Kernels of an instruction set, or null if this build does not have it.
 template <class TA, class TB, class TC>

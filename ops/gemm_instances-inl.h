@@ -1,5 +1,7 @@
 // The table of kernels of a translation unit, written once all instruction sets are compiled.
 // WEFT_GEMM_TYPES(X) lists X(TA, TB, TC).
+#include <type_traits>
+
 #include "ops/gemm_engine.h"
 
 #if HWY_ONCE
@@ -9,6 +11,11 @@ template <class TA, class TB, class TC>
 const GemmKernels<TA, TB, TC>* gemm_kernels(GemmIsa isa) {
   switch (isa) {
 #if HWY_TARGETS & HWY_AVX3
+    case GemmIsa::kAvx512Bf16:
+      if constexpr (std::is_same_v<TA, uint16_t> && std::is_same_v<TB, uint16_t>) {
+        return &N_AVX3::kKernels<TA, TB, TC, Bf16Pair>;
+      }
+      [[fallthrough]];
     case GemmIsa::kAvx512:
       return &N_AVX3::kKernels<TA, TB, TC>;
 #endif

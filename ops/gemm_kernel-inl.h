@@ -9,10 +9,12 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
 #include "hwy/highway.h"
+#include "ops/gemm_engine.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace weft::detail {
@@ -63,11 +65,19 @@ HWY_INLINE void keep_in_register(P& value) {
   asm("" : "+r"(value));
 }
 
-/// sum += a * b in the register that holds the sum. GCC, left to itself, moves sums between registers and the stack.
-template <class V>
+/// What sums of products of operands of type P are kept in.
+template <class P>
+using SumOf = std::conditional_t<std::is_same_v<P, Bf16Pair>, float, P>;
+
+/// sum += a * b in the register that holds the sum; for pairs sum += a.first * b.first + a.second * b.second. GCC, left
+/// to itself, moves sums between registers and the stack.
+template <class P, class V>
 HWY_INLINE void multiply_add(V a, V b, V& sum) {
 #if HWY_ARCH_X86 && HWY_TARGET != HWY_SCALAR
-  if constexpr (sizeof(hn::TFromV<V>) == 4) {
+  if constexpr (std::is_same_v<P, Bf16Pair>) {
+    static_assert(sizeof(V) == 64);
+    asm("vdpbf16ps %1, %2, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
+  } else if constexpr (sizeof(hn::TFromV<V>) == 4) {
     asm("vfmadd231ps %1, %2, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
   } else {
     asm("vfmadd231pd %1, %2, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
@@ -138,11 +148,13 @@ HWY_INLINE void store_tile(hn::Vec<Tag<T>> (&sum)[kRows][kVecs], const TileOut<T
   }
 }
 
-/// Sums a[i, p] * b[p, j] over p in [0, k), one fused multiply-add after the other, and writes them out.
+/// Sums a[i, p] * b[p, j] over p in [0, k), one multiply_add() after the other, and writes them out.
 /// a: element (i, p) is a[i * a_stride + p] if kAlongK, else a[p * a_stride + i]. b: row p is at b + p * b_stride.
-template <class T, int kRows, int kVecs, bool kAlongK>
-HWY_NOINLINE void tile_kernel(const T* HWY_RESTRICT a, int64_t a_stride, const T* HWY_RESTRICT b, int64_t b_stride,
-                              int64_t k, const TileOut<T>& out) {
+template <class P, int kRows, int kVecs, bool kAlongK>
+HWY_NOINLINE void tile_kernel(const P* HWY_RESTRICT a, int64_t a_stride, const P* HWY_RESTRICT b, int64_t b_stride,
+                              int64_t k, const TileOut<SumOf<P>>& out) {
+  using T = SumOf<P>;  // pairs travel as the 32 bits of a float
+  static_assert(sizeof(P) == sizeof(T));
   const Tag<T> d;
   using V = hn::Vec<Tag<T>>;
   constexpr int n = kLanes<T>;
@@ -181,8 +193,10 @@ HWY_NOINLINE void tile_kernel(const T* HWY_RESTRICT a, int64_t a_stride, const T
     keep_in_register(row);
     unroll<kRows>([&](auto i) WEFT_UNROLLED {
       const char* at = kAlongK ? rows[i / 3 % kGroups] + (i % 3) * a_bytes + u * kBytes : rows[0] + i * kBytes;
-      const V av = hn::Set(d, *reinterpret_cast<const T*>(at));
-      unroll<kVecs>([&](auto v) WEFT_UNROLLED { multiply_add(av, bv[v], sum[i][v]); });
+      T element;
+      std::memcpy(&element, at, sizeof element);
+      const V av = hn::Set(d, element);
+      unroll<kVecs>([&](auto v) WEFT_UNROLLED { multiply_add<P>(av, bv[v], sum[i][v]); });
     });
     if (!kAlongK) {
       rows[0] += a_bytes;
@@ -207,27 +221,27 @@ HWY_NOINLINE void tile_kernel(const T* HWY_RESTRICT a, int64_t a_stride, const T
   store_tile<T, kRows, kVecs>(sum, *kept_out);
 }
 
-template <class T>
-using TileKernel = void (*)(const T*, int64_t, const T*, int64_t, int64_t, const TileOut<T>&);
+template <class P>
+using TileKernel = void (*)(const P*, int64_t, const P*, int64_t, int64_t, const TileOut<SumOf<P>>&);
 
-template <class T, int kVecs, bool kAlongK, int... kRow>
-constexpr std::array<TileKernel<T>, sizeof...(kRow)> tile_kernels_by_rows(std::integer_sequence<int, kRow...>) {
-  return {&tile_kernel<T, kRow + 1, kVecs, kAlongK>...};
+template <class P, int kVecs, bool kAlongK, int... kRow>
+constexpr std::array<TileKernel<P>, sizeof...(kRow)> tile_kernels_by_rows(std::integer_sequence<int, kRow...>) {
+  return {&tile_kernel<P, kRow + 1, kVecs, kAlongK>...};
 }
 
 /// kernels[along k][vectors - 1][rows - 1]
-template <class T>
-inline constexpr std::array<TileKernel<T>, kTileRows> kTileKernels[2][kTileVecs] = {
-    {tile_kernels_by_rows<T, 1, false>(std::make_integer_sequence<int, kTileRows>()),
-     tile_kernels_by_rows<T, 2, false>(std::make_integer_sequence<int, kTileRows>())},
-    {tile_kernels_by_rows<T, 1, true>(std::make_integer_sequence<int, kTileRows>()),
-     tile_kernels_by_rows<T, 2, true>(std::make_integer_sequence<int, kTileRows>())}};
+template <class P>
+inline constexpr std::array<TileKernel<P>, kTileRows> kTileKernels[2][kTileVecs] = {
+    {tile_kernels_by_rows<P, 1, false>(std::make_integer_sequence<int, kTileRows>()),
+     tile_kernels_by_rows<P, 2, false>(std::make_integer_sequence<int, kTileRows>())},
+    {tile_kernels_by_rows<P, 1, true>(std::make_integer_sequence<int, kTileRows>()),
+     tile_kernels_by_rows<P, 2, true>(std::make_integer_sequence<int, kTileRows>())}};
 
 /// kernels[along k][rows - 1]
-template <class T>
-inline constexpr std::array<TileKernel<T>, kWideRows> kWideKernels[2] = {
-    tile_kernels_by_rows<T, kWideVecs, false>(std::make_integer_sequence<int, kWideRows>()),
-    tile_kernels_by_rows<T, kWideVecs, true>(std::make_integer_sequence<int, kWideRows>())};
+template <class P>
+inline constexpr std::array<TileKernel<P>, kWideRows> kWideKernels[2] = {
+    tile_kernels_by_rows<P, kWideVecs, false>(std::make_integer_sequence<int, kWideRows>()),
+    tile_kernels_by_rows<P, kWideVecs, true>(std::make_integer_sequence<int, kWideRows>())};
 
 }  // namespace HWY_NAMESPACE
 }  // namespace weft::detail

@@ -17,25 +17,45 @@ HWY_BEFORE_NAMESPACE();
 namespace weft::detail {
 namespace HWY_NAMESPACE {
 
-/// Loads of elements of S as elements of T: the same type, or bfloat16 bits as float.
-template <class T, class S>
+/// How many elements along k make one element of an operand of type P.
+template <class P>
+inline constexpr int64_t kPerElement = std::is_same_v<P, Bf16Pair> ? 2 : 1;
+
+/// Elements of P that `k` elements along k fill.
+template <class P>
+constexpr int64_t depth_of(int64_t k) {
+  return (k + kPerElement<P> - 1) / kPerElement<P>;
+}
+
+/// Vectors of an operand's type P, as SumOf<P>, made of elements of S: the same type, bfloat16 bits as float, or pairs.
+/// load(): from memory that lies along k. across(): from rows of memory that follow one another along k, as many as
+/// make an element of P, `ld` apart; `rows` of them exist. load_n() and across_n(): the first `count` elements of each
+/// row; what lies beyond is 0 and is not read.
+template <class P, class S>
 struct Source {
-  static_assert(std::is_same_v<S, uint16_t> && std::is_same_v<T, float>);
+  static_assert(std::is_same_v<S, uint16_t> && std::is_same_v<P, float>);
   template <class D>
   HWY_INLINE static hn::Vec<D> load(D d, const S* at) {
     const hn::Rebind<hwy::bfloat16_t, D> half;
     return hn::PromoteTo(d, hn::LoadU(half, reinterpret_cast<const hwy::bfloat16_t*>(at)));
   }
-  /// The first `count` lanes; the others are 0 and are not read.
   template <class D>
   HWY_INLINE static hn::Vec<D> load_n(D d, const S* at, size_t count) {
     HWY_ALIGN S lanes[hn::MaxLanes(d)] = {};
     std::memcpy(lanes, at, count * sizeof(S));
     return load(d, lanes);
   }
-  HWY_INLINE static T scalar(S value) {
+  template <class D>
+  HWY_INLINE static hn::Vec<D> across(D d, const S* at, int64_t, int64_t) {
+    return load(d, at);
+  }
+  template <class D>
+  HWY_INLINE static hn::Vec<D> across_n(D d, const S* at, int64_t, int64_t, size_t count) {
+    return load_n(d, at, count);
+  }
+  HWY_INLINE static P scalar(S value) {
     const uint32_t bits = uint32_t{value} << 16;
-    T out;
+    P out;
     std::memcpy(&out, &bits, sizeof out);
     return out;
   }
@@ -51,28 +71,66 @@ struct Source<T, T> {
   HWY_INLINE static hn::Vec<D> load_n(D d, const T* at, size_t count) {
     return hn::MaskedLoad(hn::FirstN(d, count), d, at);
   }
+  template <class D>
+  HWY_INLINE static hn::Vec<D> across(D d, const T* at, int64_t, int64_t) {
+    return load(d, at);
+  }
+  template <class D>
+  HWY_INLINE static hn::Vec<D> across_n(D d, const T* at, int64_t, int64_t, size_t count) {
+    return load_n(d, at, count);
+  }
   HWY_INLINE static T scalar(T value) { return value; }
+};
+
+template <>
+struct Source<Bf16Pair, uint16_t> {
+  using S = uint16_t;
+  template <class D>
+  HWY_INLINE static hn::Vec<D> load(D d, const S* at) {
+    return hn::BitCast(d, hn::LoadU(hn::Repartition<uint16_t, D>(), at));
+  }
+  template <class D>
+  HWY_INLINE static hn::Vec<D> load_n(D d, const S* at, size_t count) {
+    HWY_ALIGN S lanes[2 * hn::MaxLanes(d)] = {};
+    std::memcpy(lanes, at, count * sizeof(S));
+    return load(d, lanes);
+  }
+  template <class D>
+  HWY_INLINE static hn::Vec<D> across(D d, const S* at, int64_t ld, int64_t rows) {
+    const hn::Rebind<uint16_t, D> half;
+    const hn::RebindToUnsigned<D> du;
+    const auto first = hn::PromoteTo(du, hn::LoadU(half, at));
+    if (rows == 1) return hn::BitCast(d, first);
+    return hn::BitCast(d, hn::Or(first, hn::ShiftLeft<16>(hn::PromoteTo(du, hn::LoadU(half, at + ld)))));
+  }
+  template <class D>
+  HWY_INLINE static hn::Vec<D> across_n(D d, const S* at, int64_t ld, int64_t rows, size_t count) {
+    HWY_ALIGN S lanes[2][hn::MaxLanes(d)] = {};
+    for (int64_t i = 0; i < std::min<int64_t>(rows, 2); ++i) std::memcpy(lanes[i], at + i * ld, count * sizeof(S));
+    return across(d, lanes[0], static_cast<int64_t>(hn::MaxLanes(d)), rows);
+  }
 };
 
 #if HWY_TARGET != HWY_SCALAR
 /// A vector whose 128-bit block i comes from `at` + offsets[i * step]: 4 blocks of 4 floats for AVX-512.
-template <class T, class S, class D>
+template <class P, class S, class D>
 HWY_INLINE hn::Vec<D> load_blocks(D d, const S* at, const int64_t* offsets, int step) {
-  if constexpr (hn::MaxLanes(d) * sizeof(T) <= 16) {
-    return Source<T, S>::load(d, at + offsets[0]);
+  if constexpr (hn::MaxLanes(d) * sizeof(P) <= 16) {
+    return Source<P, S>::load(d, at + offsets[0]);
   } else {
     const hn::Half<D> half;
-    constexpr int blocks = static_cast<int>(hn::MaxLanes(half) * sizeof(T) / 16);
-    return hn::Combine(d, load_blocks<T, S>(half, at, offsets + blocks * step, step),
-                       load_blocks<T, S>(half, at, offsets, step));
+    constexpr int blocks = static_cast<int>(hn::MaxLanes(half) * sizeof(P) / 16);
+    return hn::Combine(d, load_blocks<P, S>(half, at, offsets + blocks * step, step),
+                       load_blocks<P, S>(half, at, offsets, step));
   }
 }
 #endif
 
 /// `count` lines of memory, each along k and ld apart, turned into a vector's lanes: out[p * step + line]. Lanes beyond
 /// `count` repeat the last line; what is computed from them is never stored.
-template <class T, class S>
-void pack_transposed(const S* from, int64_t ld, int64_t k, int64_t count, int64_t step, T* HWY_RESTRICT out) {
+template <class P, class S>
+void pack_transposed(const S* from, int64_t ld, int64_t k, int64_t count, int64_t step, P* HWY_RESTRICT out) {
+  using T = SumOf<P>;
   [[maybe_unused]] const Tag<T> d;
   constexpr int64_t n = kLanes<T>;
   int64_t offsets[n];
@@ -80,13 +138,13 @@ void pack_transposed(const S* from, int64_t ld, int64_t k, int64_t count, int64_
   int64_t p = 0;
 #if HWY_TARGET != HWY_SCALAR
   constexpr int block = 16 / sizeof(T);  // elements of a 128-bit block
-  for (; p + block <= k; p += block) {
+  for (; p + block <= k / kPerElement<P>; p += block) {
     // Line j goes to block j / block of vector j % block: then transposing within blocks is enough.
-    const S* at = from + p;
-    T* to = out + p * step;
+    const S* at = from + p * kPerElement<P>;
+    T* to = reinterpret_cast<T*>(out + p * step);
     if constexpr (block == 4) {
-      const auto r0 = load_blocks<T, S>(d, at, offsets, 4), r1 = load_blocks<T, S>(d, at, offsets + 1, 4);
-      const auto r2 = load_blocks<T, S>(d, at, offsets + 2, 4), r3 = load_blocks<T, S>(d, at, offsets + 3, 4);
+      const auto r0 = load_blocks<P, S>(d, at, offsets, 4), r1 = load_blocks<P, S>(d, at, offsets + 1, 4);
+      const auto r2 = load_blocks<P, S>(d, at, offsets + 2, 4), r3 = load_blocks<P, S>(d, at, offsets + 3, 4);
       const auto low02 = hn::InterleaveLower(d, r0, r2), low13 = hn::InterleaveLower(d, r1, r3);
       const auto up02 = hn::InterleaveUpper(d, r0, r2), up13 = hn::InterleaveUpper(d, r1, r3);
       hn::StoreU(hn::InterleaveLower(d, low02, low13), d, to);
@@ -94,14 +152,21 @@ void pack_transposed(const S* from, int64_t ld, int64_t k, int64_t count, int64_
       hn::StoreU(hn::InterleaveLower(d, up02, up13), d, to + 2 * step);
       hn::StoreU(hn::InterleaveUpper(d, up02, up13), d, to + 3 * step);
     } else {
-      const auto r0 = load_blocks<T, S>(d, at, offsets, 2), r1 = load_blocks<T, S>(d, at, offsets + 1, 2);
+      const auto r0 = load_blocks<P, S>(d, at, offsets, 2), r1 = load_blocks<P, S>(d, at, offsets + 1, 2);
       hn::StoreU(hn::InterleaveLower(d, r0, r1), d, to);
       hn::StoreU(hn::InterleaveUpper(d, r0, r1), d, to + step);
     }
   }
 #endif
-  for (; p < k; ++p) {
-    for (int64_t j = 0; j < n; ++j) out[p * step + j] = Source<T, S>::scalar(from[offsets[j] + p]);
+  for (; p < depth_of<P>(k); ++p) {
+    for (int64_t j = 0; j < n; ++j) {
+      if constexpr (kPerElement<P> == 2) {
+        const S* at = from + offsets[j] + 2 * p;
+        out[p * step + j] = {at[0], 2 * p + 1 < k ? at[1] : S(0)};
+      } else {
+        out[p * step + j] = Source<P, S>::scalar(from[offsets[j] + p]);
+      }
+    }
   }
 }
 
@@ -114,28 +179,34 @@ constexpr int64_t panel_step(int64_t width, int64_t k) {
 
 /// A block of B, rows [0, k) and `cols` columns from `b` on, as panels of kTileVecs vectors: out[panel][p][column]. The
 /// last panel has only the vectors that it needs, and zeros or repeated columns in the last one.
-template <class T, class S>
-void pack_b(const S* b, int64_t row_stride, int64_t col_stride, int64_t k, int64_t cols, T* HWY_RESTRICT out) {
+template <class P, class S>
+void pack_b(const S* b, int64_t row_stride, int64_t col_stride, int64_t k, int64_t cols, P* HWY_RESTRICT out) {
+  using T = SumOf<P>;
   const Tag<T> d;
   constexpr int64_t n = kLanes<T>, width = kTileVecs * n;
+  const int64_t depth = depth_of<P>(k), step = panel_step<P>(width, depth);
   if (col_stride != 1) {
     for (int64_t j = 0; j < cols; j += n) {
       const int64_t panel = j / width, vecs = std::min<int64_t>(kTileVecs, (cols - panel * width + n - 1) / n);
-      pack_transposed<T, S>(b + j * col_stride, col_stride, k, std::min(cols - j, n), vecs * n,
-                            out + panel * panel_step<T>(width, k) + j % width);
+      pack_transposed<P, S>(b + j * col_stride, col_stride, k, std::min(cols - j, n), vecs * n,
+                            out + panel * step + j % width);
     }
     return;
   }
   // Whole rows: memory is read in order, panels are written side by side.
-  const int64_t whole = cols / width * width, last_vecs = (cols - whole + n - 1) / n, step = panel_step<T>(width, k);
-  for (int64_t p = 0; p < k; ++p, b += row_stride) {
-    T* to = out + p * width;
+  const int64_t whole = cols / width * width, last_vecs = (cols - whole + n - 1) / n;
+  for (int64_t p = 0; p < depth; ++p, b += kPerElement<P> * row_stride) {
+    const int64_t rows = k - kPerElement<P> * p;
+    T* to = reinterpret_cast<T*>(out + p * width);
     for (int64_t j = 0; j < whole; j += width, to += step) {
-      unroll<kTileVecs>([&](auto v) WEFT_UNROLLED { hn::Store(Source<T, S>::load(d, b + j + v * n), d, to + v * n); });
+      unroll<kTileVecs>([&](auto v) WEFT_UNROLLED {
+        hn::Store(Source<P, S>::across(d, b + j + v * n, row_stride, rows), d, to + v * n);
+      });
     }
-    to = out + whole / width * step + p * last_vecs * n;
+    to = reinterpret_cast<T*>(out + whole / width * step + p * last_vecs * n);
     for (int64_t j = whole; j < cols; j += n, to += n) {
-      hn::Store(Source<T, S>::load_n(d, b + j, static_cast<size_t>(std::min(cols - j, n))), d, to);
+      const size_t count = static_cast<size_t>(std::min(cols - j, n));
+      hn::Store(Source<P, S>::across_n(d, b + j, row_stride, rows, count), d, to);
     }
   }
 }
@@ -151,8 +222,8 @@ struct RowPanels {
 };
 
 /// Elements of one column of a packed panel of A: whole vectors, so that stores are aligned.
-template <class T>
-inline constexpr int64_t kPanelRows = (kTileRows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+template <class P>
+inline constexpr int64_t kPanelRows = (kTileRows + kLanes<SumOf<P>> - 1) / kLanes<SumOf<P>> * kLanes<SumOf<P>>;
 
 /// Elements from one row of a packed panel to the next: whole lines of memory, which no vector straddles.
 template <class T>
@@ -161,46 +232,53 @@ constexpr int64_t packed_row(int64_t k) {
   return (k + line - 1) / line * line;
 }
 
-/// A panel of an A whose rows lie along k: out[row][p], p < k, rows packed_row(k) apart. A vector of every row in turn:
-/// all rows come from memory at once.
-template <class T, class S>
-void pack_a_along_k(const S* a, int64_t row_stride, int64_t rows, int64_t k, T* HWY_RESTRICT out) {
+/// A panel of an A whose rows lie along k: out[row][p], p < depth_of(k), rows packed_row(depth_of(k)) apart. A vector
+/// of every row in turn: all rows come from memory at once.
+template <class P, class S>
+void pack_a_along_k(const S* a, int64_t row_stride, int64_t rows, int64_t k, P* HWY_RESTRICT out) {
+  using T = SumOf<P>;
   const Tag<T> d;
-  constexpr int64_t n = kLanes<T>;
-  const int64_t step = packed_row<T>(k);
+  constexpr int64_t n = kLanes<T>, vector = n * kPerElement<P>;
+  const int64_t step = packed_row<P>(depth_of<P>(k));
   int64_t p = 0;
-  for (; p + n <= k; p += n) {
+  for (; p + vector <= k; p += vector) {
     const S* from = a + p;
-    T* to = out + p;
-    for (int64_t i = 0; i < rows; ++i, from += row_stride, to += step) hn::Store(Source<T, S>::load(d, from), d, to);
+    T* to = reinterpret_cast<T*>(out) + p / kPerElement<P>;
+    for (int64_t i = 0; i < rows; ++i, from += row_stride, to += step) hn::Store(Source<P, S>::load(d, from), d, to);
   }
   if (p == k) return;
   const size_t left = static_cast<size_t>(k - p);
   for (int64_t i = 0; i < rows; ++i) {
-    hn::Store(Source<T, S>::load_n(d, a + i * row_stride + p, left), d, out + i * step + p);
+    T* to = reinterpret_cast<T*>(out) + i * step + p / kPerElement<P>;
+    hn::Store(Source<P, S>::load_n(d, a + i * row_stride + p, left), d, to);
   }
 }
 
 /// Panels [panel0, panel0 + count) of an A whose columns lie along memory, k of them: out[panel][p][row], panels
-/// panel_step(kPanelRows, k) apart. `total` rows of A exist from `a` on.
-template <class T, class S>
+/// panel_step(kPanelRows, depth_of(k)) apart. `total` rows of A exist from `a` on.
+template <class P, class S>
 void pack_a_across_k(const S* a, int64_t col_stride, int64_t total, const RowPanels& panels, int64_t panel0,
-                     int64_t count, int64_t k, T* HWY_RESTRICT out) {
+                     int64_t count, int64_t k, P* HWY_RESTRICT out) {
+  using T = SumOf<P>;
   const Tag<T> d;
   constexpr int64_t n = kLanes<T>;
-  const int64_t step = panel_step<T>(kPanelRows<T>, k);
-  for (int64_t p = 0; p < k; ++p, a += col_stride) {
+  const int64_t depth = depth_of<P>(k), step = panel_step<P>(kPanelRows<P>, depth);
+  for (int64_t p = 0; p < depth; ++p, a += kPerElement<P> * col_stride) {
+    const int64_t columns = k - kPerElement<P> * p;
     const S* from = a;
-    T* to = out + p * kPanelRows<T>;
+    T* to = reinterpret_cast<T*>(out + p * kPanelRows<P>);
     int64_t left = total;
     for (int64_t q = 0; q < count; ++q, to += step) {
       const int64_t rows = panels.rows(panel0 + q);
-      if (left >= kPanelRows<T>) {
+      if (left >= kPanelRows<P>) {
         // More than the panel needs: nobody looks at the lanes beyond its rows.
-        for (int64_t i = 0; i < kPanelRows<T>; i += n) hn::Store(Source<T, S>::load(d, from + i), d, to + i);
+        for (int64_t i = 0; i < kPanelRows<P>; i += n) {
+          hn::Store(Source<P, S>::across(d, from + i, col_stride, columns), d, to + i);
+        }
       } else {
         for (int64_t i = 0; i < rows; i += n) {
-          hn::Store(Source<T, S>::load_n(d, from + i, static_cast<size_t>(std::min(n, rows - i))), d, to + i);
+          const size_t some = static_cast<size_t>(std::min(n, rows - i));
+          hn::Store(Source<P, S>::across_n(d, from + i, col_stride, columns, some), d, to + i);
         }
       }
       from += rows;

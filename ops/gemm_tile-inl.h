@@ -20,8 +20,8 @@ namespace HWY_NAMESPACE {
 
 // Cache blocking for an L2 of 1 MiB (one of 512 KiB still holds B). A block of B is kBlockK x kBlockCols, or wider if k
 // is short: 384 KiB. A panel of A (14 rows x kBlockK: 21 KiB) meets all columns of the block before the next one comes.
-template <class T>
-inline constexpr int64_t kBlockK = 1536 / sizeof(T);
+template <class P>
+inline constexpr int64_t kBlockK = 1536 / sizeof(P);
 inline constexpr int64_t kBlockCols = 256;
 inline constexpr int64_t kMaxBlockCols = 1024;
 // Panels of A that are packed together if k is across: whole lines of memory.
@@ -52,13 +52,16 @@ struct BlocksOfK {
   int64_t count, length;
 };
 
-template <class TA, class TB, class TC>
+/// P: what the register tiles read, T or pairs.
+template <class TA, class TB, class TC, class P>
 class Task {
   using T = typename Gemm<TA, TB, TC>::Sum;
+  static_assert(std::is_same_v<T, SumOf<P>>);
+  static constexpr bool kPairs = !std::is_same_v<T, P>;
   static constexpr bool kRounds = !std::is_same_v<T, TC>;  // C is not of the type of the sums
   static constexpr int64_t n = kLanes<T>;
   static constexpr int64_t kPanelCols = kTileVecs * n;
-  static constexpr int64_t kMaxDotCols = n / 4;  // columns that fill so little of a vector are dot products
+  static constexpr int64_t kMaxDotCols = kPairs ? 0 : n / 4;  // so few columns of a vector are dot products
 
  public:
   Task(const Gemm<TA, TB, TC>& g, const GemmTile& tile) : g_(g), tile_(tile) {}
@@ -66,10 +69,11 @@ class Task {
   void run() {
     if (uses_dot_kernel(g_)) return run_dots();
     const int64_t row_step = kRounds ? kBlockSumRows : kBlockRows;
-    const BlocksOfK blocks(g_.alpha == T(0) ? 0 : g_.k, kBlockK<T>);
+    const BlocksOfK blocks(g_.alpha == T(0) ? 0 : g_.k, kBlockK<P> * kPerElement<P>);
     int64_t most_cols = kBlockCols;
     if (!kRounds && blocks.count == 1)
-      most_cols = std::min(kMaxBlockCols, kBlockK<T> * kBlockCols / blocks.length / kPanelCols * kPanelCols);
+      most_cols =
+          std::min(kMaxBlockCols, kBlockK<P> * kBlockCols / depth_of<P>(blocks.length) / kPanelCols * kPanelCols);
     for (int64_t i = tile_.row0; i < tile_.row1; i += row_step) {
       for (int64_t j = tile_.col0; j < tile_.col1; j += most_cols) {
         block_of_c(blocks, i, std::min(row_step, tile_.row1 - i), j, std::min(most_cols, tile_.col1 - j));
@@ -101,48 +105,59 @@ class Task {
   }
 
   void load_c(int64_t i0, int64_t rows, int64_t j0, int64_t cols, T* c, int64_t ldc) {
+    const Tag<T> d;
+    const auto beta = hn::Set(d, g_.beta);
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < cols; ++j)
-        c[i * ldc + j] = g_.beta * Source<T, TC>::scalar(g_.c[(i0 + i) * g_.ldc + j0 + j]);
+      const TC* from = g_.c + (i0 + i) * g_.ldc + j0;
+      for (int64_t j = 0; j < cols; j += n) {
+        const auto old = Source<T, TC>::load_n(d, from + j, static_cast<size_t>(std::min(n, cols - j)));
+        hn::StoreU(hn::Mul(beta, old), d, c + i * ldc + j);
+      }
     }
   }
 
   // Register tiles read operands in place where they can: what they miss in L1 they have asked for long before they
   // need it, while a copy is waited for. Only a B that lies along k must be transposed.
   bool b_in_place(int64_t rows, int64_t k) const {
-    if (!std::is_same_v<T, TB> || g_.b.col_stride != 1) return false;
+    if (!std::is_same_v<P, TB> || g_.b.col_stride != 1) return false;
     // Vectors that straddle two lines cost a copy's worth within a few panels of A.
     const bool aligned = reinterpret_cast<uintptr_t>(g_.b.data) % 64 == 0 && g_.b.row_stride * sizeof(T) % 64 == 0;
     return (aligned || rows <= 3 * kTileRows) && spreads_in_l2<T>(g_.b.row_stride, k);
   }
 
   bool a_in_place(int64_t k) const {
-    if (!std::is_same_v<T, TA>) return false;
+    if (kPairs) {  // whole pairs, which lie as the tiles read them
+      return along_k() && k % 2 == 0 && g_.a.row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(g_.a.data) % 4 == 0 &&
+             !collides_in_l1<TA>(g_.a.row_stride);
+    }
+    if (!std::is_same_v<P, TA>) return false;
     return along_k() ? !collides_in_l1<T>(g_.a.row_stride) : spreads_in_l2<T>(g_.a.col_stride, k);
   }
 
   /// Columns after the last whole vector of a block of C that are dot products. Only the last block of a row has any.
   int64_t dot_cols(int64_t cols) const {
     const int64_t tail = cols % n;
-    return tail <= kMaxDotCols && along_k() && g_.k >= kMinDotK ? tail : 0;
+    return kMaxDotCols > 0 && tail <= kMaxDotCols && along_k() && g_.k >= kMinDotK ? tail : 0;
   }
 
   /// B as the tiles read it. In place, only columns that do not fill a vector are copied.
   void pack_block_of_b(int64_t p0, int64_t k, int64_t j0, int64_t cols, int64_t rows) {
-    constexpr int64_t kPanels = kBlockK<T> * kBlockCols + kMaxBlockCols / kPanelCols * panel_step<T>(0, 0);
-    packed_b_ = gemm_scratch<T>(GemmScratch::kB, kPanels + std::max<int64_t>(kMaxDotCols, 1) * kBlockK<T>);
+    constexpr int64_t kPanels = kBlockK<P> * kBlockCols + kMaxBlockCols / kPanelCols * panel_step<P>(0, 0);
+    packed_b_ = gemm_scratch<P>(GemmScratch::kB, kPanels + std::max<int64_t>(kMaxDotCols, 1) * kBlockK<P>);
     if (k == 0) return;
     const int64_t dots = dot_cols(cols);
     cols -= dots;
-    if (dots > 0) pack_dot_cols(p0, k, j0 + cols, dots, packed_b_ + kPanels);
+    if constexpr (kMaxDotCols > 0) {
+      if (dots > 0) pack_dot_cols(p0, k, j0 + cols, dots, packed_b_ + kPanels);
+    }
     int64_t from = 0;
     if (b_in_place(rows, k)) {
       if (cols % n == 0) return;
       from = cols / kPanelCols * kPanelCols;
     }
     if (from == cols) return;
-    pack_b<T, TB>(b_at(p0, j0 + from), g_.b.row_stride, g_.b.col_stride, k, cols - from,
-                  packed_b_ + from / kPanelCols * panel_step<T>(kPanelCols, k));
+    pack_b<P, TB>(b_at(p0, j0 + from), g_.b.row_stride, g_.b.col_stride, k, cols - from,
+                  packed_b_ + from / kPanelCols * panel_step<P>(kPanelCols, depth_of<P>(k)));
   }
 
   /// Columns of B for dot products, each along memory: a copy, or B itself.
@@ -163,11 +178,11 @@ class Task {
   const TB* b_at(int64_t p, int64_t j) const { return g_.b.data + p * g_.b.row_stride + j * g_.b.col_stride; }
   bool along_k() const { return g_.a.col_stride == 1; }
 
-  void pack_block_of_a(const RowPanels& panels, int64_t panel, int64_t i0, int64_t p0, int64_t k, T* out) {
+  void pack_block_of_a(const RowPanels& panels, int64_t panel, int64_t i0, int64_t p0, int64_t k, P* out) {
     const int64_t i = i0 + panels.first(panel);
-    if (along_k()) return pack_a_along_k<T, TA>(a_at(i, p0), g_.a.row_stride, panels.rows(panel), k, out);
+    if (along_k()) return pack_a_along_k<P, TA>(a_at(i, p0), g_.a.row_stride, panels.rows(panel), k, out);
     const int64_t count = std::min(kBlockPanels, panels.count - panel);
-    pack_a_across_k<T, TA>(a_at(i, p0), g_.a.col_stride, g_.m - i, panels, panel, count, k, out);
+    pack_a_across_k<P, TA>(a_at(i, p0), g_.a.col_stride, g_.m - i, panels, panel, count, k, out);
   }
 
   /// All panels of A against the block of B.
@@ -176,42 +191,45 @@ class Task {
     const bool packs = !a_in_place(k) && k > 0, b_here = b_in_place(rows, k) && k > 0;
     const bool finishes = last && (kRounds || g_.activation != GemmActivation::kNone);
     const T* bias = last && g_.bias != nullptr ? g_.bias + j0 : nullptr;
-    const int64_t dots = k > 0 ? dot_cols(cols) : 0, tile_cols = cols - dots;
+    const int64_t dots = k > 0 ? dot_cols(cols) : 0, tile_cols = cols - dots, depth = depth_of<P>(k);
     const bool wide = kWideRows > 0 && !packs && b_here && k <= kShortK && tile_cols % (kWideVecs * n) == 0;
     const int64_t tile_width = wide ? kWideVecs * n : kPanelCols;
     const RowPanels panels(rows, wide ? kWideRows : kTileRows);
-    T* packed = nullptr;
-    if (packs) packed = gemm_scratch<T>(GemmScratch::kA, kBlockPanels * panel_step<T>(kPanelRows<T>, kBlockK<T>) + n);
+    P* packed = nullptr;
+    if (packs) packed = gemm_scratch<P>(GemmScratch::kA, kBlockPanels * panel_step<P>(kPanelRows<P>, kBlockK<P>) + n);
     for (int64_t panel = 0; panel < panels.count; ++panel) {
       const int64_t first = panels.first(panel), height = panels.rows(panel);
-      const T* a = nullptr;
+      const P* a = nullptr;
       int64_t a_stride = 0;
       if (packs) {
         const int64_t slot = along_k() ? 0 : panel % kBlockPanels;
         if (slot == 0) pack_block_of_a(panels, panel, i0, p0, k, packed);
-        a = packed + slot * panel_step<T>(kPanelRows<T>, k);
-        a_stride = along_k() ? packed_row<T>(k) : kPanelRows<T>;
-      } else if constexpr (std::is_same_v<T, TA>) {
-        if (k > 0) a = a_at(i0 + first, p0);
-        a_stride = along_k() ? g_.a.row_stride : g_.a.col_stride;
+        a = packed + slot * panel_step<P>(kPanelRows<P>, depth);
+        a_stride = along_k() ? packed_row<P>(depth) : kPanelRows<P>;
+      } else if constexpr (kPairs || std::is_same_v<P, TA>) {
+        if (k > 0) a = reinterpret_cast<const P*>(a_at(i0 + first, p0));
+        a_stride = (along_k() ? g_.a.row_stride : g_.a.col_stride) / kPerElement<P>;
       }
       T* const c_row = c + first * ldc;
       for (int64_t j = 0; j < tile_cols; j += tile_width) {
         const int64_t width = std::min(tile_width, tile_cols - j);
         const int vecs = static_cast<int>((width + n - 1) / n);
-        const T* b = packed_b_ + j / kPanelCols * panel_step<T>(kPanelCols, k);
+        const P* b = packed_b_ + j / kPanelCols * panel_step<P>(kPanelCols, depth);
         int64_t b_stride = vecs * n;
-        if constexpr (std::is_same_v<T, TB>) {
+        if constexpr (std::is_same_v<P, TB>) {
           if (b_here && width % n == 0) b = b_at(p0, j0 + j), b_stride = g_.b.row_stride;
         }
         const TileOut<T> out = {
             c_row + j, ldc, g_.alpha, beta, bias == nullptr ? nullptr : bias + j, static_cast<int>(width)};
-        const TileKernel<T>* kernels =
-            wide ? kWideKernels<T>[along_k()].data() : kTileKernels<T>[along_k()][vecs - 1].data();
-        kernels[height - 1](a, a_stride, b, b_stride, k, out);
+        const TileKernel<P>* kernels = kTileKernels<P>[along_k()][vecs - 1].data();
+        if constexpr (!kPairs) {
+          if (wide) kernels = kWideKernels<P>[along_k()].data();
+        }
+        kernels[height - 1](a, a_stride, b, b_stride, depth, out);
         if (finishes) finish_tile(out.c, ldc, i0 + first, height, j0 + j, width);
       }
-      if (dots > 0) {
+      if constexpr (kMaxDotCols > 0) {
+        if (dots == 0) continue;
         const TileOut<T> out = {
             c_row + tile_cols,     ldc, g_.alpha, beta, bias == nullptr ? nullptr : bias + tile_cols,
             static_cast<int>(dots)};
@@ -291,20 +309,19 @@ class Task {
 
   const Gemm<TA, TB, TC>& g_;
   const GemmTile tile_;
-  T* packed_b_ = nullptr;
+  P* packed_b_ = nullptr;
   const T* dot_b_ = nullptr;
   int64_t dot_ldb_ = 0;
 };
 
-template <class TA, class TB, class TC>
+template <class TA, class TB, class TC, class P>
 void run_tile(const Gemm<TA, TB, TC>& product, const GemmTile& tile) {
-  Task<TA, TB, TC>(product, tile).run();
+  Task<TA, TB, TC, P>(product, tile).run();
 }
 
-template <class TA, class TB, class TC>
+template <class TA, class TB, class TC, class P = typename Gemm<TA, TB, TC>::Sum>
 inline constexpr GemmKernels<TA, TB, TC> kKernels = {
-    {kTileRows, kTileVecs* kLanes<typename Gemm<TA, TB, TC>::Sum>, kLanes<typename Gemm<TA, TB, TC>::Sum>},
-    &run_tile<TA, TB, TC>};
+    {kTileRows, kTileVecs* kLanes<SumOf<P>>, kPerElement<P>* kLanes<SumOf<P>>}, &run_tile<TA, TB, TC, P>};
 
 }  // namespace HWY_NAMESPACE
 }  // namespace weft::detail

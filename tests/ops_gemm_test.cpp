@@ -19,6 +19,7 @@ namespace {
 uint16_t to_bf16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
+  if (std::isnan(value)) return static_cast<uint16_t>(bits >> 16 | 0x40);
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 double to_double(uint16_t value) {
@@ -175,7 +176,7 @@ class GemmOnEveryIsa : public testing::TestWithParam<const char*> {
   }
   int threads_ = 1;
 };
-INSTANTIATE_TEST_SUITE_P(Isa, GemmOnEveryIsa, testing::Values("avx512", "avx2", "portable"),
+INSTANTIATE_TEST_SUITE_P(Isa, GemmOnEveryIsa, testing::Values("avx512bf16", "avx512", "avx2", "portable"),
                          [](const auto& info) { return std::string(info.param); });
 
 template <class TA, class TB, class TC>
@@ -242,6 +243,31 @@ TEST_P(GemmOnEveryIsa, TakesBfloat16WithSumsInFloat) {
   expect_all_layouts<uint16_t, uint16_t, uint16_t>({.m = 301, .n = 20, .k = 30, .beta = 0.5});
 }
 
+TEST_P(GemmOnEveryIsa, TakesBfloat16OfEveryHeightWidthAndDepthOfATile) {
+  // Odd and even k and strides: pairs along k are read in place, copied, or end in half a pair.
+  for (int64_t m = 1; m <= 30; ++m) {
+    expect_all_layouts<uint16_t, uint16_t, float>({.m = m, .n = 33, .k = 40, .padding = m % 3});
+  }
+  for (int64_t n = 1; n <= 66; ++n) {
+    expect_all_layouts<uint16_t, uint16_t, uint16_t>({.m = 15, .n = n, .k = 33, .padding = n % 2});
+  }
+  for (int64_t k = 1; k <= 70; ++k) {
+    expect_all_layouts<uint16_t, uint16_t, float>({.m = 17, .n = 35, .k = k, .padding = 0});
+    expect_all_layouts<uint16_t, uint16_t, uint16_t>({.m = 9, .n = 16, .k = k, .padding = 1, .serial = true});
+  }
+}
+
+TEST_P(GemmOnEveryIsa, TakesBfloat16WhenKAndColumnsNeedSeveralBlocks) {
+  for (const int64_t k : {768, 769, 1600}) {
+    expect_all_layouts<uint16_t, uint16_t, float>({.m = 45, .n = 300, .k = k, .padding = 0});
+    expect_all_layouts<uint16_t, uint16_t, uint16_t>(
+        {.m = 31, .n = 270, .k = k, .alpha = 0.5, .beta = 2, .bias = true});
+  }
+  expect_all_layouts<uint16_t, uint16_t, uint16_t>({.m = 300, .n = 520, .k = 40, .beta = 1});
+  // Rows of A 4 KiB apart.
+  expect_product<uint16_t, uint16_t, float>({.m = 29, .n = 40, .k = 2048, .padding = 0});
+}
+
 TEST_P(GemmOnEveryIsa, TakesEmptySizes) {
   for (const bool serial : {false, true}) {
     expect_all_layouts<float, float, float>({.m = 0, .n = 5, .k = 4, .serial = serial});
@@ -278,7 +304,8 @@ TEST_P(GemmOnEveryIsa, ReadsOperandsOfAnyAlignmentAndStride) {
   expect_product<float, float, float>({.m = 29, .n = 40, .k = 1024, .padding = 0});
 }
 
-TEST_P(GemmOnEveryIsa, GivesTheSameBitsOnOneTwoAndThreeThreadsAndSerially) {
+template <class TA, class TC>
+void expect_same_bits_on_any_threads() {
   struct Shape {
     int64_t m, n, k;
   };
@@ -286,14 +313,13 @@ TEST_P(GemmOnEveryIsa, GivesTheSameBitsOnOneTwoAndThreeThreadsAndSerially) {
        {Shape{256, 257, 130}, {768, 65, 128}, {100, 500, 800}, {1, 700, 256}, {7, 300, 64}, {300, 33, 33}}) {
     for (const bool trans_a : {false, true}) {
       for (const bool trans_b : {false, true}) {
-        const auto a = random_values<float>(static_cast<size_t>(s.m * s.k), 1),
-                   b = random_values<float>(static_cast<size_t>(s.k * s.n), 2);
-        std::vector<float> first;
+        const auto a = random_values<TA>(static_cast<size_t>(s.m * s.k), 1),
+                   b = random_values<TA>(static_cast<size_t>(s.k * s.n), 2);
+        std::vector<TC> first;
         for (const int threads : {1, 2, 3, 0}) {
-          std::vector<float> c(static_cast<size_t>(s.m * s.n), 1.0f);
-          const auto product =
-              make_gemm<float, float, float>(trans_a, trans_b, s.m, s.n, s.k, a.data(), trans_a ? s.m : s.k, b.data(),
-                                             trans_b ? s.k : s.n, c.data(), s.n, 1.0f, 1.0f);
+          std::vector<TC> c(static_cast<size_t>(s.m * s.n), from_double<TC>(1));
+          const auto product = make_gemm<TA, TA, TC>(trans_a, trans_b, s.m, s.n, s.k, a.data(), trans_a ? s.m : s.k,
+                                                     b.data(), trans_b ? s.k : s.n, c.data(), s.n, 1.0f, 1.0f);
           if (threads == 0) {
             gemm_serial(product);
           } else {
@@ -301,7 +327,7 @@ TEST_P(GemmOnEveryIsa, GivesTheSameBitsOnOneTwoAndThreeThreadsAndSerially) {
             gemm(product);
           }
           if (first.empty()) first = c;
-          ASSERT_EQ(std::memcmp(first.data(), c.data(), c.size() * sizeof(float)), 0)
+          ASSERT_EQ(std::memcmp(first.data(), c.data(), c.size() * sizeof(TC)), 0)
               << "threads " << threads << " m=" << s.m << " n=" << s.n;
         }
       }
@@ -309,44 +335,109 @@ TEST_P(GemmOnEveryIsa, GivesTheSameBitsOnOneTwoAndThreeThreadsAndSerially) {
   }
 }
 
-TEST_P(GemmOnEveryIsa, ABatchHasTheBitsOfItsProductsAlone) {
-  constexpr int64_t kCount = 5, m = 70, n = 40, k = 50;
+TEST_P(GemmOnEveryIsa, GivesTheSameBitsOnOneTwoAndThreeThreadsAndSerially) {
+  expect_same_bits_on_any_threads<float, float>();
+  expect_same_bits_on_any_threads<uint16_t, float>();
+  expect_same_bits_on_any_threads<uint16_t, uint16_t>();
+}
+
+template <class TA, class TC>
+void expect_a_batch_has_the_bits_of_its_products() {
+  constexpr int64_t kCount = 5, m = 70, n = 40, k = 51;
   for (const int64_t rows : {m, int64_t{1}}) {
-    const auto a = random_values<float>(kCount * m * k, 1), b = random_values<float>(n * k, 2);
-    std::vector<float> together(kCount * m * n, 0), alone = together;
-    auto product =
-        make_gemm<float, float, float>(false, true, rows, n, k, a.data(), k, b.data(), k, together.data(), n);
+    const auto a = random_values<TA>(kCount * m * k, 1), b = random_values<TA>(n * k, 2);
+    std::vector<TC> together(kCount * m * n, 0), alone = together;
+    auto product = make_gemm<TA, TA, TC>(false, true, rows, n, k, a.data(), k, b.data(), k, together.data(), n);
     gemm_batched(product, {.count = kCount, .a = m * k, .b = 0, .c = m * n});
     for (int64_t i = 0; i < kCount; ++i) {
       product.a.data = a.data() + i * m * k;
       product.c = alone.data() + i * m * n;
       gemm_serial(product);
     }
-    EXPECT_EQ(std::memcmp(together.data(), alone.data(), alone.size() * sizeof(float)), 0);
+    EXPECT_EQ(std::memcmp(together.data(), alone.data(), alone.size() * sizeof(TC)), 0);
+  }
+}
+
+TEST_P(GemmOnEveryIsa, ABatchHasTheBitsOfItsProductsAlone) {
+  expect_a_batch_has_the_bits_of_its_products<float, float>();
+  expect_a_batch_has_the_bits_of_its_products<uint16_t, float>();
+  expect_a_batch_has_the_bits_of_its_products<uint16_t, uint16_t>();
+}
+
+/// NaN in row 4 of A and infinity in row 9, in the last column of an odd k and elsewhere; a GELU follows.
+template <class T>
+void expect_nan_and_infinity_pass() {
+  constexpr int64_t m = 20, n = 40, k = 33;
+  for (const bool trans_a : {false, true}) {
+    for (const int64_t column : {1, 7, 32}) {
+      auto a = random_values<T>(m * k, 1);
+      const auto b = random_values<T>(k * n, 2);
+      const auto at = [&](int64_t i, int64_t p) -> T& {
+        return a[static_cast<size_t>(trans_a ? p * m + i : i * k + p)];
+      };
+      at(4, column) = from_double<T>(std::numeric_limits<double>::quiet_NaN());
+      at(9, column) = from_double<T>(std::numeric_limits<double>::infinity());
+      std::vector<T> c(m * n), d(m * n);
+      auto product = make_gemm<T, T, T>(trans_a, false, m, n, k, a.data(), trans_a ? m : k, b.data(), n, c.data(), n);
+      product.activation = GemmActivation::kGelu, product.d = d.data(), product.ldd = n;
+      gemm(product);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          const double x = to_double(c[static_cast<size_t>(i * n + j)]),
+                       y = to_double(d[static_cast<size_t>(i * n + j)]);
+          EXPECT_EQ(std::isnan(x), i == 4);
+          EXPECT_EQ(std::isnan(y), i == 4);
+          EXPECT_EQ(std::isinf(x), i == 9);
+          if (i == 9) {
+            EXPECT_EQ(y, x > 0 ? x : 0.0);
+          }
+        }
+      }
+    }
   }
 }
 
 TEST_P(GemmOnEveryIsa, PassesNanAndInfinityOn) {
-  constexpr int64_t m = 20, n = 40, k = 33;
-  auto a = random_values<float>(m * k, 1);
-  const auto b = random_values<float>(k * n, 2);
-  a[4 * k + 7] = std::numeric_limits<float>::quiet_NaN();
-  a[9 * k + 1] = std::numeric_limits<float>::infinity();
-  std::vector<float> c(m * n), d(m * n);
-  auto product = make_gemm<float, float, float>(false, false, m, n, k, a.data(), k, b.data(), n, c.data(), n);
-  product.activation = GemmActivation::kGelu, product.d = d.data(), product.ldd = n;
-  gemm(product);
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      const float x = c[static_cast<size_t>(i * n + j)], y = d[static_cast<size_t>(i * n + j)];
-      EXPECT_EQ(std::isnan(x), i == 4);
-      EXPECT_EQ(std::isnan(y), i == 4);
-      EXPECT_EQ(std::isinf(x), i == 9);
-      if (i == 9) {
-        EXPECT_EQ(y, x > 0 ? x : 0.0f);
-      }
-    }
-  }
+  expect_nan_and_infinity_pass<float>();
+  expect_nan_and_infinity_pass<uint16_t>();
+}
+
+TEST_P(GemmOnEveryIsa, TakesBelowTheSmallestNormalFloatAsZeroWherePairsAreMultiplied) {
+  const bool flushes = GetParam() == std::string("avx512bf16");
+  const int64_t m = 20, n = 33, k = 5;
+  const auto product_of = [&](double x, double y) {
+    const std::vector<uint16_t> a(static_cast<size_t>(m * k), from_double<uint16_t>(x)),
+        b(static_cast<size_t>(k * n), from_double<uint16_t>(y));
+    std::vector<float> c(static_cast<size_t>(m * n));
+    gemm(make_gemm<uint16_t, uint16_t, float>(false, false, m, n, k, a.data(), k, b.data(), n, c.data(), n));
+    EXPECT_EQ(c, std::vector<float>(c.size(), c[0]));
+    return static_cast<double>(c[0]);
+  };
+  const double tiny = std::ldexp(1.0, -130);  // an element that is not a normal number
+  EXPECT_EQ(product_of(tiny, 1024), flushes ? 0 : 5 * 1024 * tiny);
+  EXPECT_EQ(product_of(1024, tiny), flushes ? 0 : 5 * 1024 * tiny);
+  EXPECT_EQ(product_of(std::ldexp(1.0, -70), std::ldexp(1.0, -62)), flushes ? 0 : std::ldexp(5.0, -132));  // a sum
+  EXPECT_EQ(product_of(std::ldexp(1.0, -63), std::ldexp(1.0, -63)), std::ldexp(5.0, -126));
+}
+
+TEST(Gemm, OnlyProductsOfBfloat16DifferWherePairsAreMultiplied) {
+  if (!set_gemm_isa("avx512bf16")) GTEST_SKIP() << "this machine or build has no avx512bf16";
+  const int64_t m = 40, n = 70, k = 90;
+  const auto bits_of = [&]<class TA, class TB, class TC>(TA, TB, TC) {
+    const auto a = random_values<TA>(static_cast<size_t>(m * k), 1);
+    const auto b = random_values<TB>(static_cast<size_t>(k * n), 2);
+    std::vector<TC> c(static_cast<size_t>(m * n));
+    gemm(make_gemm<TA, TB, TC>(false, true, m, n, k, a.data(), k, b.data(), k, c.data(), n));
+    return c;
+  };
+  const auto f32 = bits_of(0.0f, 0.0f, 0.0f);
+  const auto f64 = bits_of(0.0, 0.0, 0.0);
+  const auto mixed = bits_of(0.0f, uint16_t{0}, 0.0f);
+  ASSERT_TRUE(set_gemm_isa("avx512"));
+  EXPECT_EQ(f32, bits_of(0.0f, 0.0f, 0.0f));
+  EXPECT_EQ(f64, bits_of(0.0, 0.0, 0.0));
+  EXPECT_EQ(mixed, bits_of(0.0f, uint16_t{0}, 0.0f));
+  set_gemm_isa("");
 }
 
 TEST_P(GemmOnEveryIsa, GeluKeepsItsBoundsFarFromZero) {
