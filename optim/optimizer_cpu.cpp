@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 #include <vector>
 
 #include "core/thread_pool.h"
@@ -48,27 +47,9 @@ void add_partials(std::span<const Tensor> tensors, int64_t size, const double* p
   }
 }
 
-/// body(begin, count, elements from begin on, in the type that T's are added up in): the whole range at once if that is
-/// T, else through a buffer, block by block.
-template <class T, class Body>
-void for_each_wide_block(const T* data, int64_t begin, int64_t end, Body body) {
-  if constexpr (std::is_same_v<T, Accumulate<T>>) {
-    body(begin, end - begin, data + begin);
-  } else {
-    Accumulate<T> wide[kSumBlock];
-    for (int64_t block = begin; block < end; block += kSumBlock) {
-      const int64_t count = std::min(kSumBlock, end - block);
-      for (int64_t i = 0; i < count; ++i) wide[i] = static_cast<Accumulate<T>>(data[block + i]);
-      body(block, count, wide);
-    }
-  }
-}
-
 template <class T>
 double squares_of(const T* data, int64_t begin, int64_t end) {
-  double total = 0;
-  for_each_wide_block(data, begin, end,
-                      [&](int64_t, int64_t count, const auto* x) { total += sum_of_squares(count, x); });
+  double total = sum_of_squares(end - begin, data + begin);
   if (total >= kUnderflow && std::isfinite(total)) return total;
   total = 0;
   for (int64_t i = begin; i < end; ++i) total += static_cast<double>(data[i]) * static_cast<double>(data[i]);
@@ -90,12 +71,6 @@ struct Typed {
   const T* gradient;
   State *weight, *exp_avg, *exp_avg_sq;
   AdamRates<State> rates;
-
-  void round_weight(int64_t begin, int64_t end) const {
-    if constexpr (!std::is_same_v<T, State>) {
-      for (int64_t i = begin; i < end; ++i) parameter[i] = T(weight[i]);
-    }
-  }
 };
 
 }  // namespace
@@ -131,10 +106,8 @@ void adam_update(Cpu, std::span<const AdamTensor> tensors, const AdamConstants<d
     dispatch_float(tensor.dtype, "adam", [&]<class T>() {
       const Typed<T> at(tensor);
       const auto c = rounded<Accumulate<T>>(constants);
-      for_each_wide_block(at.gradient, begin, end, [&](int64_t i, int64_t n, const Accumulate<T>* g) {
-        update_piece(n, at.weight + i, g, at.exp_avg + i, at.exp_avg_sq + i, c, at.rates);
-        at.round_weight(i, i + n);
-      });
+      update_piece(end - begin, at.weight + begin, at.gradient + begin, at.exp_avg + begin, at.exp_avg_sq + begin,
+                   at.parameter + begin, c, at.rates);
     });
   });
 }
@@ -150,11 +123,8 @@ void adam_moments(Cpu, std::span<const AdamTensor> tensors, const AdamConstants<
     dispatch_float(tensor.dtype, "adam", [&]<class T>() {
       const Typed<T> at(tensor);
       const auto c = rounded<Accumulate<T>>(constants);
-      for_each_wide_block(at.gradient, begin, end, [&](int64_t i, int64_t n, const Accumulate<T>* g) {
-        const SquareSums part = moments_piece(n, at.weight + i, g, at.exp_avg + i, at.exp_avg_sq + i, c, at.rates);
-        total.weight += part.weight;
-        total.update += part.update;
-      });
+      total = moments_piece(end - begin, at.weight + begin, at.gradient + begin, at.exp_avg + begin,
+                            at.exp_avg_sq + begin, c, at.rates);
     });
     partials[piece] = total.weight;
     partials[all + piece] = total.update;
@@ -167,9 +137,8 @@ void adam_apply(Cpu, std::span<const AdamTensor> tensors, const AdamConstants<do
   for_each_piece(tensors, kAdamPiece, [&](int64_t, const AdamTensor& tensor, int64_t begin, int64_t end) {
     dispatch_float(tensor.dtype, "adam", [&]<class T>() {
       const Typed<T> at(tensor);
-      apply_piece(end - begin, at.weight + begin, at.exp_avg + begin, at.exp_avg_sq + begin,
+      apply_piece(end - begin, at.weight + begin, at.exp_avg + begin, at.exp_avg_sq + begin, at.parameter + begin,
                   rounded<Accumulate<T>>(constants), at.rates);
-      at.round_weight(begin, end);
     });
   });
 }

@@ -4,13 +4,16 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
+#include <type_traits>
 
+#include "ops/norm_lanes-inl.h"
 #include "optim/optimizer_simd.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace weft::optim::HWY_NAMESPACE {
 namespace {
 namespace hn = hwy::HWY_NAMESPACE;
+using namespace weft::detail::HWY_NAMESPACE;  // rows of any float type as vectors
 
 /// Constants as vectors, and the two halves of the rule.
 template <class T>
@@ -51,82 +54,66 @@ struct Rule {
   }
 };
 
-/// body(offset, count): whole vectors, then the rest through buffers padded with zeros.
-template <class T, class Body>
-HWY_INLINE void for_each_vector(int64_t n, Body body) {
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(hn::ScalableTag<T>()));
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) body(i, lanes);
-  if (i < n) body(i, n - i);
+/// Stores w where it lives and, rounded, in the parameter that follows it.
+template <class T, class Which>
+HWY_INLINE void store_weight(Tag<T> d, Vector<T> w, Accumulate<T>* to, T* rounded, Which which) {
+  store<Accumulate<T>>(d, w, to, which);
+  if constexpr (!std::is_same_v<T, Accumulate<T>>) store<T>(d, w, rounded, which);
 }
 
-template <class T>
-HWY_INLINE hn::Vec<hn::ScalableTag<T>> load(const T* from, int64_t count) {
-  const hn::ScalableTag<T> d;
-  if (count == static_cast<int64_t>(hn::Lanes(d))) return hn::LoadU(d, from);
-  HWY_ALIGN T buffer[hn::MaxLanes(d)] = {};
-  std::copy_n(from, count, buffer);
-  return hn::Load(d, buffer);
-}
-
-template <class T>
-HWY_INLINE void store(hn::Vec<hn::ScalableTag<T>> v, T* to, int64_t count) {
-  const hn::ScalableTag<T> d;
-  if (count == static_cast<int64_t>(hn::Lanes(d))) return hn::StoreU(v, d, to);
-  HWY_ALIGN T buffer[hn::MaxLanes(d)];
-  hn::Store(v, d, buffer);
-  std::copy_n(buffer, count, to);
-}
-
-template <class T>
-void update(int64_t n, T* w, const T* g, T* m, T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) {
-  const Rule<T> rule(c, rates);
-  for_each_vector<T>(n, [&](int64_t i, int64_t count) {
-    auto mean = load(m + i, count), square = load(v + i, count);
-    const auto weight = load(w + i, count);
-    rule.moments(load(g + i, count), mean, square);
-    store(mean, m + i, count);
-    store(square, v + i, count);
-    store(hn::NegMulAdd(rule.lr, rule.direction(weight, mean, square), weight), w + i, count);
+template <class T, class A>
+void update(int64_t n, A* w, const T* g, A* m, A* v, T* rounded, const AdamConstants<A>& c, const AdamRates<A>& rates) {
+  const Rule<A> rule(c, rates);
+  const Tag<T> d;
+  for_lanes(d, n, [&](auto, int64_t i, auto which) HWY_ATTR {
+    auto mean = load<A>(d, m + i, which), square = load<A>(d, v + i, which);
+    const auto weight = load<A>(d, w + i, which);
+    rule.moments(load<T>(d, g + i, which), mean, square);
+    store<A>(d, mean, m + i, which);
+    store<A>(d, square, v + i, which);
+    store_weight<T>(d, hn::NegMulAdd(rule.lr, rule.direction(weight, mean, square), weight), w + i, rounded + i, which);
   });
 }
 
-template <class T>
-SquareSums moments(int64_t n, const T* w, const T* g, T* m, T* v, const AdamConstants<T>& c,
-                   const AdamRates<T>& rates) {
-  const Rule<T> rule(c, rates);
+template <class T, class A>
+SquareSums moments(int64_t n, const A* w, const T* g, A* m, A* v, const AdamConstants<A>& c,
+                   const AdamRates<A>& rates) {
+  const Rule<A> rule(c, rates);
+  const Tag<T> d;
   SquareSums sums;
   for (int64_t begin = 0; begin < n; begin += kSumBlock) {
-    auto weights = hn::Zero(rule.d), updates = hn::Zero(rule.d);
-    for_each_vector<T>(std::min(kSumBlock, n - begin), [&](int64_t offset, int64_t count) {
+    auto weights = hn::Zero(d), updates = hn::Zero(d);
+    for_lanes(d, std::min(kSumBlock, n - begin), [&](auto, int64_t offset, auto which) HWY_ATTR {
       const int64_t i = begin + offset;
-      auto mean = load(m + i, count), square = load(v + i, count);
-      const auto weight = load(w + i, count);
-      rule.moments(load(g + i, count), mean, square);
-      store(mean, m + i, count);
-      store(square, v + i, count);
+      auto mean = load<A>(d, m + i, which), square = load<A>(d, v + i, which);
+      const auto weight = load<A>(d, w + i, which);
+      rule.moments(load<T>(d, g + i, which), mean, square);
+      store<A>(d, mean, m + i, which);
+      store<A>(d, square, v + i, which);
       const auto u = rule.direction(weight, mean, square);
       weights = hn::MulAdd(weight, weight, weights);
       updates = hn::MulAdd(u, u, updates);
     });
-    sums.weight += static_cast<double>(hn::GetLane(hn::SumOfLanes(rule.d, weights)));
-    sums.update += static_cast<double>(hn::GetLane(hn::SumOfLanes(rule.d, updates)));
+    sums.weight += static_cast<double>(hn::GetLane(hn::SumOfLanes(d, weights)));
+    sums.update += static_cast<double>(hn::GetLane(hn::SumOfLanes(d, updates)));
   }
   return sums;
 }
 
-template <class T>
-void apply(int64_t n, T* w, const T* m, const T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) {
-  const Rule<T> rule(c, rates);
-  for_each_vector<T>(n, [&](int64_t i, int64_t count) {
-    const auto weight = load(w + i, count);
-    store(hn::NegMulAdd(rule.lr, rule.direction(weight, load(m + i, count), load(v + i, count)), weight), w + i, count);
+template <class T, class A>
+void apply(int64_t n, A* w, const A* m, const A* v, T* rounded, const AdamConstants<A>& c, const AdamRates<A>& rates) {
+  const Rule<A> rule(c, rates);
+  const Tag<T> d;
+  for_lanes(d, n, [&](auto, int64_t i, auto which) HWY_ATTR {
+    const auto weight = load<A>(d, w + i, which);
+    const auto u = rule.direction(weight, load<A>(d, m + i, which), load<A>(d, v + i, which));
+    store_weight<T>(d, hn::NegMulAdd(rule.lr, u, weight), w + i, rounded + i, which);
   });
 }
 
 template <class T>
 double squares(int64_t n, const T* x) {
-  const hn::ScalableTag<T> d;
+  const Tag<T> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kSumBlock) {
@@ -134,12 +121,12 @@ double squares(int64_t n, const T* x) {
     auto a = hn::Zero(d), b = hn::Zero(d);
     int64_t i = begin;
     for (; i + 2 * lanes <= end; i += 2 * lanes) {
-      const auto p = hn::LoadU(d, x + i), q = hn::LoadU(d, x + i + lanes);
+      const auto p = load<T>(d, x + i, Full()), q = load<T>(d, x + i + lanes, Full());
       a = hn::MulAdd(p, p, a);
       b = hn::MulAdd(q, q, b);
     }
     for (; i < end; i += lanes) {
-      const auto p = load(x + i, std::min(lanes, end - i));
+      const auto p = load<T>(d, x + i, Part{std::min(lanes, end - i)});
       a = hn::MulAdd(p, p, a);
     }
     total += static_cast<double>(hn::GetLane(hn::SumOfLanes(d, hn::Add(a, b))));
@@ -148,13 +135,15 @@ double squares(int64_t n, const T* x) {
 }
 
 // clang-format off
-#define WEFT_INSTANCES(T, suffix) \
-  void update_##suffix(int64_t n, T* w, const T* g, T* m, T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) { update(n, w, g, m, v, c, rates); } \
-  SquareSums moments_##suffix(int64_t n, const T* w, const T* g, T* m, T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) { return moments(n, w, g, m, v, c, rates); } \
-  void apply_##suffix(int64_t n, T* w, const T* m, const T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) { apply(n, w, m, v, c, rates); } \
+#define WEFT_INSTANCES(T, A, suffix) \
+  void update_##suffix(int64_t n, A* w, const T* g, A* m, A* v, T* rounded, const AdamConstants<A>& c, const AdamRates<A>& rates) { update(n, w, g, m, v, rounded, c, rates); } \
+  SquareSums moments_##suffix(int64_t n, const A* w, const T* g, A* m, A* v, const AdamConstants<A>& c, const AdamRates<A>& rates) { return moments(n, w, g, m, v, c, rates); } \
+  void apply_##suffix(int64_t n, A* w, const A* m, const A* v, T* rounded, const AdamConstants<A>& c, const AdamRates<A>& rates) { apply(n, w, m, v, rounded, c, rates); } \
   double squares_##suffix(int64_t n, const T* x) { return squares(n, x); }
-WEFT_INSTANCES(float, f32)
-WEFT_INSTANCES(double, f64)
+WEFT_INSTANCES(float, float, f32)
+WEFT_INSTANCES(double, double, f64)
+WEFT_INSTANCES(Half, float, f16)
+WEFT_INSTANCES(BFloat16, float, bf16)
 #undef WEFT_INSTANCES
 // clang-format on
 
@@ -166,17 +155,19 @@ HWY_AFTER_NAMESPACE();
 namespace weft::optim {
 
 // clang-format off
-#define WEFT_DISPATCH(T, suffix) \
+#define WEFT_DISPATCH(T, A, suffix) \
   HWY_EXPORT(update_##suffix); \
   HWY_EXPORT(moments_##suffix); \
   HWY_EXPORT(apply_##suffix); \
   HWY_EXPORT(squares_##suffix); \
-  template <> void update_piece(int64_t n, T* w, const T* g, T* m, T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) { HWY_DYNAMIC_DISPATCH(update_##suffix)(n, w, g, m, v, c, rates); } \
-  template <> SquareSums moments_piece(int64_t n, const T* w, const T* g, T* m, T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) { return HWY_DYNAMIC_DISPATCH(moments_##suffix)(n, w, g, m, v, c, rates); } \
-  template <> void apply_piece(int64_t n, T* w, const T* m, const T* v, const AdamConstants<T>& c, const AdamRates<T>& rates) { HWY_DYNAMIC_DISPATCH(apply_##suffix)(n, w, m, v, c, rates); } \
+  template <> void update_piece(int64_t n, A* w, const T* g, A* m, A* v, T* rounded, const AdamConstants<A>& c, const AdamRates<A>& rates) { HWY_DYNAMIC_DISPATCH(update_##suffix)(n, w, g, m, v, rounded, c, rates); } \
+  template <> SquareSums moments_piece(int64_t n, const A* w, const T* g, A* m, A* v, const AdamConstants<A>& c, const AdamRates<A>& rates) { return HWY_DYNAMIC_DISPATCH(moments_##suffix)(n, w, g, m, v, c, rates); } \
+  template <> void apply_piece(int64_t n, A* w, const A* m, const A* v, T* rounded, const AdamConstants<A>& c, const AdamRates<A>& rates) { HWY_DYNAMIC_DISPATCH(apply_##suffix)(n, w, m, v, rounded, c, rates); } \
   template <> double sum_of_squares(int64_t n, const T* x) { return HWY_DYNAMIC_DISPATCH(squares_##suffix)(n, x); }
-WEFT_DISPATCH(float, f32)
-WEFT_DISPATCH(double, f64)
+WEFT_DISPATCH(float, float, f32)
+WEFT_DISPATCH(double, double, f64)
+WEFT_DISPATCH(Half, float, f16)
+WEFT_DISPATCH(BFloat16, float, bf16)
 #undef WEFT_DISPATCH
 // clang-format on
 

@@ -1,9 +1,12 @@
 #pragma once
 #include <cstdint>
 
+#include "core/dtype.h"
 #include "optim/optimizer_kernels.h"
 
-// Vector kernels over a piece of one tensor, on the calling thread; T is float or double.
+// Vector kernels over a piece of one tensor, on the calling thread. T is the type of the parameter and of its gradient;
+// everything is computed, and all state kept, as Accumulate<T>. Where the two differ, `w` is the master copy of the
+// weights and `rounded` the parameter, which follows it, rounded to nearest even; else `rounded` is not used.
 
 namespace weft::optim {
 
@@ -19,17 +22,19 @@ struct SquareSums {
 };
 
 /// m, v and w in one pass.
-template <class T>
-void update_piece(int64_t n, T* w, const T* g, T* m, T* v, const AdamConstants<T>& c, const AdamRates<T>& rates);
-/// m and v, and the squares that a trust ratio needs, added in T over blocks of kSumBlock and then in f64.
-template <class T>
-SquareSums moments_piece(int64_t n, const T* w, const T* g, T* m, T* v, const AdamConstants<T>& c,
-                         const AdamRates<T>& rates);
+template <class T, class A = Accumulate<T>>
+void update_piece(int64_t n, A* w, const T* g, A* m, A* v, T* rounded, const AdamConstants<A>& c,
+                  const AdamRates<A>& rates);
+/// m and v, and the squares that a trust ratio needs, added in A over blocks of kSumBlock and then in f64.
+template <class T, class A = Accumulate<T>>
+SquareSums moments_piece(int64_t n, const A* w, const T* g, A* m, A* v, const AdamConstants<A>& c,
+                         const AdamRates<A>& rates);
 /// w.
-template <class T>
-void apply_piece(int64_t n, T* w, const T* m, const T* v, const AdamConstants<T>& c, const AdamRates<T>& rates);
+template <class T, class A = Accumulate<T>>
+void apply_piece(int64_t n, A* w, const A* m, const A* v, T* rounded, const AdamConstants<A>& c,
+                 const AdamRates<A>& rates);
 
-/// Sum of x^2: in T over blocks of kSumBlock, then in f64.
+/// Sum of x^2: in Accumulate<T> over blocks of kSumBlock, then in f64.
 template <class T>
 double sum_of_squares(int64_t n, const T* x);
 
