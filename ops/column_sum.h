@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 
+#include "core/float_types.h"
 #include "ops/kernel_device.h"
 
 namespace weft {
@@ -10,6 +11,8 @@ namespace weft {
 /// four rows are summed in the dtype and their totals in f64, in an order that is a function of the shape.
 template <class T>
 void column_sum(Cpu, const T* x, int64_t rows, int64_t columns, int64_t row_stride, T* out, bool accumulate);
+/// The same for rows of bfloat16, with sums in f32.
+void column_sum(Cpu, const BFloat16* x, int64_t rows, int64_t columns, int64_t row_stride, float* out, bool accumulate);
 template <class T>
 void column_sum(Cuda, const T* x, int64_t rows, int64_t columns, int64_t row_stride, T* out, bool accumulate);
 

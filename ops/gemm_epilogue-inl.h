@@ -123,6 +123,14 @@ void finish(GemmActivation activation, const T* pre, int64_t ldpre, int64_t rows
             TC* d, int64_t ldd, const TC* aux, int64_t ldaux) {
   const Tag<T> tag;
   constexpr int64_t n = kLanes<T>;
+  if (activation == GemmActivation::kNone && cols == kTileVecs * n) {  // a whole tile
+    for (int64_t i = 0; i < rows; ++i) {
+      unroll<kTileVecs>([&](auto v) WEFT_UNROLLED {
+        Target<TC>::store(hn::LoadU(tag, pre + i * ldpre + v * n), tag, c + i * ldc + v * n);
+      });
+    }
+    return;
+  }
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < cols; j += n) {
       const size_t left = static_cast<size_t>(cols - j < n ? cols - j : n);

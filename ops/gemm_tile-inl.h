@@ -89,6 +89,7 @@ class Task {
     if constexpr (kRounds) {
       c = gemm_scratch<T>(GemmScratch::kSums, kBlockSumRows * kBlockCols);
       ldc = kBlockCols;
+      panels_apart_ = blocks.count > 1 || beta != T(0);
       if (beta != T(0)) load_c(i0, rows, j0, cols, c, ldc), beta = 1;
     } else {
       c = g_.c + i0 * g_.ldc + j0;
@@ -210,7 +211,7 @@ class Task {
         if (k > 0) a = reinterpret_cast<const P*>(a_at(i0 + first, p0));
         a_stride = (along_k() ? g_.a.row_stride : g_.a.col_stride) / kPerElement<P>;
       }
-      T* const c_row = c + first * ldc;
+      T* const c_row = c + (panels_apart_ ? first * ldc : 0);
       for (int64_t j = 0; j < tile_cols; j += tile_width) {
         const int64_t width = std::min(tile_width, tile_cols - j);
         const int vecs = static_cast<int>((width + n - 1) / n);
@@ -312,6 +313,7 @@ class Task {
   P* packed_b_ = nullptr;
   const T* dot_b_ = nullptr;
   int64_t dot_ldb_ = 0;
+  bool panels_apart_ = true;  ///< false: sums are final at once, and all panels use the same few lines for them
 };
 
 template <class TA, class TB, class TC, class P>

@@ -159,9 +159,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
       context.set(2, [&] {
         if (x.device().kind == DeviceKind::cuda) return weft::sum(gradient, {0});
         Tensor sum = Tensor::empty({out_features}, DType::f32, x.device());
-        const Tensor wide = gradient.to(DType::f32);
-        launch(x.device(), "linear", [&](auto device) {
-          column_sum(device, wide.data<float>(), rows, out_features, out_features, sum.data<float>(), false);
+        launch(x.device(), "linear", [&](auto) {
+          column_sum(Cpu(), gradient.data<BFloat16>(), rows, out_features, out_features, sum.data<float>(), false);
         });
         return sum.to(x.dtype());
       }());
