@@ -7,6 +7,8 @@
 #define WEFT_OPS_ATTENTION_BACKWARD_INL_H_
 #endif
 
+#include <limits>
+
 #include "ops/attention_lanes-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -14,31 +16,50 @@ namespace weft::detail {
 namespace HWY_NAMESPACE {
 namespace {
 
-/// s becomes p = 2^(s - lse) and dp becomes ds = p (dp - delta), both keys by queries, zero where a key is hidden.
-template <class T>
-void softmax_gradient_tile(const TileMask& mask, const T* lse, const T* delta, T* s, T* dp) {
+/// s becomes p = 2^(s - lse) and dp becomes ds = p (dp - delta), both keys by queries, zero where a key is hidden. For
+/// pairs, the rows of both become bfloat16 (pairs of queries, at the beginning of the row), and `ds_pairs` has pairs of
+/// keys.
+template <class P, class T>
+void softmax_gradient_tile(const TileMask& mask, const T* lse, const T* delta, T* s, T* dp,
+                           [[maybe_unused]] P* ds_pairs) {
   const Tag<T> d;
   constexpr int64_t n = kLanes<T>, row = kAttentionQueries;
+  constexpr bool kPairs = std::is_same_v<P, Bf16Pair>;
   for (int64_t lane = 0; lane < mask.queries; lane += n) {
-    const int64_t full = mask.full(lane), none = mask.none(lane, n);
+    const int64_t none = mask.none(lane, n);
     const auto log = hn::Load(d, lse + lane), sum = hn::Load(d, delta + lane);
-    T* p_at = s + lane;
-    T* ds_at = dp + lane;
-    for (int64_t key = 0; key < full; ++key, p_at += row, ds_at += row) {
-      const auto p = exp2(d, hn::Sub(hn::Load(d, p_at), log));
-      hn::Store(p, d, p_at);
-      hn::Store(hn::Mul(p, hn::Sub(hn::Load(d, ds_at), sum)), d, ds_at);
-    }
-    for (int64_t key = full; key < none; ++key, p_at += row, ds_at += row) {
-      const auto visible = mask.lanes(d, lane, key);
-      const auto p = hn::IfThenElseZero(visible, exp2(d, hn::Sub(hn::Load(d, p_at), log)));
-      hn::Store(p, d, p_at);
-      hn::Store(hn::IfThenElseZero(visible, hn::Mul(p, hn::Sub(hn::Load(d, ds_at), sum))), d, ds_at);
-    }
-    for (int64_t key = none; key < mask.keys; ++key, p_at += row, ds_at += row) {
-      hn::Store(hn::Zero(d), d, p_at);
-      hn::Store(hn::Zero(d), d, ds_at);
-    }
+    const auto put = [&](int64_t key, hn::Vec<Tag<T>> p, hn::Vec<Tag<T>> ds) HWY_ATTR {
+      if constexpr (kPairs) {  // what is written lies where this and earlier vectors were read
+        narrow<T>(d, p, reinterpret_cast<BFloat16*>(s + key * row) + lane);
+        narrow<T>(d, ds, reinterpret_cast<BFloat16*>(dp + key * row) + lane);
+      } else {
+        hn::Store(p, d, s + key * row + lane);
+        hn::Store(ds, d, dp + key * row + lane);
+      }
+      return ds;
+    };
+    const auto visible = [&](int64_t key) HWY_ATTR {
+      const auto p = exp2(d, hn::Sub(hn::Load(d, s + key * row + lane), log));
+      return put(key, p, hn::Mul(p, hn::Sub(hn::Load(d, dp + key * row + lane), sum)));
+    };
+    const auto masked = [&](int64_t key) HWY_ATTR {
+      const auto zero = hn::Zero(d);
+      if (key >= none) return put(key, zero, zero);
+      const auto seen = mask.lanes(d, lane, key);
+      const auto p = hn::IfThenElseZero(seen, exp2(d, hn::Sub(hn::Load(d, s + key * row + lane), log)));
+      const auto ds = hn::Mul(p, hn::Sub(hn::Load(d, dp + key * row + lane), sum));
+      return put(key, p, hn::IfThenElseZero(seen, ds));
+    };
+    const auto element = [&](int64_t key, const auto& gradient) HWY_ATTR {
+      if constexpr (kPairs) {
+        store_weights<P>(key, gradient, reinterpret_cast<T*>(ds_pairs), lane);
+      } else {
+        gradient(key);
+      }
+    };
+    for_keys<P>(
+        mask, lane, [&](int64_t key) HWY_ATTR { element(key, visible); },
+        [&](int64_t key) HWY_ATTR { element(key, masked); }, [&](int64_t key) HWY_ATTR { element(key, masked); });
   }
 }
 
@@ -53,20 +74,26 @@ T dot(const T* a, const T* b, int64_t columns) {
 
 /// One task: every chunks-th unit of a (batch, key head). dq is written; dk and dv are summed in `partial` or, where
 /// one task has the whole head (partial is null), in scratch memory and written.
-template <class T, class S>
+template <class P, class S>
 void backward_chunk(const AttentionBackward<S>& a, const AttentionUnits& units, int64_t b, int64_t kv_head,
-                    int64_t chunk, T* partial) {
+                    int64_t chunk, SumOf<P>* partial) {
+  using T = SumOf<P>;
+  constexpr bool kPairs = std::is_same_v<P, Bf16Pair>;
   const AttentionShape& shape = a.shape;
   const int64_t head_size = shape.head_size, padded = padded_head_size(head_size), sums = shape.keys * padded;
   constexpr int64_t kQ = kAttentionQueries, kK = kAttentionKeys;
-  AttentionScratch<T> scratch((5 * kQ + 2 * kK) * padded + 2 * kK * kQ + 2 * kQ + (partial == nullptr ? 2 * sums : 0),
-                              12);
-  T* const q_rows = scratch.take(kQ * padded);
-  T* const dout_rows = scratch.take(kQ * padded);
-  T* const k_rows = scratch.take(kK * padded);
-  T* const v_rows = scratch.take(kK * padded);
-  T* const qt = scratch.take(padded * kQ);
-  T* const doutt = scratch.take(padded * kQ);
+  const int64_t pairs = kPairs ? kK * padded + kK * kQ / 2 : 0;
+  AttentionScratch<T> scratch(
+      (5 * kQ + 2 * kK) * padded + 2 * kK * kQ + 2 * kQ + pairs + (partial == nullptr ? 2 * sums : 0), 14);
+  const auto take = [&](int64_t count) { return reinterpret_cast<P*>(scratch.take(count)); };
+  P* const q_rows = take(kQ * padded);
+  P* const dout_rows = take(kQ * padded);
+  P* const k_rows = take(kK * padded);
+  P* const v_rows = take(kK * padded);
+  P* const qt = take(padded * kQ);
+  P* const doutt = take(padded * kQ);
+  P* const k_pairs = take(kPairs ? kK * padded : 0);
+  P* const ds_pairs = take(kPairs ? kK * kQ / 2 : 0);
   T* const dq = scratch.take(kQ * padded);
   T* const s = scratch.take(kK * kQ);
   T* const dp = scratch.take(kK * kQ);
@@ -75,7 +102,8 @@ void backward_chunk(const AttentionBackward<S>& a, const AttentionUnits& units, 
   T* const dk = partial == nullptr ? scratch.take(2 * sums) : partial;
   T* const dv = dk + sums;
   std::fill_n(dk, 2 * sums, T(0));
-  std::fill_n(lse, kQ, T(0));
+  // Of lanes beyond the queries: so that pairs which end in one have a weight of 0 there.
+  std::fill_n(lse, kQ, kPairs ? std::numeric_limits<T>::infinity() : T(0));
   std::fill_n(delta, kQ, T(0));
   const T scale = static_cast<T>(shape.scale);
   for (int64_t unit = chunk; unit < units.count(); unit += units.chunks) {
@@ -83,31 +111,40 @@ void backward_chunk(const AttentionBackward<S>& a, const AttentionUnits& units, 
     const int64_t queries = std::min(kQ, shape.queries - first),
                   columns = (queries + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     const int64_t seen = keys_seen(shape, first), keys = std::min(shape.keys, seen + queries - 1);
-    const Rows<T> q = load_rows<T>(a.q.at(b, head, first), a.q.token, queries, head_size, q_rows);
-    const Rows<T> dout = load_rows<T>(a.dout.at(b, head, first), a.dout.token, queries, head_size, dout_rows);
-    const Rows<T> out = load_rows<T>(a.out.at(b, head, first), a.out.token, queries, head_size, dq);
+    const S *q_at = a.q.at(b, head, first), *dout_at = a.dout.at(b, head, first);
     const T* saved_lse = a.lse + (b * shape.heads + head) * shape.queries + first;
     for (int64_t i = 0; i < queries; ++i) {
       lse[i] = saved_lse[i] * static_cast<T>(kLog2E);
-      delta[i] = dot(dout.data + i * dout.stride, out.data + i * out.stride, padded);
+      const Rows<T> left = load_rows<T>(a.dout.at(b, head, first + i), 0, 1, head_size, dq);
+      const Rows<T> right = load_rows<T>(a.out.at(b, head, first + i), 0, 1, head_size, dq + padded);
+      delta[i] = dot(left.data, right.data, padded);
     }
-    transpose(q, queries, head_size, qt);
-    transpose(dout, queries, head_size, doutt);
+    transpose(q_at, a.q.token, queries, head_size, q_rows, qt);
+    transpose(dout_at, a.dout.token, queries, head_size, dout_rows, doutt);
+    const Rows<P> q = rows_across(q_at, a.q.token, queries, head_size, q_rows);
+    const Rows<P> dout = rows_across(dout_at, a.dout.token, queries, head_size, dout_rows);
     for (int64_t key = 0; key < keys; key += kK) {
       const TileMask mask = {std::min(kK, keys - key), queries, seen - key};
-      const Rows<T> k = load_rows<T>(a.k.at(b, kv_head, key), a.k.token, mask.keys, head_size, k_rows);
-      const Rows<T> v = load_rows<T>(a.v.at(b, kv_head, key), a.v.token, mask.keys, head_size, v_rows);
+      const Rows<P> k = rows_along(a.k.at(b, kv_head, key), a.k.token, mask.keys, head_size, k_rows);
+      const Rows<P> v = rows_along(a.v.at(b, kv_head, key), a.v.token, mask.keys, head_size, v_rows);
       const auto scores = [&](int64_t row, int64_t) { return mask.scores(row, head_size, kLanes<T>); };
       const auto keys_of = [&](int64_t row, int64_t rows) { return mask.keys_of(row, rows); };
       const auto queries_of = [&](int64_t row, int64_t) { return mask.queries_of(row); };
       product<true>(mask.keys, columns, k.data, k.stride, qt, kQ, static_cast<T>(shape.scale * kLog2E), T(0), s, kQ,
                     scores);
       product<true>(mask.keys, columns, v.data, v.stride, doutt, kQ, T(1), T(0), dp, kQ, scores);
-      softmax_gradient_tile(mask, lse, delta, s, dp);
-      product<true>(mask.keys, padded, s, kQ, dout.data, dout.stride, T(1), T(1), dv + key * padded, padded,
+      softmax_gradient_tile(mask, lse, delta, s, dp, ds_pairs);
+      const P *weights = reinterpret_cast<const P*>(s), *ds = reinterpret_cast<const P*>(dp);
+      product<true>(mask.keys, padded, weights, kQ, dout.data, dout.stride, T(1), T(1), dv + key * padded, padded,
                     queries_of);
-      product<true>(mask.keys, padded, dp, kQ, q.data, q.stride, scale, T(1), dk + key * padded, padded, queries_of);
-      product<false>(queries, padded, dp, kQ, k.data, k.stride, scale, key > 0 ? T(1) : T(0), dq, padded, keys_of);
+      product<true>(mask.keys, padded, ds, kQ, q.data, q.stride, scale, T(1), dk + key * padded, padded, queries_of);
+      Rows<P> k_across = k;
+      if constexpr (kPairs) {
+        ds = ds_pairs;
+        k_across = rows_across(a.k.at(b, kv_head, key), a.k.token, mask.keys, head_size, k_pairs);
+      }
+      product<false>(queries, padded, ds, kQ, k_across.data, k_across.stride, scale, key > 0 ? T(1) : T(0), dq, padded,
+                     keys_of);
     }
     for (int64_t i = 0; i < queries; ++i) store_row<T>(dq + i * padded, T(1), head_size, a.dq.at(b, head, first + i));
   }

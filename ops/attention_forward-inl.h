@@ -17,8 +17,9 @@ namespace HWY_NAMESPACE {
 namespace {
 
 /// Takes a tile of scores (in units of log2), keys by queries, into the running softmax of each query: `s` becomes
-/// 2^(s - max) with zeros where a key is hidden; max and sum go on; `factors` says by how much earlier sums shrink.
-template <class T>
+/// 2^(s - max) with zeros where a key is hidden, in rows of P; max and sum go on; `factors` says by how much earlier
+/// sums shrink. (Pairs of keys take half of the rows: they lie behind the scores that are still to be read.)
+template <class P, class T>
 void softmax_tile(const TileMask& mask, T* s, T* max, T* sum, T* factors) {
   const Tag<T> d;
   constexpr int64_t n = kLanes<T>, row = kAttentionQueries;
@@ -32,17 +33,21 @@ void softmax_tile(const TileMask& mask, T* s, T* max, T* sum, T* factors) {
       high = hn::IfThenElse(mask.lanes(d, lane, key), hn::Max(high, hn::Load(d, at + key * row)), high);
     }
     auto total = hn::Zero(d);
-    for (int64_t key = 0; key < full; ++key) {
+    const auto weight = [&](int64_t key) HWY_ATTR {
       const auto p = exp2(d, hn::Sub(hn::Load(d, at + key * row), high));
       total = hn::Add(total, p);
-      hn::Store(p, d, at + key * row);
-    }
-    for (int64_t key = full; key < none; ++key) {
+      return p;
+    };
+    const auto masked = [&](int64_t key) HWY_ATTR {
+      if (key >= none) return hn::Zero(d);
       const auto p = hn::IfThenElseZero(mask.lanes(d, lane, key), exp2(d, hn::Sub(hn::Load(d, at + key * row), high)));
       total = hn::Add(total, p);
-      hn::Store(p, d, at + key * row);
-    }
-    for (int64_t key = none; key < mask.keys; ++key) hn::Store(hn::Zero(d), d, at + key * row);
+      return p;
+    };
+    for_keys<P>(
+        mask, lane, [&](int64_t key) HWY_ATTR { store_weights<P>(key, weight, s, lane); },
+        [&](int64_t key) HWY_ATTR { store_weights<P>(key, masked, s, lane); },
+        [&](int64_t key) HWY_ATTR { store_weights<P>(key, [&](int64_t) HWY_ATTR { return hn::Zero(d); }, s, lane); });
     const auto factor = exp2(d, hn::Sub(old, high));
     hn::Store(factor, d, factors + lane);
     hn::Store(hn::MulAdd(hn::Load(d, sum + lane), factor, total), d, sum + lane);
@@ -63,17 +68,18 @@ void finish_softmax(int64_t count, const T* max, T* sum, T* lse) {
 }
 
 /// One task: every chunks-th unit of a (batch, key head).
-template <class T, class S>
+template <class P, class S>
 void forward_chunk(const AttentionForward<S>& a, const AttentionUnits& units, int64_t b, int64_t kv_head,
                    int64_t chunk) {
+  using T = SumOf<P>;
   const AttentionShape& shape = a.shape;
   const int64_t padded = padded_head_size(shape.head_size);
   constexpr int64_t kQ = kAttentionQueries, kK = kAttentionKeys;
   AttentionScratch<T> scratch(4 * kQ * padded + kK * kQ + 4 * kQ, 9);
-  T* const q_rows = scratch.take(kQ * padded);
-  T* const k_rows = q_rows;  // not needed at the same time
-  T* const v_rows = scratch.take(kK * padded);
-  T* const qt = scratch.take(padded * kQ);
+  P* const q_rows = reinterpret_cast<P*>(scratch.take(kQ * padded));
+  P* const k_rows = q_rows;  // not needed at the same time
+  P* const v_rows = reinterpret_cast<P*>(scratch.take(kK * padded));
+  P* const qt = reinterpret_cast<P*>(scratch.take(padded * kQ));
   T* const out = scratch.take(kQ * padded);
   T* const s = scratch.take(kK * kQ);
   T* const max = scratch.take(kQ);
@@ -85,20 +91,19 @@ void forward_chunk(const AttentionForward<S>& a, const AttentionUnits& units, in
     const int64_t queries = std::min(kQ, shape.queries - first),
                   columns = (queries + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     const int64_t seen = keys_seen(shape, first), keys = std::min(shape.keys, seen + queries - 1);
-    transpose(load_rows<T>(a.q.at(b, head, first), a.q.token, queries, shape.head_size, q_rows), queries,
-              shape.head_size, qt);
+    transpose(a.q.at(b, head, first), a.q.token, queries, shape.head_size, q_rows, qt);
     std::fill_n(max, kQ, -std::numeric_limits<T>::infinity());
     std::fill_n(sum, kQ, T(0));
     for (int64_t key = 0; key < keys; key += kK) {
       const TileMask mask = {std::min(kK, keys - key), queries, seen - key};
-      const Rows<T> k = load_rows<T>(a.k.at(b, kv_head, key), a.k.token, mask.keys, shape.head_size, k_rows);
+      const Rows<P> k = rows_along(a.k.at(b, kv_head, key), a.k.token, mask.keys, shape.head_size, k_rows);
       product<true>(mask.keys, columns, k.data, k.stride, qt, kQ, static_cast<T>(shape.scale * kLog2E), T(0), s, kQ,
                     [&](int64_t row, int64_t) { return mask.scores(row, shape.head_size, kLanes<T>); });
-      softmax_tile(mask, s, max, sum, factors);
+      softmax_tile<P>(mask, s, max, sum, factors);
       if (key > 0) scale_rows(out, queries, padded, factors);
-      const Rows<T> v = load_rows<T>(a.v.at(b, kv_head, key), a.v.token, mask.keys, shape.head_size, v_rows);
-      product<false>(queries, padded, s, kQ, v.data, v.stride, T(1), key > 0 ? T(1) : T(0), out, padded,
-                     [&](int64_t row, int64_t rows) { return mask.keys_of(row, rows); });
+      const Rows<P> v = rows_across(a.v.at(b, kv_head, key), a.v.token, mask.keys, shape.head_size, v_rows);
+      product<false>(queries, padded, reinterpret_cast<const P*>(s), kQ, v.data, v.stride, T(1), key > 0 ? T(1) : T(0),
+                     out, padded, [&](int64_t row, int64_t rows) { return mask.keys_of(row, rows); });
     }
     finish_softmax(queries, max, sum, lse);
     std::copy_n(lse, queries, a.lse + (b * shape.heads + head) * shape.queries + first);

@@ -26,8 +26,10 @@ struct AttentionKernels {
                    T* partial);
   void (*add)(const AttentionBackward<S>&, int64_t chunks, int64_t b, int64_t kv_head, int64_t begin, int64_t end);
 };
-using AttentionTable =
-    std::tuple<AttentionKernels<float>, AttentionKernels<double>, AttentionKernels<Half>, AttentionKernels<BFloat16>>;
+struct AttentionTable {
+  std::tuple<AttentionKernels<float>, AttentionKernels<double>, AttentionKernels<Half>, AttentionKernels<BFloat16>> all;
+  AttentionKernels<BFloat16> pairs;  ///< where the processor multiplies pairs of bfloat16
+};
 }  // namespace weft::detail
 #endif
 
@@ -35,14 +37,20 @@ HWY_BEFORE_NAMESPACE();
 namespace weft::detail {
 namespace HWY_NAMESPACE {
 
-template <class S>
-inline constexpr AttentionKernels<S> kAttentionKernels = {
-    forward_chunk<Accumulate<S>, S>, forward_few<Accumulate<S>, S>, backward_chunk<Accumulate<S>, S>,
-    add_partials<Accumulate<S>, S>};
+/// P: what the products of many queries take.
+template <class S, class P = Accumulate<S>>
+inline constexpr AttentionKernels<S> kAttentionKernels = {forward_chunk<P, S>, forward_few<Accumulate<S>, S>,
+                                                          backward_chunk<P, S>, add_partials<Accumulate<S>, S>};
 
 const AttentionTable* attention_table() {
-  static constexpr AttentionTable kTable{kAttentionKernels<float>, kAttentionKernels<double>, kAttentionKernels<Half>,
-                                         kAttentionKernels<BFloat16>};
+#if HWY_TARGET == HWY_AVX3
+  using Pairs = Bf16Pair;
+#else
+  using Pairs = float;  // no such instructions
+#endif
+  static constexpr AttentionTable kTable{
+      {kAttentionKernels<float>, kAttentionKernels<double>, kAttentionKernels<Half>, kAttentionKernels<BFloat16>},
+      kAttentionKernels<BFloat16, Pairs>};
   return &kTable;
 }
 
@@ -59,7 +67,11 @@ namespace {
 
 template <class S>
 const AttentionKernels<S>& attention_kernels() {
-  return std::get<AttentionKernels<S>>(*HWY_DYNAMIC_DISPATCH(attention_table)());
+  const AttentionTable& table = *HWY_DYNAMIC_DISPATCH(attention_table)();
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    if (gemm_multiplies_pairs()) return table.pairs;
+  }
+  return std::get<AttentionKernels<S>>(table.all);
 }
 
 /// Into how many tasks the units of a (batch, key head) go, if `wanted` tasks in all are enough.

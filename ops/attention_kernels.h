@@ -46,7 +46,9 @@ int64_t attention_workspace(Cpu, const AttentionShape& shape);
 int64_t attention_workspace(Cuda, const AttentionShape& shape);
 
 // CUDA: in f16 and bf16 with heads of up to 128 columns, the weights and their gradients are rounded to T before they
-// are multiplied with v, dout, q and k by tensor cores. Bits are a function of shape and values alone.
+// are multiplied with v, dout, q and k by tensor cores. Bits are a function of shape and values alone. The CPU does the
+// same in bf16 with more than kAttentionFewQueries queries where its products take pairs of bfloat16 ("avx512bf16",
+// ops/gemm.h); elsewhere weights stay f32.
 
 template <class T>
 void attention_forward(Cpu, const AttentionForward<T>& arguments);

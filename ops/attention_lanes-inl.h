@@ -46,21 +46,26 @@ HWY_INLINE hn::Vec<Tag<T>> widen(Tag<T> d, const S* from) {
   }
 }
 
+/// The bits of v as bfloat16 in the lower halves of the lanes, rounded to nearest even.
+template <class D>
+HWY_INLINE hn::Vec<hn::RebindToUnsigned<D>> bfloat16_lanes(D, hn::Vec<D> v) {
+  const hn::RebindToUnsigned<D> du;
+  const auto bits = hn::BitCast(du, v);
+  const auto high = hn::ShiftRight<16>(bits);
+  const auto up = hn::Add(hn::And(high, hn::Set(du, 1)), hn::Set(du, 0x7fff));
+  const auto rounded = hn::ShiftRight<16>(hn::Add(bits, up));
+  return hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(v)), hn::Or(high, hn::Set(du, 0x40)), rounded);
+}
+
 /// Rounds once, to nearest even.
 template <class T, class S>
 HWY_INLINE void narrow(Tag<T> d, hn::Vec<Tag<T>> v, S* to) {
   if constexpr (std::is_same_v<S, T>) {
     hn::StoreU(v, d, to);
   } else if constexpr (std::is_same_v<S, BFloat16>) {
-    const hn::Rebind<uint32_t, Tag<T>> du;
     const hn::Rebind<int32_t, Tag<T>> di;
     const hn::Rebind<uint16_t, Tag<T>> d16;
-    const auto bits = hn::BitCast(du, v);
-    const auto high = hn::ShiftRight<16>(bits);
-    const auto up = hn::Add(hn::And(high, hn::Set(du, 1)), hn::Set(du, 0x7fff));
-    const auto rounded = hn::ShiftRight<16>(hn::Add(bits, up));
-    const auto result = hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(v)), hn::Or(high, hn::Set(du, 0x40)), rounded);
-    hn::StoreU(hn::DemoteTo(d16, hn::BitCast(di, result)), d16, reinterpret_cast<uint16_t*>(to));
+    hn::StoreU(hn::DemoteTo(d16, hn::BitCast(di, bfloat16_lanes(d, v))), d16, reinterpret_cast<uint16_t*>(to));
   } else {
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
     const hn::Rebind<hwy::float16_t, Tag<T>> d16;
@@ -104,10 +109,10 @@ void store_row(const T* from, T factor, int64_t count, S* to) {
   }
 }
 
-/// Rows of values: row i is at data + i * stride and has a whole number of vectors.
-template <class T>
+/// Rows of operands of the products: row i is at data + i * stride. Of T, a row has a whole number of vectors.
+template <class P>
 struct Rows {
-  const T* data;
+  const P* data;
   int64_t stride;
 };
 
@@ -122,13 +127,72 @@ Rows<T> load_rows(const S* from, int64_t stride, int64_t rows, int64_t head_size
   return {scratch, padded};
 }
 
-/// Columns of a block of queries or keys as rows of kAttentionQueries lanes: out[c][i] = rows[i][c].
-template <class T>
-void transpose(const Rows<T>& rows, int64_t count, int64_t columns, T* out) {
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
-    pack_transposed<T, T>(rows.data + i * rows.stride, rows.stride, columns, std::min<int64_t>(kLanes<T>, count - i),
-                          kAttentionQueries, out + i);
+// The products of a kernel take operands of type P: T, into which S is widened, or pairs of bfloat16, which are read
+// where they lie or copied.
+
+inline const uint16_t* bits_of(const BFloat16* from) { return reinterpret_cast<const uint16_t*>(from); }
+
+/// Rows as the first operand of a product that sums over the head's columns.
+template <class P, class S>
+Rows<P> rows_along(const S* from, int64_t stride, int64_t rows, int64_t head_size, P* scratch) {
+  if constexpr (std::is_same_v<P, Bf16Pair>) {
+    if (head_size % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(from) % 4 == 0) {
+      return {reinterpret_cast<const P*>(from), stride / 2};
+    }
+    pack_a_along_k<P, uint16_t>(bits_of(from), stride, rows, head_size, scratch);
+    return {scratch, packed_row<P>(depth_of<P>(head_size))};
+  } else {
+    return load_rows<P>(from, stride, rows, head_size, scratch);
   }
+}
+
+/// Rows as the second operand of a product that sums over them.
+template <class P, class S>
+Rows<P> rows_across(const S* from, int64_t stride, int64_t rows, int64_t head_size, P* scratch) {
+  if constexpr (std::is_same_v<P, Bf16Pair>) {
+    const Tag<float> d;
+    constexpr int64_t n = kLanes<float>;
+    const int64_t padded = padded_head_size(head_size);
+    for (int64_t i = 0; i < rows; i += 2) {
+      const uint16_t* row = bits_of(from + i * stride);
+      float* to = reinterpret_cast<float*>(scratch + i / 2 * padded);
+      int64_t c = 0;
+      for (; c + n <= head_size; c += n) {
+        hn::Store(Source<P, uint16_t>::across(d, row + c, stride, rows - i), d, to + c);
+      }
+      if (c == head_size) continue;
+      const size_t left = static_cast<size_t>(head_size - c);
+      hn::Store(Source<P, uint16_t>::across_n(d, row + c, stride, rows - i, left), d, to + c);
+    }
+    return {scratch, padded};
+  } else {
+    return load_rows<P>(from, stride, rows, head_size, scratch);
+  }
+}
+
+/// Rows of a block of queries as the second operand of a product that sums over the head's columns: rows of
+/// kAttentionQueries lanes, out[c][i] = rows[i][c].
+template <class P, class S>
+void transpose(const S* from, int64_t stride, int64_t rows, int64_t head_size, P* scratch, P* out) {
+  constexpr int64_t n = kLanes<SumOf<P>>;
+  const auto pack = [&]<class E>(const E* data, int64_t ld) {
+    for (int64_t i = 0; i < rows; i += n) {
+      pack_transposed<P, E>(data + i * ld, ld, head_size, std::min(n, rows - i), kAttentionQueries, out + i);
+    }
+  };
+  if constexpr (std::is_same_v<P, Bf16Pair>) {
+    pack(bits_of(from), stride);
+  } else {
+    const Rows<P> loaded = load_rows<P>(from, stride, rows, head_size, scratch);
+    pack(loaded.data, loaded.stride);
+  }
+}
+
+/// Stores weights of two keys for the same queries as pairs: those of `first` and `second`.
+HWY_INLINE void store_pairs(hn::Vec<Tag<float>> first, hn::Vec<Tag<float>> second, Bf16Pair* to) {
+  const Tag<float> d;
+  const auto upper = hn::ShiftLeft<16>(bfloat16_lanes(d, second));
+  hn::Store(hn::BitCast(d, hn::Or(bfloat16_lanes(d, first), upper)), d, reinterpret_cast<float*>(to));
 }
 
 /// rows[i] *= factors[i].
@@ -183,9 +247,9 @@ struct Part {
 
 /// C = alpha * A B + beta * C by register tiles; part_of(first row, rows) says what of their rows is computed. The rest
 /// of C is left as it is. a: element (i, p) is a[i * a_stride + p] if kAlongK, else a[p * a_stride + i]. `columns` is a
-/// whole number of vectors.
-template <bool kAlongK, class T, class PartOf>
-HWY_INLINE void product(int64_t rows, int64_t columns, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
+/// whole number of vectors. Of pairs, those are summed that hold an element of the part.
+template <bool kAlongK, class P, class T, class PartOf>
+HWY_INLINE void product(int64_t rows, int64_t columns, const P* a, int64_t a_stride, const P* b, int64_t b_stride,
                         T alpha, T beta, T* c, int64_t ldc, PartOf part_of) {
   constexpr int64_t n = kLanes<T>;
   const RowPanels panels(rows);
@@ -193,12 +257,13 @@ HWY_INLINE void product(int64_t rows, int64_t columns, const T* a, int64_t a_str
     const int64_t first = panels.first(panel), height = panels.rows(panel);
     const Part part = part_of(first, height);
     if (part.begin >= part.end) continue;
-    const T* from = kAlongK ? a + first * a_stride + part.begin : a + part.begin * a_stride + first;
+    const int64_t begin = part.begin / kPerElement<P>, depth = depth_of<P>(part.end) - begin;
+    const P* from = kAlongK ? a + first * a_stride + begin : a + begin * a_stride + first;
     for (int64_t j = part.column; j < columns; j += kTileVecs * n) {
       const int64_t wide = std::min(kTileVecs * n, columns - j);
       const TileOut<T> out = {c + first * ldc + j, ldc, alpha, beta, nullptr, static_cast<int>(wide)};
-      kTileKernels<T>[kAlongK][wide / n - 1][static_cast<size_t>(height - 1)](
-          from, a_stride, b + part.begin * b_stride + j, b_stride, part.end - part.begin, out);
+      kTileKernels<P>[kAlongK][wide / n - 1][static_cast<size_t>(height - 1)](from, a_stride, b + begin * b_stride + j,
+                                                                              b_stride, depth, out);
     }
   }
 }
@@ -228,6 +293,33 @@ struct TileMask {
     return hn::Not(hn::FirstN(d, static_cast<size_t>(key - reach - lane + 1)));
   }
 };
+
+/// Calls put(key, p(key), p(key + 1)...) for so many keys as make an element of P, over the keys of a tile: visible()
+/// is called for a key that all queries of the vector from `lane` on see, masked() for one that some may see, zero()
+/// for one that none sees.
+template <class P, class Visible, class Masked, class Zero>
+HWY_INLINE void for_keys(const TileMask& mask, int64_t lane, const Visible& visible, const Masked& masked,
+                         const Zero& zero) {
+  constexpr int64_t step = kPerElement<P>;
+  const int64_t full = mask.full(lane), none = mask.none(lane, kLanes<SumOf<P>>);
+  int64_t key = 0;
+  for (; key + step <= full; key += step) visible(key);
+  for (; key < none; key += step) masked(key);
+  for (; key < mask.keys; key += step) zero(key);
+}
+
+/// Stores weight(key) for the queries from `lane` on, or the weights of two keys as pairs, in a tile's rows of P, which
+/// begin where those of T do.
+template <class P, class Weight, class T>
+HWY_INLINE void store_weights(int64_t key, const Weight& weight, T* tile, int64_t lane) {
+  constexpr int64_t row = kAttentionQueries;
+  if constexpr (std::is_same_v<P, Bf16Pair>) {
+    const auto first = weight(key);
+    store_pairs(first, weight(key + 1), reinterpret_cast<P*>(tile) + key / 2 * row + lane);
+  } else {
+    hn::Store(weight(key), Tag<T>(), tile + key * row + lane);
+  }
+}
 
 /// Number of keys that the first query of a block sees; the next one sees one more, up to all of them.
 inline int64_t keys_seen(const AttentionShape& s, int64_t query) {

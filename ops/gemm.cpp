@@ -168,6 +168,8 @@ const GemmKernels<TA, TB, TC>& kernels() {
 
 }  // namespace
 
+bool gemm_multiplies_pairs() { return current_isa().load(std::memory_order_relaxed)->isa == GemmIsa::kAvx512Bf16; }
+
 template <class T>
 T* gemm_scratch(GemmScratch use, int64_t count) {
   static thread_local AlignedMemory memory[3];

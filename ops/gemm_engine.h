@@ -51,6 +51,9 @@ T* gemm_scratch(GemmScratch use, int64_t count);
 
 enum class GemmIsa : uint8_t { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
+/// Whether the instruction set in use multiplies pairs of bfloat16.
+bool gemm_multiplies_pairs();
+
 /// Kernels of an instruction set, or null if this build does not have it.
 template <class TA, class TB, class TC>
 const GemmKernels<TA, TB, TC>* gemm_kernels(GemmIsa isa);

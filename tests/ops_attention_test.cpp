@@ -13,6 +13,7 @@
 #include "core/memory.h"
 #include "core/random.h"
 #include "core/thread_pool.h"
+#include "ops/gemm.h"
 #include "tests/error_of.h"
 #include "tests/values.h"
 
@@ -126,6 +127,7 @@ TEST(Attention, AgreesWithLoopsInF32AtSizesAroundATile) {
 }
 
 TEST(Attention, RoundsHalfPrecisionOnce) {
+  ASSERT_TRUE(set_gemm_isa("portable"));  // no pairs of bfloat16
   for (const DType dtype : {DType::bf16, DType::f16}) {
     for (const Case& c : {Case{1, 3, 2, 16}, {2, 70, 2, 32}, {1, 130, 1, 24}}) {
       const auto [y, dqkv] = compare(c, dtype);
@@ -136,6 +138,28 @@ TEST(Attention, RoundsHalfPrecisionOnce) {
       EXPECT_LT(dqkv, 4 * unit) << dtype << ", " << c.tokens << " tokens";
     }
   }
+  set_gemm_isa("");
+}
+
+TEST(Attention, RoundsWeightsOnceMoreWhereBfloat16IsMultipliedInPairs) {
+  if (!set_gemm_isa("avx512bf16")) GTEST_SKIP() << "this machine or build has no avx512bf16";
+  // Tokens and head sizes around a tile, odd ones among them: half pairs, rows in place and copied.
+  for (const Case& c : {Case{1, 5, 2, 16},
+                        {1, 63, 2, 7},
+                        {1, 64, 1, 16},
+                        {1, 65, 2, 17},
+                        {2, 70, 2, 32},
+                        {1, 130, 1, 24},
+                        {1, 200, 2, 33},
+                        {3, 131, 1, 64}}) {
+    const auto [y, dqkv] = compare(c, DType::bf16);
+    // Weights, of sum 1, err by half a unit each, and meet values of up to 2; then y is rounded. The gradient has
+    // products of such weights in it.
+    const double unit = std::ldexp(1, -8);
+    EXPECT_LT(y, 1.55 * unit) << c.tokens << " tokens, head size " << c.head_size;
+    EXPECT_LT(dqkv, 4 * unit) << c.tokens << " tokens, head size " << c.head_size;
+  }
+  set_gemm_isa("");
 }
 
 TEST(Attention, EveryInstructionSetAgreesWithTheLoops) {
@@ -157,19 +181,21 @@ TEST(Attention, EveryInstructionSetAgreesWithTheLoops) {
 
 TEST(Attention, GivesTheSameBitsOnAnyNumberOfThreads) {
   const int before = num_threads();
-  // Many heads, few heads whose queries are dealt out, and few queries.
-  for (const Case& c : {Case{4, 64, 8, 16}, {1, 500, 1, 24}, {2, 200, 3, 32}, {2, 3, 4, 8}}) {
-    const Tensor qkv = random({c.batch, c.tokens, 3 * c.heads * c.head_size}, DType::f32, "qkv");
-    const Tensor dy = random({c.batch, c.tokens, c.heads * c.head_size}, DType::f32, "dy");
-    std::vector<std::string> first;
-    for (const int threads : {1, 2, 3}) {
-      set_num_threads(threads);
-      const Tensor leaf = qkv.clone().requires_grad_();
-      const Tensor y = causal_attention(leaf, c.heads);
-      y.backward(dy);
-      const std::vector<std::string> bytes = {bytes_of(y), bytes_of(leaf.grad())};
-      if (threads == 1) first = bytes;
-      EXPECT_TRUE(bytes == first) << threads << " threads, " << c.tokens << " tokens";
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    // Many heads, few heads whose queries are dealt out, and few queries.
+    for (const Case& c : {Case{4, 64, 8, 16}, {1, 500, 1, 24}, {2, 200, 3, 32}, {2, 3, 4, 8}}) {
+      const Tensor qkv = random({c.batch, c.tokens, 3 * c.heads * c.head_size}, dtype, "qkv");
+      const Tensor dy = random({c.batch, c.tokens, c.heads * c.head_size}, dtype, "dy");
+      std::vector<std::string> first;
+      for (const int threads : {1, 2, 3}) {
+        set_num_threads(threads);
+        const Tensor leaf = qkv.clone().requires_grad_();
+        const Tensor y = causal_attention(leaf, c.heads);
+        y.backward(dy);
+        const std::vector<std::string> bytes = {bytes_of(y), bytes_of(leaf.grad())};
+        if (threads == 1) first = bytes;
+        EXPECT_TRUE(bytes == first) << dtype << ", " << threads << " threads, " << c.tokens << " tokens";
+      }
     }
   }
   set_num_threads(before);
@@ -238,13 +264,15 @@ TEST(Attention, ACacheGivesWhatTheWholeSequenceGives) {
 }
 
 TEST(Attention, PackedAndSeparateGiveTheSameBits) {
-  const Tensor qkv = random({2, 70, 3 * 24}, DType::f32, "qkv").requires_grad_();
-  const Tensor dy = random({2, 70, 24}, DType::f32, "dy");
-  const std::vector<Tensor> parts = qkv.split(24, -1);
-  const Tensor packed = causal_attention(qkv, 3), separate = attention(parts[0], parts[1], parts[2], {.heads = 3});
-  EXPECT_EQ(bytes_of(packed), bytes_of(separate));
-  const Tensor a = autograd::gradients({packed}, {qkv}, {dy})[0], b = autograd::gradients({separate}, {qkv}, {dy})[0];
-  EXPECT_EQ(bytes_of(a.contiguous()), bytes_of(b.contiguous()));
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    const Tensor qkv = random({2, 70, 3 * 24}, dtype, "qkv").requires_grad_();
+    const Tensor dy = random({2, 70, 24}, dtype, "dy");
+    const std::vector<Tensor> parts = qkv.split(24, -1);
+    const Tensor packed = causal_attention(qkv, 3), separate = attention(parts[0], parts[1], parts[2], {.heads = 3});
+    EXPECT_EQ(bytes_of(packed), bytes_of(separate));
+    const Tensor a = autograd::gradients({packed}, {qkv}, {dy})[0], b = autograd::gradients({separate}, {qkv}, {dy})[0];
+    EXPECT_EQ(bytes_of(a.contiguous()), bytes_of(b.contiguous()));
+  }
 }
 
 TEST(Attention, HugeScoresDoNotOverflow) {
@@ -259,7 +287,7 @@ TEST(Attention, HugeScoresDoNotOverflow) {
 
 TEST(Attention, ANaNReachesEveryQueryThatSeesItAndNoOther) {
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  for (const DType dtype : {DType::f32, DType::f64}) {
+  for (const DType dtype : {DType::f32, DType::f64, DType::bf16}) {
     for (const int64_t tokens : {4, 100}) {
       for (const double value : {nan, -nan}) {  // both signs: exponent arithmetic treats them differently
         const Tensor qkv = random({1, tokens, 3 * 16}, dtype, "qkv");
@@ -278,16 +306,23 @@ TEST(Attention, ANaNReachesEveryQueryThatSeesItAndNoOther) {
 TEST(Attention, NothingIsReadOutsideTheTensors) {
   // Columns around the packed ones and tokens after the cache's are NaN: they must not be seen.
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  for (const int64_t head_size : {5, 16}) {
-    for (const int64_t tokens : {2, 37, 70}) {
-      const int64_t channels = 2 * head_size;
-      const Tensor buffer = Tensor::full({2, tokens + 3, channels + 7}, nan);
-      Tensor x = buffer.narrow(1, 1, tokens).narrow(2, 3, channels);
-      x.copy_(random({2, tokens, channels}, DType::f32, "x"));
-      const Tensor y = attention(x, x, x, {.heads = 2}),
-                   want = attention(x.contiguous(), x.contiguous(), x.contiguous(), {.heads = 2});
-      EXPECT_EQ(bytes_of(y), bytes_of(want));
-      for (const double value : y.to_vector<double>()) ASSERT_TRUE(std::isfinite(value));
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const int64_t head_size : {5, 16, 22}) {
+      for (const int64_t tokens : {2, 37, 70}) {
+        const int64_t channels = 2 * head_size;
+        const Tensor buffer = Tensor::full({2, tokens + 3, channels + 7}, nan, dtype);
+        Tensor x = buffer.narrow(1, 1, tokens).narrow(2, 3, channels);
+        x.copy_(random({2, tokens, channels}, dtype, "x"));
+        const Tensor plain = x.contiguous();
+        Tensor leaf = x.detach().requires_grad_(), plain_leaf = plain.detach().requires_grad_();
+        const Tensor y = attention(leaf, leaf, leaf, {.heads = 2}),
+                     want = attention(plain_leaf, plain_leaf, plain_leaf, {.heads = 2});
+        EXPECT_EQ(bytes_of(y), bytes_of(want));
+        for (const double value : y.to_vector<double>()) ASSERT_TRUE(std::isfinite(value));
+        y.backward(Tensor::ones(y.shape(), dtype));
+        want.backward(Tensor::ones(y.shape(), dtype));
+        EXPECT_EQ(bytes_of(leaf.grad().contiguous()), bytes_of(plain_leaf.grad().contiguous()));
+      }
     }
   }
 }
