@@ -86,7 +86,7 @@ if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /d
   starter=$logs/weft
   printf '#!/usr/bin/env bash\nexec %s "$@"\n' "$([ -n "$bundle" ] && echo "$bundle/run weft" || echo build/gpu/bin/weft)" > "$starter"
   chmod +x "$starter"
-  python3 tests/bench/compare.py --weft "$starter" --device cuda --dtype bf16 --shapes 124m --threads 4 --batch 32 --accumulate 1 \
+  python3 tests/bench/compare.py --weft "$starter" --device cuda --precision bf16 --shapes 124m --threads 4 --batch 32 --accumulate 1 \
     --modes compile --pairs 8 --out "$logs/compare-124m.json" > "$logs/compare-124m.log" 2>&1 || failures=1
   note "compare-124m (against PyTorch)" "$(grep '^| 124m' "$logs/compare-124m.log" | cut -c1-140)"
 else

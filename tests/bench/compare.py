@@ -4,11 +4,14 @@
 For every shape and thread count it starts torch_gpt.py twice (eager and torch.compile) and `weft bench step --serve`,
 warms all of them up, then runs rounds in which each program takes one turn of a few steps while the others sleep, so
 that a slow minute of the machine hits all alike. The better of the two PyTorch medians is the peer; the ratio is
-taken round by round and reported as median [quartiles]. Peak memory of PyTorch is the smaller of its two programs.
+taken round by round and reported as median [quartiles]. Peak memory of PyTorch is the smaller of its two programs. With
+--precision bf16, PyTorch runs bf16 autocast, and on a CPU Weft's f32 takes its turn too: the last column says how many
+times as fast bf16 is.
 
     compare.py --weft build/weft --shapes a,b,c --threads 1,2 --pairs 20 --out step.json
+    compare.py --weft build/weft --shapes c --threads 1 --precision bf16 --pairs 20 --out bf16.json
     compare.py --python-only --shapes a --threads 2
-    compare.py --weft build/weft --device cuda --dtype bf16 --shapes 124m --threads 1 --batch 32 --accumulate 16
+    compare.py --weft build/weft --device cuda --precision bf16 --shapes 124m --threads 1 --batch 32 --accumulate 16
 
 A Weft server is started as `PATH bench step --shape a --threads 2 --serve` and answers one JSON line per command line:
     step N -> {"seconds": [N times], "loss": x}    rss -> {"rss": peak bytes}
@@ -169,12 +172,15 @@ def start_servers(arguments, shape, threads, servers):
     common = ["--device", arguments.device, "--batch", str(arguments.batch), "--accumulate", str(arguments.accumulate)]
     for mode in arguments.modes:
         command = [sys.executable, str(TORCH_SERVER), "--shape", shape, "--threads", str(threads), "--mode", mode,
-                   "--dtype", arguments.dtype, *common] + (["--pad-vocab"] if arguments.pad_vocab else [])
+                   "--precision", arguments.precision, *common] + (["--pad-vocab"] if arguments.pad_vocab else [])
         servers.append(Server(f"torch {mode}", command, arguments.timeout))
     if not arguments.python_only:
-        command = [arguments.weft, "bench", "step", "--shape", shape, "--threads", str(threads), "--serve"]
-        command += ["--precision", arguments.dtype, *common]
-        servers.append(Server("weft", command, arguments.timeout))
+        ours = [("weft", arguments.precision)]
+        if arguments.precision == "bf16" and arguments.device == "cpu":
+            ours.append(("weft f32", "f32"))
+        for name, precision in ours:
+            command = [arguments.weft, "bench", "step", "--shape", shape, "--threads", str(threads), "--serve"]
+            servers.append(Server(name, [*command, "--precision", precision, *common], arguments.timeout))
 
 
 def measure(arguments, shape, threads):
@@ -200,7 +206,7 @@ def measure(arguments, shape, threads):
     finally:
         for server in servers:
             server.close()
-    return {"shape": shape, "threads": threads, "dtype": arguments.dtype, "stranger_cores": stranger_cores,
+    return {"shape": shape, "threads": threads, "precision": arguments.precision, "stranger_cores": stranger_cores,
             "tokens_per_step": (arguments.batch or SHAPES[shape]["batch"]) * SHAPES[shape]["context"] * arguments.accumulate,
             "device": arguments.device, "programs": programs}
 
@@ -210,7 +216,7 @@ def record_of(server, shape):
               "last_loss": server.losses[-1], "first_step_seconds": server.first_seconds,
               "idle_cpu_share": server.idle_cpu / server.idle_wall if server.idle_wall else 0.0,
               "step_seconds": statistics.median(server.turn_seconds())} | server.rss()
-    if server.name == "weft":
+    if server.name.startswith("weft"):
         reply = server.ask("sol", optional=True)
         record["sol"] = reply.get("sol") if reply else None
     else:
@@ -230,6 +236,12 @@ def quartiles(values):
     return tuple(statistics.quantiles(values, n=4, method="inclusive")) if len(values) > 1 else (values[0],) * 3
 
 
+def ratios(record, slower, faster):
+    """How many times as fast `faster` is: (first quartile, median, third quartile) of the rounds."""
+    turns = zip(record["programs"][slower]["turns"], record["programs"][faster]["turns"])
+    return quartiles([statistics.median(theirs) / statistics.median(ours) for theirs, ours in turns])
+
+
 def row(record):
     """The line of the table for one record; also puts the derived figures into it."""
     programs, tokens = record["programs"], record["tokens_per_step"]
@@ -242,13 +254,15 @@ def row(record):
     derived = {"peer": peer, "tokens_per_second": speed, "peer_rss": peak}
     if "weft" in programs:
         weft = programs["weft"]
-        ratios = [statistics.median(theirs) / statistics.median(ours)
-                  for theirs, ours in zip(programs[peer]["turns"], weft["turns"])]
-        low, middle, high = quartiles(ratios)
+        low, middle, high = ratios(record, peer, "weft")
         sol = f"{100 * weft['sol'] / weft['step_seconds']:.1f}" if weft["sol"] else "-"
         derived |= {"ratio": middle, "ratio_quartiles": [low, high], "memory_ratio": weft["rss"] / peak}
         cells += [f"{speed['weft']:,.0f}", f"{middle:.2f} [{low:.2f}, {high:.2f}]", f"{peak / MIB:,.0f}",
                   f"{weft['rss'] / MIB:,.0f}", f"{weft['rss'] / peak:.2f}", sol]
+        if "weft f32" in programs:
+            low, middle, high = ratios(record, "weft f32", "weft")
+            derived |= {"bf16_over_f32": middle, "bf16_over_f32_quartiles": [low, high]}
+            cells.append(f"{middle:.2f} [{low:.2f}, {high:.2f}]")
     else:
         low, middle, high = quartiles([tokens / statistics.median(turn) for turn in programs[peer]["turns"]])
         import_rss = min(programs[name]["rss_import"] for name in peers)
@@ -262,7 +276,7 @@ def print_table(records, modes):
     speeds = f"torch {'/'.join(modes)} tok/s"
     if "weft" in records[0]["programs"]:
         header = ["shape", "threads", speeds, "peer", "weft tok/s", "weft/peer", "peer MiB", "weft MiB", "memory ratio",
-                  "weft % of speed of light"]
+                  "weft % of speed of light"] + (["weft bf16/f32"] if "weft f32" in records[0]["programs"] else [])
     else:
         header = ["shape", "threads", speeds, "better", "its quartiles", f"peak MiB {'/'.join(modes)}", "import MiB"]
     print("| " + " | ".join(header) + " |")
@@ -297,7 +311,7 @@ def parse_arguments():
     parser.add_argument("--threads", default="1,2", help="thread counts (default: 1,2)")
     parser.add_argument("--pairs", type=int, default=20, help="interleaved rounds (default: 20)")
     parser.add_argument("--modes", default="eager,compile", help="PyTorch programs to run (default: eager,compile)")
-    parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
+    parser.add_argument("--precision", choices=("f32", "bf16"), default="f32", help="bf16: PyTorch runs autocast")
     parser.add_argument("--pad-vocab", action="store_true", help="PyTorch pads 50257 rows of the head to 50304")
     parser.add_argument("--weft", metavar="PATH", help="the weft program")
     parser.add_argument("--python-only", action="store_true", help="run PyTorch alone")

@@ -43,7 +43,7 @@ def parse_arguments():
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--mode", choices=("eager", "compile"), default="eager")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="bf16: autocast, parameters stay f32")
+    parser.add_argument("--precision", choices=("f32", "bf16"), default="f32", help="bf16: autocast, parameters stay f32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, default=0, help="rows of a micro-batch; 0: the shape's")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of one step")
@@ -116,7 +116,7 @@ class Trainer:
             [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
             lr=3e-4, betas=(0.9, 0.95), eps=1e-8, fused=True)
         self.loss_fn = torch.compile(model) if arguments.mode == "compile" else model
-        self.autocast = arguments.dtype == "bf16"
+        self.autocast = arguments.precision == "bf16"
         size = (BATCHES, arguments.batch or shape["batch"], shape["context"] + 1)
         self.batches = torch.randint(0, shape["vocab"], size).to(self.device)
         self.count = 0
@@ -193,7 +193,7 @@ def main():
     trainer = Trainer(torch, arguments)
     info = {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
-            "threads": torch.get_num_threads(), "mode": arguments.mode, "dtype": arguments.dtype,
+            "threads": torch.get_num_threads(), "mode": arguments.mode, "precision": arguments.precision,
             "parameters": sum(p.numel() for p in trainer.parameters)}
     serve(trainer, info, rss_import)
     return 0
