@@ -82,6 +82,7 @@ struct Source<T, T> {
   HWY_INLINE static T scalar(T value) { return value; }
 };
 
+#if HWY_TARGET <= HWY_AVX3
 template <>
 struct Source<Bf16Pair, uint16_t> {
   using S = uint16_t;
@@ -98,10 +99,13 @@ struct Source<Bf16Pair, uint16_t> {
   template <class D>
   HWY_INLINE static hn::Vec<D> across(D d, const S* at, int64_t ld, int64_t rows) {
     const hn::Rebind<uint16_t, D> half;
-    const hn::RebindToUnsigned<D> du;
-    const auto first = hn::PromoteTo(du, hn::LoadU(half, at));
-    if (rows == 1) return hn::BitCast(d, first);
-    return hn::BitCast(d, hn::Or(first, hn::ShiftLeft<16>(hn::PromoteTo(du, hn::LoadU(half, at + ld)))));
+    const hn::Repartition<uint16_t, D> whole;
+    HWY_ALIGN static constexpr S kOrder[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                               8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const auto first = hn::ZeroExtendVector(whole, hn::LoadU(half, at));
+    const auto second = rows == 1 ? hn::Zero(whole) : hn::ZeroExtendVector(whole, hn::LoadU(half, at + ld));
+    const decltype(first) pairs{_mm512_permutex2var_epi16(first.raw, hn::Load(whole, kOrder).raw, second.raw)};
+    return hn::BitCast(d, pairs);
   }
   template <class D>
   HWY_INLINE static hn::Vec<D> across_n(D d, const S* at, int64_t ld, int64_t rows, size_t count) {
@@ -110,6 +114,7 @@ struct Source<Bf16Pair, uint16_t> {
     return across(d, lanes[0], static_cast<int64_t>(hn::MaxLanes(d)), rows);
   }
 };
+#endif
 
 #if HWY_TARGET != HWY_SCALAR
 /// A vector whose 128-bit block i comes from `at` + offsets[i * step]: 4 blocks of 4 floats for AVX-512.

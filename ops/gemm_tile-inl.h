@@ -68,10 +68,11 @@ class Task {
 
   void run() {
     if (uses_dot_kernel(g_)) return run_dots();
-    const int64_t row_step = kRounds ? kBlockSumRows : kBlockRows;
     const BlocksOfK blocks(g_.alpha == T(0) ? 0 : g_.k, kBlockK<P> * kPerElement<P>);
+    tile_by_tile_ = kRounds && blocks.count <= 1;
+    const int64_t row_step = kRounds && !tile_by_tile_ ? kBlockSumRows : kBlockRows;
     int64_t most_cols = kBlockCols;
-    if (!kRounds && blocks.count == 1)
+    if ((!kRounds || tile_by_tile_) && blocks.count == 1)
       most_cols =
           std::min(kMaxBlockCols, kBlockK<P> * kBlockCols / depth_of<P>(blocks.length) / kPanelCols * kPanelCols);
     for (int64_t i = tile_.row0; i < tile_.row1; i += row_step) {
@@ -89,8 +90,10 @@ class Task {
     if constexpr (kRounds) {
       c = gemm_scratch<T>(GemmScratch::kSums, kBlockSumRows * kBlockCols);
       ldc = kBlockCols;
-      panels_apart_ = blocks.count > 1 || beta != T(0);
-      if (beta != T(0)) load_c(i0, rows, j0, cols, c, ldc), beta = 1;
+      if (beta != T(0)) {
+        if (!tile_by_tile_) load_c(i0, rows, j0, cols, c, ldc);
+        beta = 1;
+      }
     } else {
       c = g_.c + i0 * g_.ldc + j0;
       ldc = g_.ldc;
@@ -111,7 +114,8 @@ class Task {
     for (int64_t i = 0; i < rows; ++i) {
       const TC* from = g_.c + (i0 + i) * g_.ldc + j0;
       for (int64_t j = 0; j < cols; j += n) {
-        const auto old = Source<T, TC>::load_n(d, from + j, static_cast<size_t>(std::min(n, cols - j)));
+        const auto old = j + n <= cols ? Source<T, TC>::load(d, from + j)
+                                       : Source<T, TC>::load_n(d, from + j, static_cast<size_t>(cols - j));
         hn::StoreU(hn::Mul(beta, old), d, c + i * ldc + j);
       }
     }
@@ -198,6 +202,14 @@ class Task {
     const RowPanels panels(rows, wide ? kWideRows : kTileRows);
     P* packed = nullptr;
     if (packs) packed = gemm_scratch<P>(GemmScratch::kA, kBlockPanels * panel_step<P>(kPanelRows<P>, kBlockK<P>) + n);
+    // Where the sums of a tile are kept.
+    const auto sums_at = [&](int64_t first, int64_t height, int64_t j, int64_t width) {
+      if constexpr (kRounds) {
+        if (tile_by_tile_ && beta != T(0)) load_c(i0 + first, height, j0 + j, width, c, ldc);
+        if (tile_by_tile_) return c;
+      }
+      return c + first * ldc + j;
+    };
     for (int64_t panel = 0; panel < panels.count; ++panel) {
       const int64_t first = panels.first(panel), height = panels.rows(panel);
       const P* a = nullptr;
@@ -211,7 +223,6 @@ class Task {
         if (k > 0) a = reinterpret_cast<const P*>(a_at(i0 + first, p0));
         a_stride = (along_k() ? g_.a.row_stride : g_.a.col_stride) / kPerElement<P>;
       }
-      T* const c_row = c + (panels_apart_ ? first * ldc : 0);
       for (int64_t j = 0; j < tile_cols; j += tile_width) {
         const int64_t width = std::min(tile_width, tile_cols - j);
         const int vecs = static_cast<int>((width + n - 1) / n);
@@ -221,7 +232,8 @@ class Task {
           if (b_here && width % n == 0) b = b_at(p0, j0 + j), b_stride = g_.b.row_stride;
         }
         const TileOut<T> out = {
-            c_row + j, ldc, g_.alpha, beta, bias == nullptr ? nullptr : bias + j, static_cast<int>(width)};
+            sums_at(first, height, j, width), ldc, g_.alpha, beta, bias == nullptr ? nullptr : bias + j,
+            static_cast<int>(width)};
         const TileKernel<P>* kernels = kTileKernels<P>[along_k()][vecs - 1].data();
         if constexpr (!kPairs) {
           if (wide) kernels = kWideKernels<P>[along_k()].data();
@@ -231,9 +243,12 @@ class Task {
       }
       if constexpr (kMaxDotCols > 0) {
         if (dots == 0) continue;
-        const TileOut<T> out = {
-            c_row + tile_cols,     ldc, g_.alpha, beta, bias == nullptr ? nullptr : bias + tile_cols,
-            static_cast<int>(dots)};
+        const TileOut<T> out = {sums_at(first, height, tile_cols, dots),
+                                ldc,
+                                g_.alpha,
+                                beta,
+                                bias == nullptr ? nullptr : bias + tile_cols,
+                                static_cast<int>(dots)};
         dot_tile(a, a_stride, height, k, out);
         if (finishes) finish_tile(out.c, ldc, i0 + first, height, j0 + tile_cols, dots);
       }
@@ -313,7 +328,8 @@ class Task {
   P* packed_b_ = nullptr;
   const T* dot_b_ = nullptr;
   int64_t dot_ldb_ = 0;
-  bool panels_apart_ = true;  ///< false: sums are final at once, and all panels use the same few lines for them
+  bool tile_by_tile_ =
+      false;  ///< sums that are to be rounded are final at once: each tile's take the place of the last one's
 };
 
 template <class TA, class TB, class TC, class P>
