@@ -23,9 +23,9 @@ struct AttentionOptions {
 /// @param qkv    [B, T, 3 C]: q | k | v, each C = H * D wide, head h in columns h D to (h + 1) D; f32, f64, f16 or bf16
 /// @param heads  H; must divide C
 /// @return       [B, T, C], ready for the output projection. Scores and sums are kept in f32 (f64 for f64), the result
-/// is
-///               rounded once. Relative error of the exponential in f32: 1e-7; weights below 2^-100 of a row's largest
-///               are 0.
+///               rounded once; where bf16 is multiplied in pairs ("avx512bf16", ops/gemm.h) and on CUDA in 16 bits, p
+///               is rounded to the dtype, too. Relative error of the exponential in f32: 1e-7; weights below 2^-100 of
+///               a row's largest are 0.
 /// @throws Error  kShape if qkv is not [B, T, 3 C] or heads does not divide C; kValue for heads < 1; kDType.
 /// Saved for backward: qkv, y and the logarithm of each softmax's sum [B, H, T] in f32 (f64 for f64). The backward pass
 /// computes p again, tile by tile. Bits do not depend on the number of threads. With Keep::kRecipe, y is made again

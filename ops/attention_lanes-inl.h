@@ -294,9 +294,9 @@ struct TileMask {
   }
 };
 
-/// Calls put(key, p(key), p(key + 1)...) for so many keys as make an element of P, over the keys of a tile: visible()
-/// is called for a key that all queries of the vector from `lane` on see, masked() for one that some may see, zero()
-/// for one that none sees.
+/// Goes over the keys of a tile, as many at a time as make an element of P, for the vector of queries from `lane` on:
+/// visible(key) where all of these queries see all of these keys, masked(key) where some may, zero(key) where none
+/// does.
 template <class P, class Visible, class Masked, class Zero>
 HWY_INLINE void for_keys(const TileMask& mask, int64_t lane, const Visible& visible, const Masked& masked,
                          const Zero& zero) {

@@ -234,9 +234,11 @@ class Task {
         const TileOut<T> out = {
             sums_at(first, height, j, width), ldc, g_.alpha, beta, bias == nullptr ? nullptr : bias + j,
             static_cast<int>(width)};
-        const TileKernel<P>* kernels = kTileKernels<P>[along_k()][vecs - 1].data();
-        if constexpr (!kPairs) {
-          if (wide) kernels = kWideKernels<P>[along_k()].data();
+        const TileKernel<P>* kernels = nullptr;
+        if constexpr (kPairs) {
+          kernels = kTileKernels<P>[along_k()][vecs - 1].data();
+        } else {
+          kernels = wide ? kWideKernels<P>[along_k()].data() : kTileKernels<P>[along_k()][vecs - 1].data();
         }
         kernels[height - 1](a, a_stride, b, b_stride, depth, out);
         if (finishes) finish_tile(out.c, ldc, i0 + first, height, j0 + j, width);
