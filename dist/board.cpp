@@ -158,6 +158,7 @@ void Board::prune(Lane& lane, std::span<const int> members) {
 void Board::see_user(int rank) {
   auto& users = users_[static_cast<size_t>(rank)];
   if (users.size() < 2) users.insert(std::this_thread::get_id());
+  if (users.size() > 1) end_wait(rank);
 }
 
 void Board::begin_wait(int rank, const Stamp& stamp, std::span<const int> members, Lock& lock) {

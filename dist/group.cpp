@@ -214,7 +214,7 @@ Work Group::start(Collective op, const Tensor& input, const Tensor& output, Stam
     if (!in_place && overlap(input, output)) {
       fail(ErrorKind::kValue, dist::name(op), "input and output share memory. Hint: the form whose name ends in _");
     }
-    if (!in_place && autograd::grad_mode() && input.requires_grad()) {
+    if ((!in_place || op == Collective::send) && autograd::grad_mode() && input.requires_grad()) {
       fail(ErrorKind::kState, dist::name(op), "the input (", input.describe(),
            ") takes part in a graph, and an operation between ranks records no gradient. Hint: call it under NoGrad, "
            "or on detach()");

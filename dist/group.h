@@ -51,7 +51,7 @@ using Counts = std::vector<int64_t>;
 ///
 /// Operations of one group run one after the other, in the order of their calls; send and recv are ordered per pair and
 /// direction instead, and pass the others. A send is done when the receiver has the data. The calls of one rank's
-/// groups come from one thread, or from several that agree on an order with the other ranks.
+/// groups come from one thread.
 ///
 /// docs/parallelism/groups.md has the bytes that each operation sends.
 class Group {

@@ -70,6 +70,7 @@ void ProcessEngine::leave() {
   if (std::uncaught_exceptions() > 0) links_->set_farewell("has left by an exception");
   // The pointer stays set while the thread of the links ends, which may still use it.
   links_->close();
+  const std::lock_guard lock(links_mutex_);
   links_.reset();
 }
 

@@ -332,6 +332,10 @@ TEST(Arguments, WhatAnOperationDoesNotTakeIsAnErrorBeforeAnybodyIsAsked) {
   EXPECT_ERROR(ErrorKind::kValue, "is this rank itself", self.send(t, 0));
   EXPECT_ERROR(ErrorKind::kState, "takes part in a graph", self.all_reduce(Tensor::ones({2}).requires_grad_()));
   EXPECT_ERROR(ErrorKind::kState, "takes part in a graph", self.all_reduce_(Tensor::ones({2}).requires_grad_()));
+  run_threads(2, [](Group& world) {
+    const Tensor t = Tensor::ones({2}).requires_grad_();
+    EXPECT_ERROR(ErrorKind::kState, "takes part in a graph", world.send(t, 1 - world.rank()));
+  });
   {
     const autograd::NoGrad no_grad;
     EXPECT_NO_THROW(self.all_reduce(Tensor::ones({2}).requires_grad_()));
