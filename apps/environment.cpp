@@ -1,6 +1,5 @@
 #include "apps/environment.h"
 
-#include <unistd.h>
 #include <algorithm>
 
 #include "core/error.h"
@@ -10,8 +9,16 @@ namespace {
 
 constexpr ProcessVariable kProcessVariables[] = {
     {"WEFT_CACHE_DIR", "directory for files that can be made again"},
+    {"WEFT_KEYS", "file with the keys of the run's control plane; weft launch sets it"},
+    {"WEFT_LOCAL_RANK", "which of its machine's processes this is; weft launch sets it"},
     {"WEFT_LOG_LEVEL", "debug, info (default), warn, error or off"},
+    {"WEFT_NODE_RANK", "which of the run's machines this is; weft launch sets it"},
     {"WEFT_NUM_THREADS", "threads that kernels use; default: the processors this process may use"},
+    {"WEFT_RANK", "which process of the run this is; weft launch sets it"},
+    {"WEFT_RENDEZVOUS", "HOST:PORT of the run's control server; weft launch sets it"},
+    {"WEFT_RESTART", "how often weft launch --restarts has started the run again"},
+    {"WEFT_RUN_ID", "32 hexadecimal digits that all processes of a run share; weft launch sets it"},
+    {"WEFT_WORLD_SIZE", "how many processes the run has; weft launch sets it"},
     {"WEFT_TEST_DATA", "directory of data files for the tests that need one"},
 };
 
@@ -26,18 +33,7 @@ std::string upper(std::string_view text) {
 
 }  // namespace
 
-Environment process_environment() {
-  Environment found;
-  for (char** at = environ; at != nullptr && *at != nullptr; ++at) {
-    const std::string_view entry = *at;
-    const size_t equals = entry.find('=');
-    if (entry.starts_with("WEFT_") && equals != std::string_view::npos) {
-      found.push_back({std::string(entry.substr(0, equals)), std::string(entry.substr(equals + 1))});
-    }
-  }
-  std::sort(found.begin(), found.end(), [](const Variable& a, const Variable& b) { return a.name < b.name; });
-  return found;
-}
+Environment process_environment() { return weft::process_environment("WEFT_"); }
 
 std::span<const ProcessVariable> process_variables() { return kProcessVariables; }
 

@@ -4,18 +4,14 @@
 #include <string_view>
 #include <vector>
 
+#include "core/environment.h"
+
 namespace weft::apps {
 
-/// NAME=value of one environment variable.
-struct Variable {
-  std::string name;
-  std::string value;
-};
+using weft::Environment;
+using weft::Variable;
 
-/// The WEFT_* variables of a process, sorted by name.
-using Environment = std::vector<Variable>;
-
-/// Those of this process.
+/// The WEFT_* variables of this process, sorted by name.
 Environment process_environment();
 
 /// A variable that speaks to the whole process rather than to one option of one command.

@@ -2,7 +2,7 @@
 # it does. Where there is no apt, prints what to install.
 
 weft_packages=(g++ cmake ninja-build pkg-config libhwy-dev libtomlplusplus-dev nlohmann-json3-dev
-               libpcre2-dev libxxhash-dev libgloo-dev)
+               libpcre2-dev libxxhash-dev libgloo-dev libzmq3-dev cppzmq-dev)
 
 # install_dependencies [with-tests] [with-text]
 install_dependencies() {

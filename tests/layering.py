@@ -20,7 +20,7 @@ MAY_INCLUDE = {
 }
 SOURCES = {".h", ".cpp", ".cu", ".cuh", ".inc", ".def"}
 # Public headers must not pull third-party headers into users' programs, nor into device code.
-THIRD_PARTY = re.compile(r"<(hwy|fmt|spdlog|nlohmann|toml\+\+|CLI|pcre2|xxhash|gtest|dnnl|cblas|gloo|nccl)")
+THIRD_PARTY = re.compile(r"<(hwy|fmt|spdlog|nlohmann|toml\+\+|CLI|pcre2|xxhash|gtest|dnnl|cblas|gloo|nccl|zmq)")
 INCLUDE = re.compile(r'^\s*#\s*include\s*(?:"([^"]+)"|(<[^>]+>))', re.M)
 
 
