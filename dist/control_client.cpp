@@ -37,6 +37,11 @@ std::string this_host() {
   return gethostname(host, sizeof host - 1) == 0 ? host : "unknown";
 }
 
+milliseconds wait_of(double seconds) {
+  const double limited = std::clamp(seconds * 1e3, 0.0, static_cast<double>(kMaxWaitMilliseconds));
+  return milliseconds(static_cast<int64_t>(limited));
+}
+
 int64_t microseconds_now() {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   return std::chrono::duration_cast<std::chrono::microseconds>(now).count();
@@ -304,7 +309,7 @@ ControlClient::ControlClient(ControlClientOptions options) : state_(std::make_un
                                 .text(clipped(this_host(), kMaxName))
                                 .number(getpid())
                                 .take();
-  const auto answer = s.ask(MessageKind::hello, hello, Clock::now() + s.o.connect_timeout,
+  const auto answer = s.ask(MessageKind::hello, hello, Clock::now() + wait_of(s.o.connect_timeout),
                             concat("rank ", s.o.rank, " of ", s.o.world_size, " joins"));
   const std::lock_guard lock(s.mutex);
   s.silence = milliseconds(FieldReader(answer.payload).number(1, INT32_MAX));
@@ -312,7 +317,7 @@ ControlClient::ControlClient(ControlClientOptions options) : state_(std::make_un
   s.wake();
 }
 
-std::unique_ptr<ControlClient> ControlClient::connect(const LaunchInfo& info, milliseconds connect_timeout,
+std::unique_ptr<ControlClient> ControlClient::connect(const LaunchInfo& info, double connect_timeout,
                                                       std::function<void(const Member&)> on_member) {
   if (info.keys_file.empty()) {
     fail(ErrorKind::kUsage, "control client", info.describe(),
@@ -365,7 +370,7 @@ ControlClient::~ControlClient() {
   while (anybody(state_->server->members())) std::this_thread::sleep_for(milliseconds(5));
 }
 
-void ControlClient::set(std::string_view key, std::string_view value) {
+void ControlClient::set(const std::string& key, const std::string& value) {
   if (key.size() > kMaxKey || value.size() > kMaxValue) {
     fail(ErrorKind::kValue, "control client", "key ", weft::quoted(key), " of ", key.size(), " and value of ",
          value.size(), " bytes: at most ", kMaxKey, " and ", kMaxValue);
@@ -378,7 +383,7 @@ void ControlClient::set(std::string_view key, std::string_view value) {
   }
 }
 
-std::optional<std::string> ControlClient::find(std::string_view key) {
+std::optional<std::string> ControlClient::find(const std::string& key) {
   const auto answer = state_->ask(MessageKind::get, FieldWriter().text(clipped(key, kMaxKey)).number(0).take(),
                                   Clock::now() + kAnswerMargin, concat("find ", weft::quoted(key)));
   if (answer.kind != MessageKind::value) return std::nullopt;  // a rank is lost, and with it whoever might have set it
@@ -387,22 +392,21 @@ std::optional<std::string> ControlClient::find(std::string_view key) {
   return fields.text(kMaxValue);
 }
 
-std::string ControlClient::get(std::string_view key, milliseconds timeout) {
+std::string ControlClient::get(const std::string& key, double timeout) {
   const std::string what = concat("rank ", state_->o.rank, " waits for key ", weft::quoted(key));
-  const auto wait = std::clamp(timeout, milliseconds(0), milliseconds(kMaxWaitMilliseconds));
+  const milliseconds wait = wait_of(timeout);
   const auto answer =
       state_->ask(MessageKind::get, FieldWriter().text(clipped(key, kMaxKey)).number(wait.count()).take(),
                   Clock::now() + wait + kAnswerMargin, what);
   FieldReader fields(answer.payload);
   if (answer.kind == MessageKind::failed) fail(ErrorKind::kIo, "control client", what, ": ", fields.text(kMaxName * 4));
-  if (fields.number(0, 1) == 0)
-    fail(ErrorKind::kIo, "control client", what, ": nobody set it in ", wait.count(), " ms");
+  if (fields.number(0, 1) == 0) fail(ErrorKind::kIo, "control client", what, ": nobody set it in ", timeout, " s");
   return fields.text(kMaxValue);
 }
 
-void ControlClient::barrier(std::string_view name, milliseconds timeout) {
+void ControlClient::barrier(const std::string& name, double timeout) {
   const std::string what = concat("rank ", state_->o.rank, " waits in barrier ", weft::quoted(name));
-  const auto wait = std::clamp(timeout, milliseconds(0), milliseconds(kMaxWaitMilliseconds));
+  const milliseconds wait = wait_of(timeout);
   const auto answer =
       state_->ask(MessageKind::barrier, FieldWriter().text(clipped(name, kMaxKey)).number(wait.count()).take(),
                   Clock::now() + wait + kAnswerMargin, what);

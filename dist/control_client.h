@@ -1,5 +1,4 @@
 #pragma once
-#include <chrono>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -17,8 +16,8 @@ struct ControlClientOptions {
   std::string address;  ///< HOST:PORT
   int rank = 0, world_size = 1;
   ControlKeys keys;
-  std::string run_id;  ///< "": that of the keys
-  std::chrono::milliseconds connect_timeout{60'000};
+  std::string run_id;           ///< "": that of the keys
+  double connect_timeout = 60;  ///< seconds
   /// A rank left or was lost. Called on the client's thread; must not wait, and not call this client.
   std::function<void(const Member&)> on_member;
 };
@@ -32,22 +31,24 @@ class ControlClient final : public Store {
   explicit ControlClient(ControlClientOptions options);
   /// The same from what a launcher said; where rank 0 is to serve the control plane, it does so until all ranks have
   /// left.
-  static std::unique_ptr<ControlClient> connect(
-      const LaunchInfo& info, std::chrono::milliseconds connect_timeout = std::chrono::milliseconds(60'000),
-      std::function<void(const Member&)> on_member = {});
+  static std::unique_ptr<ControlClient> connect(const LaunchInfo& info, double connect_timeout = 60,
+                                                std::function<void(const Member&)> on_member = {});
   /// Leaves.
   ~ControlClient() override;
   ControlClient(const ControlClient&) = delete;
   ControlClient& operator=(const ControlClient&) = delete;
 
-  // Keys are at most 512 bytes, values 1 MiB less 4 KiB, all of them together 64 MiB.
-  void set(std::string_view key, std::string_view value) override;
-  std::string get(std::string_view key, std::chrono::milliseconds timeout) override;
-  std::optional<std::string> find(std::string_view key) override;
+  // Keys are at most 512 bytes, values 1 MiB less 4 KiB, all of them together 64 MiB. A key may be set again.
+  void set(const std::string& key, const std::string& value) override;
+  /// Fails at once, naming it, when a rank that might set the key is lost.
+  std::string get(const std::string& key, double timeout) override;
+  /// The value of a key if it is set.
+  std::optional<std::string> find(const std::string& key);
 
   /// Returns when all ranks are in the barrier of that name, which may then be used again.
-  /// @throws Error  kIo when `timeout` has passed (names who did not come) or a rank is gone (names it).
-  void barrier(std::string_view name, std::chrono::milliseconds timeout);
+  /// @param timeout  seconds
+  /// @throws Error  kIo when the time is over (names who did not come) or a rank is gone (names it).
+  void barrier(const std::string& name, double timeout);
 
   /// What this rank is doing, for the message that others get when it is lost. Cheap: the last one of every 50 ms
   /// travels.

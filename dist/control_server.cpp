@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <deque>
 #include <map>
 #include <mutex>
@@ -93,6 +94,7 @@ struct ControlServer::State {
 
   ControlServerOptions o;
   int port = 0;
+  milliseconds silence;
   zmq::context_t context{1};
   zmq::socket_t router, zap, monitor;
   int wake_event = -1;
@@ -116,6 +118,7 @@ struct ControlServer::State {
 
 ControlServer::State::State(ControlServerOptions given) : o(std::move(given)) {
   if (o.run_id.empty()) o.run_id = o.keys.run_id;
+  silence = milliseconds(static_cast<int64_t>(std::clamp(o.silence * 1e3, 10.0, 1e9)));
   if (o.world_size < 1) fail(ErrorKind::kValue, "control server", "world size must be >= 1, got ", o.world_size);
   if (o.keys.server_secret.empty() || !is_run_id(o.run_id)) {
     fail(ErrorKind::kUsage, "control server", "needs keys with the server's secret, and a run id");
@@ -166,7 +169,7 @@ void ControlServer::State::wake() const {
 
 void ControlServer::State::run() {
   Clock::time_point last = Clock::now();
-  const auto tick = std::clamp<milliseconds>(o.silence / 10, milliseconds(5), milliseconds(100));
+  const auto tick = std::clamp<milliseconds>(silence / 10, milliseconds(5), milliseconds(100));
   while (!stop) {
     std::array<zmq::pollitem_t, 4> items = {{{router.handle(), 0, ZMQ_POLLIN, 0},
                                              {zap.handle(), 0, ZMQ_POLLIN, 0},
@@ -202,7 +205,7 @@ void ControlServer::State::run() {
       }
       // If this thread did not run for long (the machine slept, the process was stopped), silence is its own.
       const Clock::time_point now = Clock::now();
-      if (now - last > o.silence / 2) {
+      if (now - last > silence / 2) {
         for (auto& [rank, peer] : peers) peer.heard = now;
       }
       last = now;
@@ -323,7 +326,7 @@ void ControlServer::State::hello(const std::string& address, const Message& mess
     rank_of[address] = member.rank;
     announce(member);
   }
-  send(address, MessageKind::welcome, message.request, FieldWriter().number(o.silence.count()).take());
+  send(address, MessageKind::welcome, message.request, FieldWriter().number(silence.count()).take());
 }
 
 void ControlServer::State::serve(Peer& peer, const Message& message) {
@@ -453,7 +456,7 @@ void ControlServer::State::fail_wait(const Wait& wait, const std::string& reason
 void ControlServer::State::expire() {
   const Clock::time_point now = Clock::now();
   for (auto& [rank, peer] : peers) {
-    if (peer.member.state == MemberState::joined && now - peer.heard > o.silence) {
+    if (peer.member.state == MemberState::joined && now - peer.heard > silence) {
       gone(peer, MemberState::lost, "silent for " + seconds_text(now - peer.heard));
     }
   }

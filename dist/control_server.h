@@ -1,5 +1,4 @@
 #pragma once
-#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -19,8 +18,8 @@ struct ControlServerOptions {
   int world_size = 1;
   ControlKeys keys;    ///< with the server's secret; clients must show keys.client_public
   std::string run_id;  ///< "": that of the keys
-  /// A rank that is silent for so long is declared lost. Ranks are told and say something five times as often.
-  std::chrono::milliseconds silence{5000};
+  /// A rank that is silent for so many seconds is declared lost. Ranks are told and say something five times as often.
+  double silence = 5;
   /// Whether a lost rank makes all that wait, and will wait, for a key or a barrier fail.
   bool losses_fail_waits = true;
   // Called on the server's thread, one at a time; must not wait.
