@@ -2,6 +2,8 @@
 #include <span>
 #include <string>
 
+#include "apps/command.h"
+
 /// The commands of the `weft` program, one per apps/<name>.cpp. Each takes the arguments after its name and returns the
 /// exit code; failures are thrown.
 namespace weft::apps {
@@ -13,7 +15,11 @@ int run_tokenize(std::span<const std::string> args);
 int run_data(std::span<const std::string> args);
 int run_checkpoint(std::span<const std::string> args);
 int run_plan(std::span<const std::string> args);
+int run_launch(std::span<const std::string> args);
 int run_bench(std::span<const std::string> args);
 int run_doctor(std::span<const std::string> args);
+
+/// All of them, with a line on each.
+std::span<const Command> commands();
 
 }  // namespace weft::apps

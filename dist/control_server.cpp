@@ -65,6 +65,12 @@ struct ControlServer::State {
     std::string address;  ///< ZeroMQ's name of the connection; "" if it never joined
     Clock::time_point heard;
   };
+  /// What a launcher saw.
+  struct End {
+    int rank;
+    MemberState state;
+    std::string reason;
+  };
   /// A get or a barrier that waits for others.
   struct Wait {
     MessageKind kind;
@@ -108,8 +114,8 @@ struct ControlServer::State {
   std::map<std::string, int> rank_of;  // by address
   std::vector<Wait> waits;
   std::optional<Member> first_lost;
-  std::deque<std::pair<int, std::string>> losses;  // from lose(), for the server's thread
-  std::deque<std::string> changed;                 // keys from set(), likewise
+  std::deque<End> ends;             // from ended(), for the server's thread
+  std::deque<std::string> changed;  // keys from set(), likewise
   // Collected under the mutex, handed to the callbacks without it.
   std::vector<Member> announced;
   std::vector<LogRecord> logs;
@@ -191,17 +197,15 @@ void ControlServer::State::run() {
       count_handshakes();
       receive();
       for (; !changed.empty(); changed.pop_front()) answer_gets(changed.front());
-      for (; !losses.empty(); losses.pop_front()) {
-        const auto& [rank, reason] = losses.front();
-        auto found = peers.find(rank);
-        if (found == peers.end()) {
-          // It ended before it joined: others wait for it all the same.
-          found = peers.emplace(rank, Peer{}).first;
-          found->second.member.rank = rank;
-        } else if (found->second.member.state != MemberState::joined) {
-          continue;
-        }
-        gone(found->second, MemberState::lost, reason);
+      for (; !ends.empty(); ends.pop_front()) {
+        const End& end = ends.front();
+        const auto found = peers.find(end.rank);
+        if (found == peers.end() && end.state == MemberState::left) continue;
+        if (found != peers.end() && found->second.member.state != MemberState::joined) continue;
+        // One that ended before it joined is waited for all the same.
+        Peer& peer = peers[end.rank];
+        peer.member.rank = end.rank;
+        gone(peer, end.state, end.reason);
       }
       // If this thread did not run for long (the machine slept, the process was stopped), silence is its own.
       const Clock::time_point now = Clock::now();
@@ -560,10 +564,10 @@ std::optional<std::string> ControlServer::find(std::string_view key) const {
   return found->second;
 }
 
-void ControlServer::lose(int rank, const std::string& reason) {
+void ControlServer::ended(int rank, bool orderly, const std::string& reason) {
   const std::lock_guard lock(state_->mutex);
   if (rank < 0 || rank >= state_->o.world_size) return;
-  state_->losses.emplace_back(rank, reason);
+  state_->ends.push_back({rank, orderly ? MemberState::left : MemberState::lost, reason});
   state_->wake();
 }
 

@@ -57,8 +57,9 @@ class ControlServer {
   void set(std::string_view key, std::string_view value);
   std::optional<std::string> find(std::string_view key) const;
 
-  /// Declares a rank lost before its silence does: its launcher saw it end. No effect on one that left or is lost.
-  void lose(int rank, const std::string& reason);
+  /// What a rank's launcher saw of its end, before silence tells: it left if that was orderly, else it was lost. No
+  /// effect on a rank that left or was lost, nor on one that ended orderly without ever joining.
+  void ended(int rank, bool orderly, const std::string& reason);
 
  private:
   struct State;

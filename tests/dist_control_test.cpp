@@ -256,7 +256,7 @@ TEST_F(Control, WhateverWaitsFailsAtOnceWhenTheLauncherSawARankEnd) {
   std::thread getting([&] { get_error = message_of([&] { a->get("from rank 2", 60); }); });
   std::thread waiting([&] { barrier_error = message_of([&] { b->barrier("start", 60); }); });
   std::this_thread::sleep_for(100ms);
-  server_->lose(2, "ended by signal 9");
+  server_->ended(2, false, "ended by signal 9");
   getting.join();
   waiting.join();
   EXPECT_LT(seconds_since(begin), 5);
@@ -274,12 +274,23 @@ TEST_F(Control, ARankThatLeavesSaysWhyAndIsNotLost) {
     b->leave("out of data");
     EXPECT_HAS(message_of([&] { b->set("k", "v"); }), "has left the run");
   }
+  server_->ended(1, false, "killed");  // it had left before
   EXPECT_NO_THROW(a->check());
   EXPECT_HAS(message_of([&] { a->barrier("end", 60); }), "left: out of data");
   EXPECT_TRUE(eventually([&] { return copy_of(members_).size() >= 3; }));
   const auto seen = copy_of(members_);
   EXPECT_EQ(seen.back().state, MemberState::left);
   EXPECT_EQ(seen.back().reason, "out of data");
+}
+
+TEST_F(Control, ARankThatEndedOrderlyWithoutAGoodbyeHasLeft) {
+  serve(3);
+  const auto a = join(0, 3), b = join(1, 3);
+  server_->ended(1, true, "exit code 0");
+  server_->ended(2, true, "exit code 0");  // it never joined: not every program does
+  EXPECT_HAS(message_of([&] { a->barrier("end", 60); }), "rank 1 (host ");
+  EXPECT_NO_THROW(a->check());
+  EXPECT_EQ(server_->members().size(), 2u);
 }
 
 TEST_F(Control, AnotherRunsIdIsRefusedWithAReasonThatTheClientReports) {
