@@ -127,12 +127,7 @@ class FirstNode final : public LaunchNodes {
           set_failure(1, concat("the launcher of node ", node, " is gone, and its ranks with it"));
       }
     }
-    std::optional<std::string> lost;
-    {
-      const std::lock_guard lock(mutex_);
-      lost.swap(lost_);
-    }
-    if (lost) set_failure(1, *lost);
+    note_silence();
     return failed_;
   }
 
@@ -221,16 +216,12 @@ class FirstNode final : public LaunchNodes {
       if (!metrics_ && !metrics_failed_.exchange(true))
         output_.note(concat(o_.metrics, ": metrics are lost: cannot be written"));
     };
-    serve.on_member = [this](const dist::Member& member) {
-      if (member.state != dist::MemberState::lost) return;
-      const std::lock_guard lock(mutex_);
-      if (!lost_) lost_ = member.describe();
-    };
     ranks_ = std::make_unique<dist::ControlServer>(std::move(serve));
   }
 
   void note_end(const RankEnd& end, const std::string& where) {
     if (!seen_.insert(end.rank).second) return;
+    note_silence();  // whoever waited for a rank that was lost fails too, but after it
     ranks_->ended(end.rank, end.code == 0, end.how());
     if (end.code == 0) return;
     char seconds[32];
@@ -239,6 +230,13 @@ class FirstNode final : public LaunchNodes {
                 concat("rank ", end.rank, " of ", world_size_, " (pid ", end.pid, ", ", where,
                        ") failed first: ", end.how(), ", after ", seconds, " s"),
                 end.rank);
+  }
+
+  void note_silence() {
+    if (failed_) return;
+    for (const dist::Member& member : ranks_->members()) {
+      if (member.state == dist::MemberState::lost) set_failure(1, member.describe(), member.rank);
+    }
   }
 
   void set_failure(int code, const std::string& text, int rank = -1) {
@@ -256,8 +254,6 @@ class FirstNode final : public LaunchNodes {
   LaunchSignals& signals_;
   std::ofstream metrics_;
   std::atomic<bool> metrics_failed_ = false;
-  std::mutex mutex_;
-  std::optional<std::string> lost_;  // from the ranks' server's thread
   std::unique_ptr<dist::ControlServer> launchers_, ranks_;
   std::set<int> plan_nodes_, seen_;
   int attempt_ = 0, world_size_ = 0, asked_ = 0, code_ = 0;

@@ -21,6 +21,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "core/thread_pool.h"
+#include "dist/launch_info.h"
 #include "models/generate.h"
 #include "models/gpt_checkpoint.h"
 #include "models/speed_of_light.h"
@@ -358,6 +359,14 @@ int run_train(std::span<const std::string> args) {
   first.action("resume", &o.resume, "DIR",
                "go on with the run in DIR (or from that checkpoint) bit for bit; its config.toml is the default");
   if (!first.parse(args)) return 0;
+  const dist::LaunchInfo launched = dist::discover(weft::process_environment(""));
+  if (launched.launcher != dist::Launcher::none) log::info(launched.describe());
+  if (launched.world_size > 1) {
+    fail(ErrorKind::kUsage, "train", "this build trains on one rank, and this is ", launched.describe());
+  }
+  // Started again by a launcher with the same command: what the run saved in the meantime comes before what it began
+  // with.
+  if (launched.restart > 0 && !o.dry_run && find_latest_checkpoint(o.out.string()).path) o.resume = o.out.string();
 
   std::optional<CheckpointContent> from;
   std::optional<Options> second;
