@@ -262,8 +262,8 @@ HWY_INLINE void product(int64_t rows, int64_t columns, const P* a, int64_t a_str
     for (int64_t j = part.column; j < columns; j += kTileVecs * n) {
       const int64_t wide = std::min(kTileVecs * n, columns - j);
       const TileOut<T> out = {c + first * ldc + j, ldc, alpha, beta, nullptr, static_cast<int>(wide)};
-      kTileKernels<P>[kAlongK][wide / n - 1][static_cast<size_t>(height - 1)](from, a_stride, b + begin * b_stride + j,
-                                                                              b_stride, depth, out);
+      TileKernels<P>::all[kAlongK][wide / n - 1][static_cast<size_t>(height - 1)](
+          from, a_stride, b + begin * b_stride + j, b_stride, depth, out);
     }
   }
 }

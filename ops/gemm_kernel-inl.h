@@ -229,13 +229,13 @@ constexpr std::array<TileKernel<P>, sizeof...(kRow)> tile_kernels_by_rows(std::i
   return {&tile_kernel<P, kRow + 1, kVecs, kAlongK>...};
 }
 
-/// kernels[along k][vectors - 1][rows - 1]
+/// The kernels take the compiler most of a minute: they are made where the GEMM is (gemm_tile-inl.h), and others link
+/// to them.
 template <class P>
-inline constexpr std::array<TileKernel<P>, kTileRows> kTileKernels[2][kTileVecs] = {
-    {tile_kernels_by_rows<P, 1, false>(std::make_integer_sequence<int, kTileRows>()),
-     tile_kernels_by_rows<P, 2, false>(std::make_integer_sequence<int, kTileRows>())},
-    {tile_kernels_by_rows<P, 1, true>(std::make_integer_sequence<int, kTileRows>()),
-     tile_kernels_by_rows<P, 2, true>(std::make_integer_sequence<int, kTileRows>())}};
+struct TileKernels {
+  /// [along k][vectors - 1][rows - 1]
+  static const std::array<TileKernel<P>, kTileRows> all[2][kTileVecs];
+};
 
 /// kernels[along k][rows - 1]
 template <class P>

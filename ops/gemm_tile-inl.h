@@ -18,6 +18,13 @@ HWY_BEFORE_NAMESPACE();
 namespace weft::detail {
 namespace HWY_NAMESPACE {
 
+template <class P>
+const std::array<TileKernel<P>, kTileRows> TileKernels<P>::all[2][kTileVecs] = {
+    {tile_kernels_by_rows<P, 1, false>(std::make_integer_sequence<int, kTileRows>()),
+     tile_kernels_by_rows<P, 2, false>(std::make_integer_sequence<int, kTileRows>())},
+    {tile_kernels_by_rows<P, 1, true>(std::make_integer_sequence<int, kTileRows>()),
+     tile_kernels_by_rows<P, 2, true>(std::make_integer_sequence<int, kTileRows>())}};
+
 // Cache blocking for an L2 of 1 MiB (one of 512 KiB still holds B). A block of B is kBlockK x kBlockCols, or wider if k
 // is short: 384 KiB. A panel of A (14 rows x kBlockK: 21 KiB) meets all columns of the block before the next one comes.
 template <class P>
@@ -236,9 +243,9 @@ class Task {
             static_cast<int>(width)};
         const TileKernel<P>* kernels = nullptr;
         if constexpr (kPairs) {
-          kernels = kTileKernels<P>[along_k()][vecs - 1].data();
+          kernels = TileKernels<P>::all[along_k()][vecs - 1].data();
         } else {
-          kernels = wide ? kWideKernels<P>[along_k()].data() : kTileKernels<P>[along_k()][vecs - 1].data();
+          kernels = wide ? kWideKernels<P>[along_k()].data() : TileKernels<P>::all[along_k()][vecs - 1].data();
         }
         kernels[height - 1](a, a_stride, b, b_stride, depth, out);
         if (finishes) finish_tile(out.c, ldc, i0 + first, height, j0 + j, width);
