@@ -1,4 +1,4 @@
-// Kernels with float sums, for every instruction set of the build.
+// Kernels of float, for every instruction set of the build.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ops/gemm_f32.cpp"
 #include "hwy/foreach_target.h"  // must come before highway.h
@@ -6,6 +6,5 @@
 #include "hwy/highway.h"
 #include "ops/gemm_tile-inl.h"
 
-#define WEFT_GEMM_TYPES(X) \
-  X(float, float, float) X(uint16_t, uint16_t, float) X(uint16_t, uint16_t, uint16_t) X(float, uint16_t, float)
+#define WEFT_GEMM_TYPES(X) X(float, float, float)
 #include "ops/gemm_instances-inl.h"

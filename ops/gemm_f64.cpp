@@ -1,4 +1,4 @@
-// Kernels with double sums, for every instruction set of the build.
+// Kernels of double, for every instruction set of the build.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ops/gemm_f64.cpp"
 #include "hwy/foreach_target.h"  // must come before highway.h

@@ -25,6 +25,10 @@ const std::array<TileKernel<P>, kTileRows> TileKernels<P>::all[2][kTileVecs] = {
     {tile_kernels_by_rows<P, 1, true>(std::make_integer_sequence<int, kTileRows>()),
      tile_kernels_by_rows<P, 2, true>(std::make_integer_sequence<int, kTileRows>())}};
 
+#ifdef WEFT_GEMM_LINKS_FLOAT_TILES
+extern template struct TileKernels<float>;
+#endif
+
 // Cache blocking for an L2 of 1 MiB (one of 512 KiB still holds B). A block of B is kBlockK x kBlockCols, or wider if k
 // is short: 384 KiB. A panel of A (14 rows x kBlockK: 21 KiB) meets all columns of the block before the next one comes.
 template <class P>
