@@ -164,7 +164,7 @@ INSTANTIATE_TEST_SUITE_P(StopWithData, Fault,
                                             ::testing::Values(Ending::stop), ::testing::Values(Moment::moving)),
                          title);
 
-TEST(FaultTimes, ADeathIsNamedWithinASecondAndAStopWithinFive) {
+TEST(FaultTimes, ADeathIsNamedWithinTwoSecondsAndAStopWithinFive) {
   if (*why_no_gloo() != '\0') GTEST_SKIP() << why_no_gloo();
   for (const Ending ending : {Ending::kill, Ending::stop}) {
     // The usual heartbeats. The victim makes a file when its end is due, and ends 20 ms later.
