@@ -188,10 +188,12 @@ namespace optim {
 int64_t square_partials(Cuda, const TensorData&) { absent(); }
 void sum_squares(Cuda, std::span<const TensorData>, double*, double*) { absent(); }
 void scale(Cuda, std::span<const TensorData>, double) { absent(); }
-void adam_update(Cuda, std::span<const AdamTensor>, const AdamConstants<double>&) { absent(); }
+void adam_decide(Cuda, const AdamInput*, const double*, int64_t, const TensorData&, AdamDecision*) { absent(); }
+void adam_update(Cuda, std::span<const AdamTensor>, const AdamDecision*) { absent(); }
 int64_t adam_partials(Cuda, const AdamTensor&) { absent(); }
-void adam_moments(Cuda, std::span<const AdamTensor>, const AdamConstants<double>&, double*, double*) { absent(); }
-void adam_apply(Cuda, std::span<const AdamTensor>, const AdamConstants<double>&) { absent(); }
+void adam_moments(Cuda, std::span<const AdamTensor>, const AdamDecision*, double*, double*, int64_t) { absent(); }
+void adam_rates(Cuda, const double*, int64_t, const AdamDecision*, double*) { absent(); }
+void adam_apply(Cuda, std::span<const AdamTensor>, const AdamDecision*) { absent(); }
 void adam_follow(Cuda, std::span<const AdamTensor>) { absent(); }
 
 }  // namespace optim

@@ -262,6 +262,35 @@ __global__ void __launch_bounds__(kThreads)
         : scale_of_thread<false>(x.data, first, x.count, factor);
 }
 
+// ---- decisions of a step ----
+
+/// One block. The squares come in a tile at a time, and one thread adds them in order, as the CPU does.
+__global__ void __launch_bounds__(kThreads)
+    decide_step(const AdamInput* input, const double* squares, int64_t count, TensorData losses,
+                AdamDecision* decision) {
+  __shared__ double tile[kThreads];
+  double total = 0;
+  for (int64_t begin = 0; begin < count; begin += kThreads) {
+    if (begin + threadIdx.x < count) tile[threadIdx.x] = squares[begin + threadIdx.x];
+    __syncthreads();
+    const int64_t held = min(count - begin, static_cast<int64_t>(kThreads));
+    for (int64_t i = 0; threadIdx.x == 0 && i < held; ++i) total += tile[i];
+    __syncthreads();
+  }
+  if (threadIdx.x != 0) return;
+  double loss = 0;
+  for (int64_t i = 0; i < losses.count; ++i) {
+    loss += losses.dtype == DType::f64 ? static_cast<const double*>(losses.data)[i]
+                                       : static_cast<double>(static_cast<const float*>(losses.data)[i]);
+  }
+  *decision = decide(*input, total, loss);
+}
+
+__global__ void rates_of_step(const double* sums, int64_t parameters, const AdamDecision* decision, double* rates) {
+  for (int64_t i = cuda::thread_index(); i < parameters; i += cuda::thread_count())
+    rates[i] = trusted_rate(decision->lr, sums[i], sums[parameters + i]);
+}
+
 // ---- Adam ----
 
 /// An AdamTensor with its types; T is that of the parameter.
@@ -273,7 +302,8 @@ struct AdamEntry {
   State *weight, *exp_avg, *exp_avg_sq;
   double* partials;  ///< of weights, then of updates, one per chunk each
   int64_t count;
-  State weight_decay, lr;
+  const double* lr;
+  State weight_decay;
 };
 
 /// Elements that a block takes: 114 KiB in and out of f32, and of bf16 with its master.
@@ -294,8 +324,8 @@ struct SquareSums {
 /// Packs are as wide as 16 bytes of the state, so that its loads are whole lines of a warp; those of a bf16 gradient
 /// and parameter are 8 bytes then.
 template <Pass kPass, bool kWhole, class T>
-__device__ SquareSums adam_of_thread(const AdamEntry<T>& at, const AdamConstants<Accumulate<T>>& c, int64_t begin,
-                                     int64_t end) {
+__device__ SquareSums adam_of_thread(const AdamEntry<T>& at, const AdamConstants<Accumulate<T>>& c,
+                                     Accumulate<T> lr, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   constexpr int kCount = kFull<A>;
   SquareSums sums;
@@ -326,7 +356,7 @@ __device__ SquareSums adam_of_thread(const AdamEntry<T>& at, const AdamConstants
       Pack<T, kCount> small;
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        w.at[k] = fused(-at.lr, u.at[k], w.at[k]);
+        w.at[k] = fused(-lr, u.at[k], w.at[k]);
         small.at[k] = narrow<T>(w.at[k]);
       }
       store<kWhole>(at.weight, i, end, w);
@@ -340,16 +370,20 @@ __device__ SquareSums adam_of_thread(const AdamEntry<T>& at, const AdamConstants
 /// the moments and 16 (18) for the weights.
 template <Pass kPass, class T>
 __global__ void __launch_bounds__(kThreads)
-    adam_chunks(const __grid_constant__ Table<AdamEntry<T>> table, const AdamConstants<Accumulate<T>> c) {
+    adam_chunks(const __grid_constant__ Table<AdamEntry<T>> table, const AdamDecision* decision) {
   constexpr int kCount = kFull<Accumulate<T>>;
+  if (decision->verdict != AdamDecision::kTake) return;
+  const AdamConstants<Accumulate<T>> c = decision->constants<Accumulate<T>>();
   const int t = tensor_of_block(table);
   const AdamEntry<T> at = table.tensors[t];
   const int64_t chunk = blockIdx.x - table.first[t], begin = chunk * kAdamChunk;
   const bool whole = begin + kAdamChunk <= at.count && is_aligned<kCount>(at.weight) &&
                      is_aligned<kCount>(at.parameter) && is_aligned<kCount>(at.gradient) &&
                      is_aligned<kCount>(at.exp_avg) && is_aligned<kCount>(at.exp_avg_sq);
-  const SquareSums own = whole ? adam_of_thread<kPass, true>(at, c, begin, begin + kAdamChunk)
-                               : adam_of_thread<kPass, false>(at, c, begin, min(at.count, begin + kAdamChunk));
+  Accumulate<T> lr = 0;
+  if constexpr (kPass != Pass::kMoments) lr = static_cast<Accumulate<T>>(*at.lr);
+  const SquareSums own = whole ? adam_of_thread<kPass, true>(at, c, lr, begin, begin + kAdamChunk)
+                               : adam_of_thread<kPass, false>(at, c, lr, begin, min(at.count, begin + kAdamChunk));
   if constexpr (kPass == Pass::kMoments) {
     __shared__ double scratch[kWarp];
     const double weight = block_reduce(own.weight, Sum{}, scratch), update = block_reduce(own.update, Sum{}, scratch);
@@ -382,20 +416,19 @@ AdamEntry<T> entry_of(const AdamTensor& t, double* partials = nullptr) {
           static_cast<A*>(t.exp_avg_sq),
           partials,
           t.count,
-          static_cast<A>(t.weight_decay),
-          static_cast<A>(t.lr)};
+          t.lr,
+          static_cast<A>(t.weight_decay)};
 }
 
 /// partials(i): where those of tensors[i] begin.
 template <Pass kPass, class WherePartials>
-void start_adam(Cuda device, std::span<const AdamTensor> tensors, const AdamConstants<double>& constants,
+void start_adam(Cuda device, std::span<const AdamTensor> tensors, const AdamDecision* decision,
                 WherePartials partials) {
   for_each_float([&]<class T>() {
-    const auto c = rounded<Accumulate<T>>(constants);
     for_each_table<T>(
         tensors, kAdamChunk, [&](size_t i) { return entry_of<T>(tensors[i], partials(i)); },
         [&](const Table<AdamEntry<T>>& table, const Grid& grid) {
-          start(device, grid, adam_chunks<kPass, T>, table, c);
+          start(device, grid, adam_chunks<kPass, T>, table, decision);
         });
   });
 }
@@ -440,27 +473,37 @@ void scale(Cuda device, std::span<const TensorData> tensors, double factor) {
   });
 }
 
-void adam_update(Cuda device, std::span<const AdamTensor> tensors, const AdamConstants<double>& constants) {
-  start_adam<Pass::kWhole>(device, tensors, constants, [](size_t) { return nullptr; });
+void adam_decide(Cuda device, const AdamInput* input, const double* squares, int64_t count, const TensorData& losses,
+                 AdamDecision* decision) {
+  start(device, {1, kThreads}, decide_step, input, squares, count, losses, decision);
+}
+
+void adam_update(Cuda device, std::span<const AdamTensor> tensors, const AdamDecision* decision) {
+  start_adam<Pass::kWhole>(device, tensors, decision, [](size_t) { return nullptr; });
 }
 
 int64_t adam_partials(Cuda, const AdamTensor& tensor) { return divide_up(tensor.count, kAdamChunk); }
 
-void adam_moments(Cuda device, std::span<const AdamTensor> tensors, const AdamConstants<double>& constants,
-                  double* partials, double* sums) {
+void adam_moments(Cuda device, std::span<const AdamTensor> tensors, const AdamDecision* decision, double* partials,
+                  double* sums, int64_t parameters) {
   const auto count = [&](const AdamTensor& tensor) { return adam_partials(device, tensor); };
   const std::vector<double*> place =
       places(tensors, partials, [&](const AdamTensor& tensor) { return 2 * count(tensor); });
-  start_adam<Pass::kMoments>(device, tensors, constants, [&](size_t i) { return place[i]; });
+  start_adam<Pass::kMoments>(device, tensors, decision, [&](size_t i) { return place[i]; });
   add_all_partials(device, 2 * tensors.size(), [&](size_t row) {
     const size_t i = row % tensors.size();
     const int64_t n = count(tensors[i]);
-    return Partials{place[i] + (row < tensors.size() ? 0 : n), n, sums + row};
+    const bool update = row >= tensors.size();
+    return Partials{place[i] + (update ? n : 0), n, sums + (update ? parameters : 0) + tensors[i].number};
   });
 }
 
-void adam_apply(Cuda device, std::span<const AdamTensor> tensors, const AdamConstants<double>& constants) {
-  start_adam<Pass::kApply>(device, tensors, constants, [](size_t) { return nullptr; });
+void adam_rates(Cuda device, const double* sums, int64_t parameters, const AdamDecision* decision, double* rates) {
+  if (parameters > 0) start(device, cuda::grid_for(parameters), rates_of_step, sums, parameters, decision, rates);
+}
+
+void adam_apply(Cuda device, std::span<const AdamTensor> tensors, const AdamDecision* decision) {
+  start_adam<Pass::kApply>(device, tensors, decision, [](size_t) { return nullptr; });
 }
 
 void adam_follow(Cuda device, std::span<const AdamTensor> tensors) {

@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <optional>
+#include <utility>
 
 #include "core/autograd.h"
+#include "core/backend.h"
 #include "ops/launch.h"
 #include "optim/optimizer_kernels.h"
 
@@ -58,6 +59,9 @@ Adam::Adam(Parameters parameters, const AdamOptions& options, std::shared_ptr<No
     slot.version = tensor.storage()->version();
     slots_.push_back(std::move(slot));
   }
+  const MemoryScope workspace(MemoryCategory::workspace);
+  input_ = Tensor::empty({static_cast<int64_t>(sizeof(AdamInput))}, DType::u8, device_);
+  decision_ = Tensor::empty({static_cast<int64_t>(sizeof(AdamDecision))}, DType::u8, device_);
 }
 
 void Adam::make_stream(DType dtype) {
@@ -87,101 +91,120 @@ NamedTensors Adam::state_tensors() const {
   return tensors;
 }
 
-StepReport Adam::step(double lr, const GradientScale& scale) {
+std::string Adam::host_work() const {
+  if (stream_) return "the optimizer's state is kept in the host's memory";
+  return norms_->on_device() ? "" : "the gradients' norm is reduced on the host";
+}
+
+void Adam::prepare(double lr, const GradientScale& scale) {
   if (!(lr >= 0) || !std::isfinite(static_cast<float>(lr))) {
     fail(ErrorKind::kValue, "adam", "the learning rate must be at least 0 and finite, got ", lr);
   }
-  const autograd::NoGrad no_grad;
-  const MemoryScope scope(MemoryCategory::workspace);
-  StepReport report;
   if (!(scale.factor > 0) || !std::isfinite(scale.factor)) {
     fail(ErrorKind::kValue, "adam", "the gradients' factor must be positive and finite, got ", scale.factor);
   }
-  if (scale.skip_overflow) {
-    const std::optional<double> norm = finite_grad_norm(parameters_, *norms_);
-    report.grad_norm = norm.value_or(0) * scale.factor;
-    report.skipped = !norm.has_value();
-    if (report.skipped) return report;
-  } else {
-    report.grad_norm = grad_norm(parameters_, *norms_) * scale.factor;
-  }
-  report.clip_factor = options_.clip_norm > 0 ? clip_factor(report.grad_norm, options_.clip_norm) : 1.0;
+  skip_overflow_ = scale.skip_overflow;
+  if (DryRun::active()) return;
+  const double t = static_cast<double>(steps_ + 1);
   const bool narrow = std::any_of(parameters_.begin(), parameters_.end(),
                                   [](const Parameter& p) { return p.tensor.dtype() != DType::f64; });
-  if (narrow && report.grad_norm * report.clip_factor > kLargestNorm) {
-    fail(ErrorKind::kValue, "adam", "the gradients have norm ", report.grad_norm,
-         ", and their squares do not fit in the f32 state; the step was ", "not taken. Hint: clip_norm");
+  const AdamInput input = {
+      .constants = {.grad_scale = scale.factor,
+                    .beta1 = options_.beta1,
+                    .beta2 = options_.beta2,
+                    .rest1 = 1 - options_.beta1,
+                    .rest2 = 1 - options_.beta2,
+                    .inverse_bias1 = 1 / (1 - std::pow(options_.beta1, t)),
+                    .inverse_bias2 = 1 / (1 - std::pow(options_.beta2, t)),
+                    .eps = options_.eps},
+      .lr = lr,
+      .clip_norm = options_.clip_norm,
+      .largest_norm = narrow ? kLargestNorm : std::numeric_limits<double>::infinity(),
+  };
+  backend(device_).to_device(input_.raw(), &input, sizeof input);
+  // Which masters follow is the host's to know, and so no part of what may be recorded.
+  std::vector<AdamTensor> changed;  // by someone else
+  changed_.assign(stream_ ? parameters_.size() : 0, false);
+  for (size_t p = 0; p < parameters_.size(); ++p) {
+    const uint64_t version = parameters_[p].tensor.storage()->version();
+    if (slots_[p].version == version || !slots_[p].master.defined()) continue;
+    if (stream_) {  // the update brings the master to the device
+      changed_[p] = true;
+    } else {
+      changed.push_back(tensor_of(p));
+      slots_[p].version = version;
+    }
+  }
+  if (!changed.empty()) launch(device_, "adam", [&](auto on) { adam_follow(on, changed); });
+}
+
+AdamTensor Adam::tensor_of(size_t p) const {
+  const Parameter& parameter = parameters_[p];
+  const Slot& slot = slots_[p];
+  return {
+      .dtype = parameter.tensor.dtype(),
+      .count = parameter.tensor.numel(),
+      .parameter = parameter.tensor.raw(),
+      .weight = slot.master.defined() ? slot.master.raw() : parameter.tensor.raw(),
+      .exp_avg = slot.exp_avg.raw(),
+      .exp_avg_sq = slot.exp_avg_sq.raw(),
+      .weight_decay = parameter.role == ParameterRole::weight ? options_.weight_decay : 0.0,
+      .number = static_cast<int64_t>(p),
+  };
+}
+
+void Adam::queue(const Tensor& losses) {
+  const autograd::NoGrad no_grad;
+  const MemoryScope scope(MemoryCategory::workspace);
+  const auto count = static_cast<int64_t>(parameters_.size());
+  const auto* input = static_cast<const AdamInput*>(input_.raw());
+  auto* decision = static_cast<AdamDecision*>(decision_.raw());
+  TensorData loss_data;
+  if (losses.defined()) loss_data = {losses.raw(), losses.numel(), losses.dtype()};
+  {
+    const Tensor squares = reduced_squares(parameters_, *norms_);
+    launch(device_, "adam",
+           [&](auto on) { adam_decide(on, input, squares.data<double>(), count, loss_data, decision); });
+  }
+
+  if (stream_ && !DryRun::active()) {  // nothing is brought to the device for a step that is not taken
+    AdamDecision decided;
+    backend(device_).to_host(&decided, decision, sizeof decided);
+    if (decided.verdict != AdamDecision::kTake) return updated_.clear();
   }
 
   std::vector<AdamTensor> plain, ratio;  // without and with the trust ratio
-  std::vector<size_t> ratio_index;       // of the parameters of the latter
-  std::vector<AdamTensor> changed;       // by someone else
   std::vector<StateStream::Job> jobs;    // with offload: all of them
   std::vector<bool> job_changed;
   std::vector<Tensor> gradients;
+  int64_t partials = 0;
+  updated_.clear();
   for (size_t p = 0; p < parameters_.size(); ++p) {
     const Parameter& parameter = parameters_[p];
-    const Slot& slot = slots_[p];
     if (!parameter.tensor.grad().defined()) continue;
+    updated_.push_back(p);
     gradients.push_back(parameter.tensor.grad().contiguous());
-    const AdamTensor tensor = {
-        .dtype = parameter.tensor.dtype(),
-        .count = parameter.tensor.numel(),
-        .parameter = parameter.tensor.raw(),
-        .weight = slot.master.defined() ? slot.master.raw() : parameter.tensor.raw(),
-        .gradient = gradients.back().raw(),
-        .exp_avg = slot.exp_avg.raw(),
-        .exp_avg_sq = slot.exp_avg_sq.raw(),
-        .weight_decay = parameter.role == ParameterRole::weight ? options_.weight_decay : 0.0,
-        .lr = lr,
-    };
-    if (options_.trust_ratio &&
-        (parameter.role == ParameterRole::weight || parameter.role == ParameterRole::embedding)) {
+    AdamTensor tensor = tensor_of(p);
+    tensor.gradient = gradients.back().raw();
+    const bool has_ratio =
+        options_.trust_ratio && (parameter.role == ParameterRole::weight || parameter.role == ParameterRole::embedding);
+    if (has_ratio) {
+      partials += ask(device_, [&](auto on) { return adam_partials(on, tensor); });
       ratio.push_back(tensor);
-      ratio_index.push_back(p);
     } else {
+      tensor.lr = &decision->lr;
       plain.push_back(tensor);
     }
-    const bool was_changed = slot.master.defined() && slot.version != parameter.tensor.storage()->version();
-    if (was_changed) changed.push_back(tensor);
-    if (stream_) {
-      jobs.push_back({tensor, !ratio_index.empty() && ratio_index.back() == p});
-      job_changed.push_back(was_changed);
-    }
-  }
-  int64_t partials = 0;
-  for (const AdamTensor& tensor : ratio) {
-    partials += ask(device_, [&](auto on) { return adam_partials(on, tensor); });
+    if (!stream_) continue;
+    jobs.push_back({tensor, has_ratio});
+    job_changed.push_back(!changed_.empty() && changed_[p]);
   }
   const Tensor partial = Tensor::empty({2, partials}, DType::f64, device_);
-  const Tensor sums = Tensor::empty({2, static_cast<int64_t>(ratio.size())}, DType::f64, device_);
-
-  ++steps_;
-  for (const Parameter& parameter : parameters_) {
-    if (parameter.tensor.grad().defined()) parameter.tensor.begin_change("adam");
-  }
-  if (DryRun::active()) {
-    if (stream_) stream_->run(jobs, StateStream::Changes::kAll, {});
-    return report;
-  }
-  for (size_t p = 0; p < slots_.size(); ++p) {
-    if (parameters_[p].tensor.grad().defined()) slots_[p].version = parameters_[p].tensor.storage()->version();
-  }
-
-  const double t = static_cast<double>(steps_);
-  const AdamConstants<double> constants = {
-      .grad_scale = scale.factor * report.clip_factor,
-      .beta1 = options_.beta1,
-      .beta2 = options_.beta2,
-      .rest1 = 1 - options_.beta1,
-      .rest2 = 1 - options_.beta2,
-      .inverse_bias1 = 1 / (1 - std::pow(options_.beta1, t)),
-      .inverse_bias2 = 1 / (1 - std::pow(options_.beta2, t)),
-      .eps = options_.eps,
-  };
-  // Where the sums of squares of weight and update are, of each tensor with the ratio.
-  std::vector<std::pair<size_t, size_t>> places;
-  if (stream_) {
+  const Tensor sums = options_.trust_ratio ? Tensor::zeros({2, count}, DType::f64, device_) : Tensor();
+  const auto sums_at = [&] { return sums.defined() ? sums.data<double>() : nullptr; };
+  if (stream_ && DryRun::active()) {
+    stream_->run(jobs, StateStream::Changes::kAll, {});
+  } else if (stream_) {
     double* partials_left = partial.data<double>();
     stream_->run(jobs, StateStream::Changes::kAll, [&](std::span<const StateStream::Part> parts) {
       std::vector<AdamTensor> cut, whole, follow;
@@ -189,49 +212,63 @@ StepReport Adam::step(double lr, const GradientScale& scale) {
         (jobs[part.job].whole ? whole : cut).push_back(part.tensor);
         if (job_changed[part.job]) follow.push_back(part.tensor);
       }
-      const size_t first = 2 * places.size();
-      for (size_t i = 0; i < whole.size(); ++i) places.emplace_back(first + i, first + whole.size() + i);
       launch(device_, "adam", [&](auto on) {
         adam_follow(on, follow);
-        adam_update(on, cut, constants);
+        adam_update(on, cut, decision);
         if (whole.empty()) return;
-        adam_moments(on, whole, constants, partials_left, sums.data<double>() + first);
+        adam_moments(on, whole, decision, partials_left, sums_at(), count);
         for (const AdamTensor& tensor : whole) partials_left += 2 * adam_partials(on, tensor);
       });
     });
   } else {
     launch(device_, "adam", [&](auto on) {
-      adam_follow(on, changed);
-      adam_update(on, plain, constants);
-      if (options_.trust_ratio) adam_moments(on, ratio, constants, partial.data<double>(), sums.data<double>());
+      adam_update(on, plain, decision);
+      if (options_.trust_ratio) adam_moments(on, ratio, decision, partial.data<double>(), sums_at(), count);
     });
-    for (size_t i = 0; i < ratio.size(); ++i) places.emplace_back(i, ratio.size() + i);
   }
-  if (!options_.trust_ratio) return report;
+  if (!options_.trust_ratio) return;
 
-  const std::vector<double> found = sums.to_vector<double>();
-  std::vector<double> weights(parameters_.size(), 0.0), updates(parameters_.size(), 0.0);
-  for (size_t i = 0; i < ratio_index.size(); ++i) {
-    weights[ratio_index[i]] = found[places[i].first];
-    updates[ratio_index[i]] = found[places[i].second];
-  }
-  norms_->reduce(weights, parameters_);
-  norms_->reduce(updates, parameters_);
-  for (size_t i = 0; i < ratio_index.size(); ++i) {
-    const double weight = std::sqrt(weights[ratio_index[i]]), update = std::sqrt(updates[ratio_index[i]]);
-    if (weight > 0 && update > 0) ratio[i].lr *= weight / update;
-  }
-  if (!stream_) {
-    launch(device_, "adam", [&](auto on) { adam_apply(on, ratio, constants); });
-    return report;
-  }
+  const Tensor rates = Tensor::empty({count}, DType::f64, device_);
+  for (const int which : {0, 1}) reduce_on(sums.select(0, which), parameters_, *norms_);
+  for (AdamTensor& tensor : ratio) tensor.lr = rates.data<double>() + tensor.number;
+  launch(device_, "adam", [&](auto on) { adam_rates(on, sums_at(), count, decision, rates.data<double>()); });
+  if (!stream_) return launch(device_, "adam", [&](auto on) { adam_apply(on, ratio, decision); });
+  if (DryRun::active()) return;
   std::vector<StateStream::Job> rest;
   for (const AdamTensor& tensor : ratio) rest.push_back({tensor, true});
   stream_->run(rest, StateStream::Changes::kMasters, [&](std::span<const StateStream::Part> parts) {
     std::vector<AdamTensor> tensors;
     for (const StateStream::Part& part : parts) tensors.push_back(part.tensor);
-    launch(device_, "adam", [&](auto on) { adam_apply(on, tensors, constants); });
+    launch(device_, "adam", [&](auto on) { adam_apply(on, tensors, decision); });
   });
+}
+
+StepReport Adam::finish() {
+  StepReport report;
+  if (!DryRun::active()) {
+    AdamDecision decision;
+    backend(device_).to_host(&decision, decision_.raw(), sizeof decision);
+    report.loss = decision.loss;
+    report.grad_norm = decision.grad_norm;
+    report.clip_factor = decision.clip_factor;
+    if (!std::isfinite(decision.loss)) return report;
+    if (decision.verdict == AdamDecision::kNotFinite) {
+      report.skipped = skip_overflow_;
+      if (report.skipped) return report;
+      grad_norm(parameters_, *norms_);  // says which gradient it is
+      fail(ErrorKind::kState, "adam", "the gradients were not finite in the step and are now: someone changed them");
+    }
+    if (decision.verdict == AdamDecision::kTooLarge) {
+      fail(ErrorKind::kValue, "adam", "the gradients have norm ", report.grad_norm,
+           ", and their squares do not fit in the f32 state; the step was not taken. Hint: clip_norm");
+    }
+  }
+  const autograd::NoGrad no_grad;
+  ++steps_;
+  for (const size_t p : updated_) {
+    parameters_[p].tensor.begin_change("adam");
+    slots_[p].version = parameters_[p].tensor.storage()->version();
+  }
   return report;
 }
 

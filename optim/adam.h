@@ -7,6 +7,8 @@
 
 namespace weft::optim {
 
+struct AdamTensor;
+
 struct AdamOptions {
   double beta1 = 0.9;         ///< [0, 1): decay of the mean of gradients
   double beta2 = 0.999;       ///< [0, 1): decay of the mean of squared gradients
@@ -31,19 +33,23 @@ struct AdamOptions {
 /// parameter is the master rounded. Where a parameter was changed by someone else since, the master takes its values.
 /// Computed in the state's type; no bit depends on the number of threads. CUDA takes the same operations, rounded the
 /// same, so that its steps are the CPU's bit for bit (of a CPU that fuses multiply and add), but for the sums of
-/// squares behind clip_factor and r, which it adds in another fixed order. The host waits for the device once in a
-/// step, for the squares of the gradients, and with the trust ratio once more, for those of weights and updates. With
-/// offload it also waits at the end of the step, for the last copy to it; the trust ratio then keeps the state of a
-/// tensor in one piece, because its squares are added up, and reads it twice.
+/// squares behind clip_factor and r, which it adds in another fixed order. The host waits once, at the end of a step:
+/// norm, clip factor and trust ratios are the device's own business, unless the reducer needs the host. With offload it
+/// also waits before and at the end of the update, for the decision and for the last copy; the trust ratio then keeps
+/// the state of a tensor in one piece, because its squares are added up, and reads it twice.
 class Adam final : public Optimizer {
  public:
   /// @throws Error kValue for options outside their range or a missing reducer; kDevice unless all parameters are on
   /// one device, and with offload one of CUDA; kDType for offload of states of two types.
   Adam(Parameters parameters, const AdamOptions& options,
        std::shared_ptr<NormReducer> norms = std::make_shared<LocalNorms>());
-  /// @throws Error kValue, before anything is changed, for a learning rate that is not finite and >= 0, and for
-  /// gradients that are not finite or whose squares do not fit in an f32 state.
-  StepReport step(double lr, const GradientScale& scale = {}) override;
+  /// @throws Error kValue, before anything is changed, for a learning rate that is not finite and >= 0.
+  void prepare(double lr, const GradientScale& scale = {}) override;
+  void queue(const Tensor& losses = {}) override;
+  /// @throws Error kValue for gradients that are not finite or whose squares do not fit in an f32 state: nothing was
+  /// changed.
+  StepReport finish() override;
+  std::string host_work() const override;
 
  protected:
   NamedTensors state_tensors() const override;
@@ -54,12 +60,18 @@ class Adam final : public Optimizer {
     uint64_t version = 0;  ///< of the parameter's storage when the master was last written to it
   };
   void make_stream(DType dtype);
+  /// Parameter p with its state, without gradient and rate.
+  AdamTensor tensor_of(size_t p) const;
 
   AdamOptions options_;
   Device device_;
   std::shared_ptr<NormReducer> norms_;
   std::optional<StateStream> stream_;  ///< with offload
   std::vector<Slot> slots_;
+  Tensor input_, decision_;      // an AdamInput and an AdamDecision
+  std::vector<size_t> updated_;  // parameters that the last queue() updates
+  std::vector<bool> changed_;    // with offload: parameters that someone else changed since their last update
+  bool skip_overflow_ = false;
 };
 
 /// Adam without and with the trust ratio, under their usual names.

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "core/autograd.h"
+#include "core/backend.h"
 #include "ops/launch.h"
 #include "optim/optimizer_kernels.h"
 
@@ -45,15 +46,23 @@ Device device_of(const char* op, const Parameters& parameters) {
   return first.tensor.device();
 }
 
+void NormReducer::queue(const Tensor&, const Parameters&) {
+  fail(ErrorKind::kState, "grad_norm", "this reducer works on the host; ask on_device() first");
+}
+
+void reduce_on(const Tensor& squares, const Parameters& parameters, NormReducer& reducer) {
+  if (DryRun::active()) return;
+  if (reducer.on_device()) return reducer.queue(squares, parameters);
+  std::vector<double> values = squares.to_vector<double>();
+  reducer.reduce(values, parameters);
+  if (!values.empty())
+    backend(squares.device()).to_device(squares.raw(), values.data(), values.size() * sizeof(double));
+}
+
 namespace {
 
-/// The squares of each parameter's gradient: what this process holds, and the whole.
-struct Squares {
-  std::vector<double> own, whole;
-};
-
-/// Nothing in a dry run.
-Squares gradient_squares(const Parameters& parameters, NormReducer& reducer) {
+/// The squares of each parameter's gradient, as far as this process holds it.
+Tensor gradient_squares(const Parameters& parameters) {
   const autograd::NoGrad no_grad;
   const MemoryScope scope(MemoryCategory::workspace);
   const Device device = device_of("grad_norm", parameters);
@@ -68,33 +77,33 @@ Squares gradient_squares(const Parameters& parameters, NormReducer& reducer) {
   }
   const Tensor partial = Tensor::empty({partials}, DType::f64, device);
   const Tensor sums = Tensor::empty({static_cast<int64_t>(parameters.size())}, DType::f64, device);
-  if (DryRun::active()) return {};
   launch(device, "grad_norm", [&](auto on) { sum_squares(on, data, partial.data<double>(), sums.data<double>()); });
-  Squares squares;
-  squares.own = squares.whole = sums.to_vector<double>();
-  reducer.reduce(squares.whole, parameters);
-  return squares;
+  return sums;
 }
 
 }  // namespace
 
+Tensor reduced_squares(const Parameters& parameters, NormReducer& reducer) {
+  const Tensor squares = gradient_squares(parameters);
+  reduce_on(squares, parameters, reducer);
+  return squares;
+}
+
 double grad_norm(const Parameters& parameters, NormReducer& reducer) {
-  const Squares squares = gradient_squares(parameters, reducer);
-  for (size_t p = 0; p < squares.own.size(); ++p) {
-    if (!std::isfinite(squares.own[p])) report(parameters[p]);
+  const Tensor squares = gradient_squares(parameters);
+  if (DryRun::active()) return 0;
+  const std::vector<double> own = squares.to_vector<double>();
+  std::vector<double> whole = own;
+  reducer.reduce(whole, parameters);
+  for (size_t p = 0; p < own.size(); ++p) {
+    if (!std::isfinite(own[p])) report(parameters[p]);
   }
   double total = 0;
-  for (size_t p = 0; p < squares.whole.size(); ++p) {
-    total += squares.whole[p];
+  for (size_t p = 0; p < whole.size(); ++p) {
+    total += whole[p];
     if (!std::isfinite(total)) report(parameters[p]);
   }
   return std::sqrt(total);
-}
-
-std::optional<double> finite_grad_norm(const Parameters& parameters, NormReducer& reducer) {
-  double total = 0;
-  for (const double square : gradient_squares(parameters, reducer).whole) total += square;
-  return std::isfinite(total) ? std::optional(std::sqrt(total)) : std::nullopt;
 }
 
 double grad_norm(const Parameters& parameters) {

@@ -1,5 +1,4 @@
 #pragma once
-#include <optional>
 #include <span>
 
 #include "optim/parameter.h"
@@ -13,13 +12,25 @@ class NormReducer {
   virtual ~NormReducer() = default;
   /// squares[i] belongs to parameters[i].
   virtual void reduce(std::span<double> squares, const Parameters& parameters) = 0;
+  /// Whether queue() does the same as reduce() without the host: only then can a step be recorded as a whole.
+  virtual bool on_device() const { return false; }
+  /// reduce(), in place and as work queued on the device that `squares` (f64, one a parameter) is on.
+  virtual void queue(const Tensor& squares, const Parameters& parameters);
 };
 
 /// Everything is held here: nothing to do.
 class LocalNorms final : public NormReducer {
  public:
   void reduce(std::span<double>, const Parameters&) override {}
+  bool on_device() const override { return true; }
+  void queue(const Tensor&, const Parameters&) override {}
 };
+
+/// Where a parameter has a gradient, its sum of squares as f64, else 0: one a parameter, on their device; reduced, by
+/// the host if the reducer needs it. Device work alone if not.
+Tensor reduced_squares(const Parameters& parameters, NormReducer& reducer);
+/// Reduces sums that lie on a device: there, or through the host if the reducer needs it.
+void reduce_on(const Tensor& squares, const Parameters& parameters, NormReducer& reducer);
 
 /// The device of all parameters; the CPU if there are none. @throws Error kDevice naming two that are on different
 /// ones.
@@ -32,9 +43,6 @@ Device device_of(const char* op, const Parameters& parameters);
 /// sum of squares is beyond f64; kDevice unless all parameters are on one device.
 double grad_norm(const Parameters& parameters, NormReducer& reducer);
 double grad_norm(const Parameters& parameters);
-
-/// The same, but nothing where a gradient is not finite: the same answer in every process of a group.
-std::optional<double> finite_grad_norm(const Parameters& parameters, NormReducer& reducer);
 
 /// min(1, max_norm / norm): the factor that clips a gradient of this norm. @throws Error kValue unless max_norm > 0.
 double clip_factor(double norm, double max_norm);

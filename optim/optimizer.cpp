@@ -31,6 +31,12 @@ Optimizer::Optimizer(Parameters parameters) : parameters_(std::move(parameters))
   }
 }
 
+StepReport Optimizer::step(double lr, const GradientScale& scale) {
+  prepare(lr, scale);
+  queue();
+  return finish();
+}
+
 void Optimizer::zero_grad() {
   for (const Parameter& parameter : parameters_) parameter.tensor.clear_grad();
 }

@@ -5,6 +5,7 @@ namespace weft::optim {
 
 /// What a step did.
 struct StepReport {
+  double loss = 0;         ///< sum of the losses that queue() was given; if it is not finite, nothing was changed
   double grad_norm = 0;    ///< of the gradients times GradientScale::factor, before clipping
   double clip_factor = 1;  ///< by which gradients were multiplied beside that
   bool skipped = false;    ///< gradients overflowed, and nothing was changed
@@ -24,7 +25,22 @@ class Optimizer {
   /// One update with this learning rate. Gradients stay; parameters without one are left as they are.
   /// @throws Error kValue, before anything is changed (steps() included), if a gradient is NaN or infinite: it names
   /// the first such tensor.
-  virtual StepReport step(double lr, const GradientScale& scale = {}) = 0;
+  StepReport step(double lr, const GradientScale& scale = {});
+
+  // The same in three parts, so that a device takes the decisions of a step and the host waits once, at its end.
+  // queue() is then work of the device alone, which can be recorded with the passes before it and run again (Graph,
+  // core/backend.h): whatever changes from step to step is read from where prepare() has put it.
+
+  /// Sends this step's numbers to the device. @throws Error kValue for a learning rate that is not finite and >= 0.
+  virtual void prepare(double lr, const GradientScale& scale = {}) = 0;
+  /// Queues the update by the gradients that are there. It changes nothing where one of them or one of `losses`
+  /// (f32 or f64 [n], on the parameters' device; may be undefined) is not finite.
+  virtual void queue(const Tensor& losses = {}) = 0;
+  /// Waits for the update and tells what it did. @throws Error as step(); the gradients must be those that queue() saw.
+  virtual StepReport finish() = 0;
+  /// What in queue() needs the host, or "" if nothing does.
+  virtual std::string host_work() const = 0;
+
   /// Forgets the gradients; their memory goes back to the allocator.
   void zero_grad();
   /// Steps taken so far.

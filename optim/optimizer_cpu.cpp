@@ -36,13 +36,14 @@ void for_each_piece(std::span<const Tensor> tensors, int64_t size, Body body) {
   });
 }
 
-/// sums[i] = the sum of tensors[i]'s partial sums, which lie one tensor after another.
-template <class Tensor>
-void add_partials(std::span<const Tensor> tensors, int64_t size, const double* partials, double* sums) {
+/// sums[place(i)] = the sum of tensors[i]'s partial sums, which lie one tensor after another.
+template <class Tensor, class Place>
+void add_partials(std::span<const Tensor> tensors, int64_t size, const double* partials, double* sums, Place place) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     const int64_t count = pieces(tensors[i].count, size);
-    sums[i] = 0;
-    for (int64_t k = 0; k < count; ++k) sums[i] += partials[k];
+    double& sum = sums[place(i)];
+    sum = 0;
+    for (int64_t k = 0; k < count; ++k) sum += partials[k];
     partials += count;
   }
 }
@@ -66,7 +67,7 @@ struct Typed {
         weight(static_cast<State*>(t.weight)),
         exp_avg(static_cast<State*>(t.exp_avg)),
         exp_avg_sq(static_cast<State*>(t.exp_avg_sq)),
-        rates{static_cast<State>(t.weight_decay), static_cast<State>(t.lr)} {}
+        rates{static_cast<State>(t.weight_decay), t.lr == nullptr ? State(0) : static_cast<State>(*t.lr)} {}
   T* parameter;
   const T* gradient;
   State *weight, *exp_avg, *exp_avg_sq;
@@ -85,7 +86,7 @@ void sum_squares(Cpu, std::span<const TensorData> tensors, double* partials, dou
       return squares_of(static_cast<const T*>(tensor.data), begin, end);
     });
   });
-  add_partials(tensors, kSquarePiece, partials, sums);
+  add_partials(tensors, kSquarePiece, partials, sums, [](size_t i) { return i; });
 }
 
 void scale(Cpu, std::span<const TensorData> tensors, double factor) {
@@ -101,11 +102,23 @@ void scale(Cpu, std::span<const TensorData> tensors, double factor) {
 
 // ---- Adam ----
 
-void adam_update(Cpu, std::span<const AdamTensor> tensors, const AdamConstants<double>& constants) {
+void adam_decide(Cpu, const AdamInput* input, const double* squares, int64_t count, const TensorData& losses,
+                 AdamDecision* decision) {
+  double total = 0, loss = 0;
+  for (int64_t i = 0; i < count; ++i) total += squares[i];
+  for (int64_t i = 0; i < losses.count; ++i) {
+    loss += losses.dtype == DType::f64 ? static_cast<const double*>(losses.data)[i]
+                                       : static_cast<double>(static_cast<const float*>(losses.data)[i]);
+  }
+  *decision = decide(*input, total, loss);
+}
+
+void adam_update(Cpu, std::span<const AdamTensor> tensors, const AdamDecision* decision) {
+  if (decision->verdict != AdamDecision::kTake) return;
   for_each_piece(tensors, kAdamPiece, [&](int64_t, const AdamTensor& tensor, int64_t begin, int64_t end) {
     dispatch_float(tensor.dtype, "adam", [&]<class T>() {
       const Typed<T> at(tensor);
-      const auto c = rounded<Accumulate<T>>(constants);
+      const auto& c = decision->constants<Accumulate<T>>();
       update_piece(end - begin, at.weight + begin, at.gradient + begin, at.exp_avg + begin, at.exp_avg_sq + begin,
                    at.parameter + begin, c, at.rates);
     });
@@ -114,31 +127,38 @@ void adam_update(Cpu, std::span<const AdamTensor> tensors, const AdamConstants<d
 
 int64_t adam_partials(Cpu, const AdamTensor& tensor) { return pieces(tensor.count, kAdamPiece); }
 
-void adam_moments(Cpu, std::span<const AdamTensor> tensors, const AdamConstants<double>& constants, double* partials,
-                  double* sums) {
+void adam_moments(Cpu, std::span<const AdamTensor> tensors, const AdamDecision* decision, double* partials,
+                  double* sums, int64_t parameters) {
+  if (decision->verdict != AdamDecision::kTake) return;
   int64_t all = 0;
   for (const AdamTensor& tensor : tensors) all += pieces(tensor.count, kAdamPiece);
   for_each_piece(tensors, kAdamPiece, [&](int64_t piece, const AdamTensor& tensor, int64_t begin, int64_t end) {
     SquareSums total;
     dispatch_float(tensor.dtype, "adam", [&]<class T>() {
       const Typed<T> at(tensor);
-      const auto c = rounded<Accumulate<T>>(constants);
+      const auto& c = decision->constants<Accumulate<T>>();
       total = moments_piece(end - begin, at.weight + begin, at.gradient + begin, at.exp_avg + begin,
                             at.exp_avg_sq + begin, c, at.rates);
     });
     partials[piece] = total.weight;
     partials[all + piece] = total.update;
   });
-  add_partials(tensors, kAdamPiece, partials, sums);
-  add_partials(tensors, kAdamPiece, partials + all, sums + tensors.size());
+  const auto sum_of = [&](size_t i) { return static_cast<size_t>(tensors[i].number); };
+  add_partials(tensors, kAdamPiece, partials, sums, sum_of);
+  add_partials(tensors, kAdamPiece, partials + all, sums + parameters, sum_of);
 }
 
-void adam_apply(Cpu, std::span<const AdamTensor> tensors, const AdamConstants<double>& constants) {
+void adam_rates(Cpu, const double* sums, int64_t parameters, const AdamDecision* decision, double* rates) {
+  for (int64_t i = 0; i < parameters; ++i) rates[i] = trusted_rate(decision->lr, sums[i], sums[parameters + i]);
+}
+
+void adam_apply(Cpu, std::span<const AdamTensor> tensors, const AdamDecision* decision) {
+  if (decision->verdict != AdamDecision::kTake) return;
   for_each_piece(tensors, kAdamPiece, [&](int64_t, const AdamTensor& tensor, int64_t begin, int64_t end) {
     dispatch_float(tensor.dtype, "adam", [&]<class T>() {
       const Typed<T> at(tensor);
       apply_piece(end - begin, at.weight + begin, at.exp_avg + begin, at.exp_avg_sq + begin, at.parameter + begin,
-                  rounded<Accumulate<T>>(constants), at.rates);
+                  decision->constants<Accumulate<T>>(), at.rates);
     });
   });
 }
