@@ -11,6 +11,7 @@
 #include <mutex>
 #include <set>
 #include <unordered_map>
+#include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -22,7 +23,7 @@
 namespace weft {
 namespace {
 
-constexpr size_t kAlignment = 64;
+constexpr size_t kCpuAlignment = 64, kDeviceAlignment = 256;
 /// Small requests share segments of 4 MiB; larger ones share segments of 32 MiB or have one of their own size. Keeping
 /// the two apart stops long-lived small blocks from splitting what large ones need.
 constexpr size_t kSmallRequest = size_t{256} << 10;
@@ -51,6 +52,34 @@ DryRun::DryRun() { ++dry_runs; }
 DryRun::~DryRun() { --dry_runs; }
 bool DryRun::active() { return dry_runs.load(std::memory_order_relaxed) > 0; }
 
+struct ReplayMemory::State {
+  struct Range {
+    char *begin, *end;
+  };
+  Allocator::State* allocator;
+  bool recording = true;
+  std::vector<Range> ranges;  // sorted and joined once the recording has stopped
+  std::unordered_map<void*, int64_t> takers;
+  int64_t taken = 0;
+
+  bool overlaps(const char* data, size_t bytes) const {
+    const auto after =
+        std::partition_point(ranges.begin(), ranges.end(), [&](const Range& r) { return r.end <= data; });
+    return after != ranges.end() && after->begin < data + bytes;
+  }
+  void sort() {
+    std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    std::vector<Range> joined;
+    for (const Range& range : ranges) {
+      if (joined.empty() || range.begin > joined.back().end)
+        joined.push_back(range);
+      else
+        joined.back().end = std::max(joined.back().end, range.end);
+    }
+    ranges = std::move(joined);
+  }
+};
+
 struct Allocator::State {
   struct Block {
     char* data;
@@ -73,6 +102,34 @@ struct Allocator::State {
   std::set<Block*, Smaller> unused[2];  // by size, then address: best fit, deterministic; [small]
   std::unordered_map<void*, Block*> used;
   MemoryStatistics statistics;
+  std::vector<ReplayMemory::State*> replays;
+
+  size_t alignment() const { return device.kind == DeviceKind::cpu ? kCpuAlignment : kDeviceAlignment; }
+
+  /// Whether recorded work may still use a segment.
+  bool is_kept(const Block& segment) const {
+    return std::any_of(replays.begin(), replays.end(), [&](const ReplayMemory::State* replay) {
+      return replay->recording || replay->overlaps(segment.data, segment.bytes);
+    });
+  }
+  void note_allocated(const Block& block) {
+    for (ReplayMemory::State* replay : replays) {
+      if (replay->recording) {
+        replay->ranges.push_back({block.data, block.data + block.bytes});
+      } else if (replay->overlaps(block.data, block.bytes)) {
+        replay->takers.emplace(block.data, static_cast<int64_t>(block.bytes));
+        replay->taken += static_cast<int64_t>(block.bytes);
+      }
+    }
+  }
+  void note_freed(const Block& block) {
+    for (ReplayMemory::State* replay : replays) {
+      const auto found = replay->takers.find(block.data);
+      if (found == replay->takers.end()) continue;
+      replay->taken -= found->second;
+      replay->takers.erase(found);
+    }
+  }
 
   /// Tells the address sanitizer which bytes may be touched: it cannot see inside memory that is cached here.
   void mark([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes, [[maybe_unused]] bool usable) const {
@@ -114,7 +171,7 @@ struct Allocator::State {
     for (auto& list : unused) {
       for (auto it = list.begin(); it != list.end();) {
         Block* block = *it;
-        if (block->before || block->after) {
+        if (block->before || block->after || is_kept(*block)) {
           ++it;
           continue;
         }
@@ -153,9 +210,9 @@ Allocator::~Allocator() {
 
 void* Allocator::allocate(size_t bytes, MemoryCategory category) {
   if (bytes == 0) return nullptr;
-  const size_t size = round_up(bytes, kAlignment);
-  const bool small = size <= kSmallRequest;
   State& s = *state_;
+  const size_t size = round_up(bytes, s.alignment());
+  const bool small = size <= kSmallRequest;
   const std::lock_guard lock(s.mutex);
   State::Block key{nullptr, size, small};
   auto& list = s.unused[small];
@@ -189,6 +246,7 @@ void* Allocator::allocate(size_t bytes, MemoryCategory category) {
   block->used = true;
   block->category = category;
   s.used.emplace(block->data, block);
+  s.note_allocated(*block);
   s.mark(block->data, bytes, true);
   s.count(category, static_cast<int64_t>(size));
   return block->data;
@@ -201,6 +259,7 @@ void Allocator::free(void* data) {
   const auto found = s.used.find(data);
   State::Block* block = found->second;
   s.used.erase(found);
+  s.note_freed(*block);
   s.count(block->category, -static_cast<int64_t>(block->bytes));
   s.mark(block->data, block->bytes, false);
   block->used = false;
@@ -248,6 +307,39 @@ void Allocator::reset_peak() {
 void Allocator::release_cached() {
   const std::lock_guard lock(state_->mutex);
   state_->release_cached();
+}
+
+std::unique_ptr<ReplayMemory> Allocator::record() {
+  std::unique_ptr<ReplayMemory> memory(new ReplayMemory);
+  memory->state_->allocator = state_;
+  const std::lock_guard lock(state_->mutex);
+  state_->replays.push_back(memory->state_.get());
+  return memory;
+}
+
+ReplayMemory::ReplayMemory() : state_(new State) {}
+
+ReplayMemory::~ReplayMemory() {
+  const std::lock_guard lock(state_->allocator->mutex);
+  std::erase(state_->allocator->replays, state_.get());
+}
+
+void ReplayMemory::stop() {
+  const std::lock_guard lock(state_->allocator->mutex);
+  state_->recording = false;
+  state_->sort();
+}
+
+int64_t ReplayMemory::taken() const {
+  const std::lock_guard lock(state_->allocator->mutex);
+  return state_->taken;
+}
+
+int64_t ReplayMemory::bytes() const {
+  const std::lock_guard lock(state_->allocator->mutex);
+  int64_t bytes = 0;
+  for (const State::Range& range : state_->ranges) bytes += range.end - range.begin;
+  return bytes;
 }
 
 namespace {

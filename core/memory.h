@@ -2,6 +2,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 
 #include "core/device.h"
@@ -50,9 +51,33 @@ struct MemoryStatistics {
   int64_t system_allocations = 0;  ///< times the system was asked, since the start
 };
 
+/// The memory that recorded work (Graph, core/backend.h) uses each time it runs: all that was allocated while it was
+/// recorded. Most of it was free again before the recording ended; others may use it between two runs, because the
+/// work of a device is ordered, but must have given it back when the next begins. As long as this object lives none of
+/// it is given back to the system; while it records, nothing at all is.
+class ReplayMemory {
+ public:
+  ~ReplayMemory();
+  ReplayMemory(const ReplayMemory&) = delete;
+  ReplayMemory& operator=(const ReplayMemory&) = delete;
+  /// What is allocated from now on is not part of it.
+  void stop();
+  /// Bytes of it that others have allocated since and not given back: a run now would write over what is theirs.
+  int64_t taken() const;
+  /// Bytes of it.
+  int64_t bytes() const;
+
+ private:
+  friend class Allocator;
+  struct State;
+  ReplayMemory();
+  std::unique_ptr<State> state_;
+};
+
 /// A caching allocator: memory that is given back is kept, split and joined, so that a training step that repeats asks
 /// the system for nothing, as a rule after its second time: best fit may split the blocks of a step otherwise the
-/// second time than the first, but settles. Blocks are 64-byte aligned. Thread-safe.
+/// second time than the first, but settles. Blocks are 64-byte aligned on a CPU and 256-byte aligned on other devices,
+/// so that no choice of a kernel by alignment depends on what was allocated before. Thread-safe.
 class Allocator {
  public:
   /// @throws Error kMemory with the category table if the system has no more.
@@ -62,10 +87,13 @@ class Allocator {
   void recount(void* data, MemoryCategory category);
   MemoryStatistics statistics() const;
   void reset_peak();
-  /// Gives cached memory that is not in use back to the system.
+  /// Gives cached memory that is not in use back to the system, but for what a ReplayMemory keeps.
   void release_cached();
+  /// Notes what is allocated from now on, until ReplayMemory::stop().
+  std::unique_ptr<ReplayMemory> record();
 
   struct State;
+  friend class ReplayMemory;
   /// @param pinned  host memory that the device copies from and to by itself, instead of its own
   explicit Allocator(Device device, bool dry, bool pinned = false);
   ~Allocator();

@@ -152,6 +152,53 @@ TEST(Memory, CachedMemoryGoesBackWhenAsked) {
   EXPECT_EQ(memory.statistics().reserved, 0);
 }
 
+TEST(ReplayMemory, CountsWhatOthersHoldOfItAndNothingElse) {
+  Allocator memory(Device::cpu(), false);
+  void* before = memory.allocate(kMiB, MemoryCategory::parameters);
+  const std::unique_ptr<ReplayMemory> replay = memory.record();
+  void* temporary = memory.allocate(2 * kMiB, MemoryCategory::activations);
+  void* kept = memory.allocate(kMiB, MemoryCategory::gradients);
+  memory.free(temporary);
+  replay->stop();
+  EXPECT_EQ(replay->bytes(), 3 * kMiB);
+  EXPECT_EQ(replay->taken(), 0) << "what the recorded work keeps itself is its own";
+
+  void* in_it = memory.allocate(2 * kMiB, MemoryCategory::activations);
+  ASSERT_EQ(in_it, temporary) << "others may use it in between";
+  EXPECT_EQ(replay->taken(), 2 * kMiB);
+  void* beside = memory.allocate(kMiB, MemoryCategory::activations);
+  EXPECT_EQ(replay->taken(), 2 * kMiB) << "that one lies elsewhere";
+  memory.free(in_it);
+  EXPECT_EQ(replay->taken(), 0);
+  for (void* data : {before, kept, beside}) memory.free(data);
+  EXPECT_EQ(replay->taken(), 0);
+}
+
+TEST(ReplayMemory, StaysReservedWhileItLives) {
+  Allocator memory(Device::cpu(), false);
+  memory.free(memory.allocate(40 * kMiB, MemoryCategory::data));
+  std::unique_ptr<ReplayMemory> replay = memory.record();
+  memory.free(memory.allocate(100 * kMiB, MemoryCategory::activations));
+  memory.release_cached();
+  EXPECT_EQ(memory.statistics().reserved, 140 * kMiB) << "nothing goes back during a recording";
+  replay->stop();
+  memory.release_cached();
+  EXPECT_EQ(memory.statistics().reserved, 100 * kMiB) << "only what the recording did not use";
+  replay.reset();
+  memory.release_cached();
+  EXPECT_EQ(memory.statistics().reserved, 0);
+}
+
+TEST(Memory, BlocksOfOtherDevicesAreAlignedForEveryKernel) {
+  Allocator memory(Device::cuda(), true);
+  std::vector<void*> blocks;
+  for (size_t bytes = 1; bytes <= 3000; bytes += 37) {
+    blocks.push_back(memory.allocate(bytes, MemoryCategory::data));
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(blocks.back()) % 256, 0u);
+  }
+  for (void* block : blocks) memory.free(block);
+}
+
 /// Random allocations and frees; whoever overlapped another would find its pattern broken.
 void stress(Allocator& memory, unsigned seed, int rounds) {
   std::mt19937 random(seed);
