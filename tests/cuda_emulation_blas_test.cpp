@@ -309,6 +309,31 @@ TEST_F(CublasLt, WhatTheLibraryCannotDoIsRefused) {
             CUBLAS_STATUS_INVALID_VALUE);
 }
 
+TEST_F(CublasLt, FactorsOfTheDeviceAreReadWhenAProductIsComputed) {
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  const float a = 3, b = 4;
+  float d = 0, factors[] = {2, 0};
+  const auto one = layout(CUDA_R_32F, 1, 1, 1);
+  set(CUBLASLT_MATMUL_DESC_POINTER_MODE, static_cast<int32_t>(CUBLASLT_POINTER_MODE_DEVICE));
+  ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+  ASSERT_EQ(cublasLtMatmul(handle_, desc_, &factors[0], &a, one, &b, one, &factors[1], &d, one, &d, one, nullptr,
+                           nullptr, 0, stream),
+            CUBLAS_STATUS_SUCCESS);
+  ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+  ASSERT_EQ(cudaGraphInstantiate(&executable, graph), cudaSuccess);
+  for (const float value : {5.0f, 6.0f}) {
+    factors[0] = value;
+    ASSERT_EQ(cudaGraphLaunch(executable, stream), cudaSuccess);
+    EXPECT_EQ(d, 12 * value);
+  }
+  EXPECT_EQ(cudaGraphExecDestroy(executable), cudaSuccess);
+  EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+  EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+}
+
 TEST_F(CublasLt, AProductIsCapturedWithItsScalars) {
   cudaStream_t stream = nullptr;
   cudaGraph_t graph = nullptr;

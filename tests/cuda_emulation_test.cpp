@@ -554,6 +554,19 @@ TEST_F(CudaCapture, CallsThatWaitOrAllocateSpoilIt) {
   spoils([&] { return cudaEventRecord(event_, stream_), cudaEventQuery(event_); }, cudaErrorCapturedEvent);
 }
 
+TEST_F(CudaCapture, AThreadMayAllowItselfCallsThatAllocate) {
+  begin();
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  ASSERT_EQ(cudaThreadExchangeStreamCaptureMode(&mode), cudaSuccess);
+  EXPECT_EQ(mode, cudaStreamCaptureModeGlobal);
+  void* data = nullptr;
+  EXPECT_EQ(cudaMalloc(&data, 4), cudaSuccess);
+  ASSERT_EQ(cudaThreadExchangeStreamCaptureMode(&mode), cudaSuccess);
+  EXPECT_EQ(mode, cudaStreamCaptureModeRelaxed);
+  EXPECT_EQ(end(), cudaSuccess);
+  EXPECT_EQ(cudaFree(data), cudaSuccess);
+}
+
 TEST_F(CudaCapture, ForksMustBeJoined) {
   auto values = to_device<int>({7, 7});
   const auto fork = [&] {

@@ -1,6 +1,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <vector>
 
 /// The CUDA runtime and device code on the CPU, so that kernels compiled as plain C++ run in tests without a GPU.
 ///
@@ -33,6 +35,11 @@ unsigned char* dynamic_shared();
 
 /// What the device says of itself from now on; 9.0 at the start.
 void set_compute_capability(int major, int minor);
+
+/// From now on the ranges that this thread marks for a profiler are kept, until they are taken: one a line, indented by
+/// one space for each that it is within.
+void keep_ranges();
+std::vector<std::string> take_ranges();
 
 /// Ends the process if a byte just outside one of the live allocations was written; cudaFree does so for its own.
 void check_guards();

@@ -74,6 +74,9 @@ std::vector<std::shared_ptr<Capture>>& captures() {
   return all;
 }
 
+/// What a thread's calls that allocate or wait may spoil.
+thread_local cudaStreamCaptureMode calls_of_thread = cudaStreamCaptureModeGlobal;
+
 std::mutex& null_stream() {
   static std::mutex running;
   return running;
@@ -164,9 +167,10 @@ cudaError_t may_wait_for(cudaEvent_t event) {
 namespace weft_emulation {
 
 cudaError_t refuse_while_capturing() {
+  if (calls_of_thread == cudaStreamCaptureModeRelaxed) return cudaSuccess;
   const std::lock_guard lock(mutex);
   const bool refused = invalidate_if([](const Capture& capture) {
-    return capture.mode == cudaStreamCaptureModeGlobal ||
+    return (capture.mode == cudaStreamCaptureModeGlobal && calls_of_thread == cudaStreamCaptureModeGlobal) ||
            (capture.mode == cudaStreamCaptureModeThreadLocal && capture.thread == std::this_thread::get_id());
   });
   return refused ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
@@ -396,6 +400,12 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   if (capture->invalidated) return result(cudaErrorStreamCaptureInvalidated);
   if (!joined) return result(cudaErrorStreamCaptureUnjoined);
   *graph = new CUgraph_st{std::move(capture->work)};
+  return cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  if (mode == nullptr) return result(cudaErrorInvalidValue);
+  std::swap(*mode, calls_of_thread);
   return cudaSuccess;
 }
 
