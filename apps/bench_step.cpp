@@ -7,6 +7,7 @@
 
 #include "apps/bench.h"
 #include "apps/device_option.h"
+#include "apps/files.h"
 #include "apps/options.h"
 #include "apps/train_options.h"
 #include "core/log.h"
@@ -41,7 +42,7 @@ const std::vector<StepShape>& shapes() {
 /// Forward, backward, clipping and AdamW over random tokens.
 class StepBench {
  public:
-  StepBench(const StepShape& shape, int64_t accumulate, Device device, DType dtype, bool fp8)
+  StepBench(const StepShape& shape, int64_t accumulate, Device device, DType dtype, bool fp8, models::GraphUse graph)
       : shape_(shape),
         accumulate_(accumulate),
         device_(device),
@@ -52,6 +53,7 @@ class StepBench {
         loader_(random_tokens(shape), {.batch = shape.batch, .context = shape.config.context, .prefetch = 0}),
         trainer_(gpt_, optimizer_, loader_, {.peak = 3e-4, .floor = 3e-5, .warmup = 10, .total = 1000000}, accumulate) {
     if (fp8) trainer_.scale_fp8(gpt_.use_fp8());
+    graph_reason_ = trainer_.use_graph(graph);
   }
 
   models::StepMetrics step() { return trainer_.step(); }
@@ -60,6 +62,9 @@ class StepBench {
   /// Peak bytes of the process on a CPU, of the device's memory on a GPU.
   int64_t peak_bytes() const { return device_.kind == DeviceKind::cpu ? peak_resident_bytes() : memory().reserved; }
   const models::StepBound& bound() const { return bound_; }
+  std::string graph() const {
+    return graph_reason_.empty() ? trainer_.graph().summary() : describe_cuda_graph(graph_reason_);
+  }
   /// The bound after one more measurement of the machine, which takes a second and memory of its own.
   models::StepBound measured_bound() const {
     return models::step_bound(shape_.config, tokens(), models::measure_machine(device_, dtype_));
@@ -83,6 +88,7 @@ class StepBench {
   optim::Adam optimizer_;
   text::Loader loader_;
   models::Trainer trainer_;
+  std::string graph_reason_;
 };
 
 double median(std::vector<double> values) {
@@ -136,6 +142,8 @@ int bench_step(std::span<const std::string> args) {
   options.add("precision", &precision, {{"f32", Precision::f32}, {"bf16", Precision::bf16}, {"fp8", Precision::fp8}},
               "of weights and activations, the optimizer keeps f32; fp8: bf16 whose blocks multiply in 8 bits");
   device.declare(options);
+  models::GraphUse graph = models::GraphUse::automatic;
+  declare_cuda_graph(options, &graph);
   options.add("threads", &threads, {.min = 0, .max = 1024}, "threads; 0: as many as the process may use");
   options.add("steps", &steps, {.min = 1, .max = 1000000}, "steps that are timed, after 3 that are not");
   options.action("serve", &serving,
@@ -149,7 +157,7 @@ int bench_step(std::span<const std::string> args) {
   const Device where = device.device(options);
   const bool fp8 = precision == Precision::fp8;
   const DType dtype = precision == Precision::f32 ? DType::f32 : DType::bf16;
-  StepBench bench(chosen, accumulate, where, dtype, fp8);
+  StepBench bench(chosen, accumulate, where, dtype, fp8, graph);
   if (serving) return serve(bench), 0;
 
   for (int i = 0; i < 3; ++i) bench.step();
@@ -164,12 +172,14 @@ int bench_step(std::span<const std::string> args) {
   }
   const double seconds = median(total);
   const models::StepBound& bound = bench.bound();
-  std::printf(
-      "shape %s on %s (%d threads), %s, median of %lld steps: %.2f ms (forward %.2f, backward %.2f, optimizer %.2f), "
-      "best %.2f ms\n",
-      shape.c_str(), to_string(where).c_str(), num_threads(), fp8 ? "fp8" : name(dtype), static_cast<long long>(steps),
-      seconds * 1e3, median(forward) * 1e3, median(backward) * 1e3, median(optimizer) * 1e3,
-      *std::min_element(total.begin(), total.end()) * 1e3);
+  const auto ms = [](const std::vector<double>& values) { return fixed(median(values) * 1e3, 2); };
+  const std::string parts = where.kind == DeviceKind::cpu ? concat("forward ", ms(forward), ", backward ", ms(backward),
+                                                                   ", optimizer ", ms(optimizer))
+                                                          : "forward, backward and optimizer as one";
+  std::printf("shape %s on %s (%d threads), %s, median of %lld steps: %.2f ms (%s), best %.2f ms\n", shape.c_str(),
+              to_string(where).c_str(), num_threads(), fp8 ? "fp8" : name(dtype), static_cast<long long>(steps),
+              seconds * 1e3, parts.c_str(), *std::min_element(total.begin(), total.end()) * 1e3);
+  std::printf("cuda graph: %s\n", bench.graph().c_str());
   std::printf(
       "%s tokens/s; speed of light %.2f ms (products %.2f, attention %.2f, passes %.2f, optimizer %.2f): %.1f%%\n",
       grouped(static_cast<int64_t>(static_cast<double>(bench.tokens()) / seconds)).c_str(), bound.total() * 1e3,

@@ -23,4 +23,15 @@ Device DeviceOption::device(const Options& options) const {
   return device;
 }
 
+void declare_cuda_graph(Options& o, models::GraphUse* use) {
+  using models::GraphUse;
+  o.add("cuda_graph", use, {{"auto", GraphUse::automatic}, {"on", GraphUse::on}, {"off", GraphUse::off}},
+        "record a training step once and launch it as a whole, with the same bits: auto where it is possible, on or an "
+        "error, off");
+}
+
+std::string describe_cuda_graph(const std::string& why_not) {
+  return why_not.empty() ? "steps are recorded, after two that are not" : "steps are not recorded: " + why_not;
+}
+
 }  // namespace weft::apps

@@ -3,6 +3,7 @@
 
 #include "apps/options.h"
 #include "core/device.h"
+#include "models/step_graph.h"
 
 namespace weft::apps {
 
@@ -17,5 +18,10 @@ struct DeviceOption {
   /// The same for a run without memory or arithmetic, which needs no such device.
   Device planned(const Options& options) const;
 };
+
+/// The option --cuda-graph of a command that trains: auto, on or off.
+void declare_cuda_graph(Options& options, models::GraphUse* use);
+/// "recorded after two steps that are not", or why not.
+std::string describe_cuda_graph(const std::string& why_not);
 
 }  // namespace weft::apps

@@ -76,6 +76,13 @@ std::string saturation(const optim::DelayedScaling::Counts& counts) {
                      static_cast<double>(std::max<int64_t>(counts.converted, 1)));
 }
 
+/// The three parts of a step where the clock can tell them apart.
+nlohmann::json to_json(const models::StepTimes& times) {
+  if (times.device > 0) return {{"data", times.data}, {"device", times.device}};
+  return {
+      {"data", times.data}, {"forward", times.forward}, {"backward", times.backward}, {"optimizer", times.optimizer}};
+}
+
 std::string run_id() {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   char text[64];
@@ -136,6 +143,7 @@ class Run {
       trainer_->scale_fp8(gpt_.use_fp8());
       if (from) trainer_->fp8()->load_state(fp8_state);
     }
+    graph_reason_ = trainer_->use_graph(options.cuda_graph);
   }
 
   /// Trains to the last step or to the first signal. Returns whether the run is complete.
@@ -150,6 +158,7 @@ class Run {
     log::info("speed of light of a step: ", fixed(bound * 1e3, 1), " ms (GEMM peak ",
               fixed(machine.gemm_flops * 1e-9, 0), " GFLOP/s, copy ", fixed(machine.copy_bytes * 1e-9, 0), " GB/s, ",
               machine.threads, " threads of ", machine.name, ")");
+    log::info("cuda graph: ", describe_cuda_graph(graph_reason_));
     Progress progress({.title = "train", .total = o_.steps, .start = first, .line_seconds = o_.log_seconds});
     std::string fields;
     while (trainer_->steps() < o_.steps && !stop.requested()) {
@@ -167,11 +176,7 @@ class Run {
                               {"tokens", m.tokens},
                               {"tokens_per_second", static_cast<double>(m.tokens) / m.times.total()},
                               {"percent_of_speed_of_light", percent},
-                              {"seconds",
-                               {{"data", m.times.data},
-                                {"forward", m.times.forward},
-                                {"backward", m.times.backward},
-                                {"optimizer", m.times.optimizer}}}};
+                              {"seconds", to_json(m.times)}};
       if (trainer_->fp8()) entry["fp8_converted"] = m.fp8.converted, entry["fp8_saturated"] = m.fp8.saturated;
       metrics_file.write(entry);
       fp8_.converted += m.fp8.converted;
@@ -211,7 +216,9 @@ class Run {
       std::cout << "fp8: " << grouped(fp8_.saturated) << " of " << grouped(fp8_.converted)
                 << " elements converted were beyond the largest number and saturated (" << saturation(fp8_) << ")\n";
     }
-    std::cout << "memory:\n"
+    std::cout << "cuda graph: "
+              << (graph_reason_.empty() ? trainer_->graph().summary() : describe_cuda_graph(graph_reason_)) << "\n"
+              << "memory:\n"
               << memory_table(memory) << "written: " << last_checkpoint_ << ", " << (o_.out / "metrics.jsonl").string()
               << ", " << (o_.out / "config.toml").string() << "\n";
   }
@@ -284,7 +291,7 @@ class Run {
   optim::Adam optimizer_;
   text::Loader loader_;
   std::optional<models::Trainer> trainer_;
-  std::string run_id_, last_checkpoint_ = "no checkpoint";
+  std::string graph_reason_, run_id_, last_checkpoint_ = "no checkpoint";
   int64_t saved_ = -1, tokens_ = 0;
   optim::DelayedScaling::Counts fp8_;
   double seconds_ = 0;

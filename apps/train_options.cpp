@@ -48,6 +48,7 @@ void TrainOptions::declare(Options& o) {
 
   o.section("run", "The run");
   device.declare(o);
+  declare_cuda_graph(o, &cuda_graph);
   o.add("precision", &precision,
         {{"f32", Precision::f32},
          {"tf32", Precision::tf32},

@@ -7,6 +7,7 @@
 #include "apps/device_option.h"
 #include "apps/options.h"
 #include "models/gpt.h"
+#include "models/step_graph.h"
 #include "optim/adam.h"
 #include "optim/schedule.h"
 
@@ -38,6 +39,7 @@ struct TrainOptions {
   bool offload_optimizer = false, offload_activations = false;
   // run
   DeviceOption device;
+  models::GraphUse cuda_graph = models::GraphUse::automatic;
   Precision precision = Precision::f32;
   std::filesystem::path out = "out";
   int64_t steps = 1000;

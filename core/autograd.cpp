@@ -168,6 +168,7 @@ void record(const char* op, const std::vector<Tensor>& inputs, const std::vector
 
 RecordObserver::RecordObserver(See see) : see_(std::move(see)), previous_(observer) { observer = &see_; }
 RecordObserver::~RecordObserver() { observer = previous_; }
+bool RecordObserver::active() { return observer != nullptr; }
 
 // ---- backward ----
 

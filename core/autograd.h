@@ -212,6 +212,8 @@ class RecordObserver {
   ~RecordObserver();
   RecordObserver(const RecordObserver&) = delete;
   RecordObserver& operator=(const RecordObserver&) = delete;
+  /// Whether this thread has one.
+  static bool active();
 
  private:
   See see_;

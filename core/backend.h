@@ -1,6 +1,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -22,6 +23,18 @@ struct StridedView {
 struct MemorySize {
   int64_t free = 0;
   int64_t total = 0;
+};
+
+/// Work of a device that was recorded once and is queued as a whole, as often as one likes. It reads what its memory
+/// holds then: every host value that it took was frozen when it was recorded, so that what changes from run to run must
+/// come from the device's memory.
+class Graph {
+ public:
+  virtual ~Graph() = default;
+  /// Queues it. @throws Error kState where taken() is not 0.
+  virtual void launch() = 0;
+  /// Bytes that its temporaries had and others hold now (ReplayMemory): then it has to be recorded again.
+  virtual int64_t taken() const = 0;
 };
 
 /// What the tensor runtime asks of a device. Calls may return before the work is done; work on one device is ordered,
@@ -75,6 +88,11 @@ class Backend {
   /// Returns when all work, copies among it, is done. This and to_host() throw what a kernel found wrong with its input
   /// meanwhile (an index out of range, say): such a kernel leaves the element at fault alone.
   virtual void synchronize() = 0;
+  /// Calls queue() and records the work that this thread queues in it, instead of doing it. Meanwhile whatever waits
+  /// for the device or sends it values of the host is an Error kState; queue() should have run before, so that nothing
+  /// is left to look up or to allocate. Tensors that outlive queue() keep their place. An exception of queue() passes,
+  /// and nothing is recorded. @throws Error kDevice where the device cannot record.
+  virtual std::unique_ptr<Graph> capture(const std::function<void()>& queue);
 };
 
 /// The backend of a device. @throws Error kDevice if this build or machine has no such device.
@@ -84,5 +102,15 @@ Backend& backend(Device device);
 std::unique_ptr<Backend> make_cuda_backend(int index);
 /// Why make_cuda_backend gives null, or "" if it does not.
 const char* why_no_cuda();
+
+/// Names what the calling thread queues during its life for a profiler (NVTX). Costs next to nothing without one, and
+/// is nothing without CUDA.
+class Range {
+ public:
+  explicit Range(const char* name);
+  ~Range();
+  Range(const Range&) = delete;
+  Range& operator=(const Range&) = delete;
+};
 
 }  // namespace weft

@@ -260,6 +260,10 @@ class CpuBackend final : public Backend {
 
 }  // namespace
 
+std::unique_ptr<Graph> Backend::capture(const std::function<void()>&) {
+  fail(ErrorKind::kDevice, "capture", name(), " records no work: its kernels run when they are called");
+}
+
 Backend& backend(Device device) {
   static CpuBackend& cpu = *new CpuBackend;  // never destroyed, like the allocators that call it
   if (device.kind == DeviceKind::cpu) {

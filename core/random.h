@@ -49,8 +49,8 @@ class RandomStream {
   /// A whole number in [0, bound), bound >= 1, without bias that matters: 64 bits are scaled.
   uint64_t below(uint64_t index, uint64_t bound) const;
 
-  uint64_t key() const { return key_; }
-  uint64_t step() const { return step_; }
+  WEFT_HD uint64_t key() const { return key_; }
+  WEFT_HD uint64_t step() const { return step_; }
 
  private:
   uint64_t key_;

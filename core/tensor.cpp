@@ -268,6 +268,11 @@ void Tensor::register_hook(std::function<Tensor(const Tensor&)> hook) const {
     meta.node->hooks.emplace_back(meta.output, std::move(hook));
 }
 
+bool Tensor::has_hooks() const {
+  const auto& meta = get().meta;
+  return meta != nullptr && !(meta->hooks.empty() && meta->grad_ready_hooks.empty());
+}
+
 void Tensor::register_grad_ready_hook(std::function<void(const Tensor&)> hook) const {
   if (!requires_grad() || !is_leaf()) {
     fail(ErrorKind::kState, "register_grad_ready_hook", "only a leaf that requires a gradient adds one up; got ",

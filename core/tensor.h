@@ -170,6 +170,9 @@ class Tensor {
   /// Leaves only: calls hook(leaf) when a backward pass has added its whole contribution to grad().
   void register_grad_ready_hook(std::function<void(const Tensor&)> hook) const;
 
+  /// Whether one of the two is registered on this leaf.
+  bool has_hooks() const;
+
   /// Whether both are handles on the very same tensor.
   bool is_same(const Tensor& other) const { return impl_ == other.impl_; }
   /// Whether no other handle and no view shares the memory.

@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "cuda/context.h"
 #include "cuda/error.h"
+#include "cuda/graph.h"
 #include "cuda/staging.h"
 #include "cuda/strided.h"
 #include "ops/reduce_kernels.h"
@@ -48,6 +49,7 @@ class CudaBackend : public Backend {
   void* system_allocate(size_t bytes) override {
     context_.use();
     void* data = nullptr;
+    const cuda::AllowWhileCapturing allow;
     const cudaError_t status = cudaMalloc(&data, bytes);
     if (status == cudaErrorMemoryAllocation) {
       cudaGetLastError();
@@ -106,6 +108,7 @@ class CudaBackend : public Backend {
   }
 
   void to_device(void* dst, const void* src, size_t bytes) override {
+    context_.refuse_while_capturing("sends values to the device");
     context_.use();
     if (bytes <= cuda::Staging::kSlotBytes) {
       const std::lock_guard lock(staging_mutex_);
@@ -115,15 +118,18 @@ class CudaBackend : public Backend {
     context_.synchronize();
   }
   void to_host(void* dst, const void* src, size_t bytes) override {
+    context_.refuse_while_capturing("reads values of the device");
     context_.use();
     WEFT_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, context_.stream));
     context_.synchronize();
   }
   void synchronize() override {
+    context_.refuse_while_capturing("waits for the device");
     context_.use();
     for (const cudaStream_t copy : context_.copies) WEFT_CUDA(cudaStreamSynchronize(copy));
     context_.synchronize();
   }
+  std::unique_ptr<Graph> capture(const std::function<void()>& queue) override { return cuda::capture(context_, queue); }
 
  private:
   Cuda queue(const char* op) { return {use(), op}; }

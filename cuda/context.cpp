@@ -59,7 +59,14 @@ void Context::use() const {
   current = index;
 }
 
+void Context::refuse_while_capturing(const char* what) const {
+  if (!capturing) return;
+  fail(ErrorKind::kState, "capture", "the host ", what,
+       " while a step is being recorded: a run of the recording would not do so again. Hint: cuda_graph off");
+}
+
 void Context::synchronize() {
+  refuse_while_capturing("waits for the device");
   use();
   WEFT_CUDA(cudaStreamSynchronize(stream));
   if (fault->kind != Fault::kNone) throw_fault();

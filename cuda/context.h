@@ -19,13 +19,17 @@ class Context {
 
   /// Makes this the calling thread's current device.
   void use() const;
-  /// Waits for all queued work. @throws Error if the device failed, or for the input that a kernel reported.
+  /// Waits for all queued work. @throws Error if the device failed, or for the input that a kernel reported; kState
+  /// while work is being recorded.
   void synchronize();
+  /// @throws Error kState while work is being recorded, in which the host can take no part.
+  void refuse_while_capturing(const char* what) const;
 
   const int index;
   cudaStream_t stream = nullptr;
   cudaStream_t copies[2] = {};  ///< beside it: copies to the host, copies to the device
   cublasLtHandle_t blas = nullptr;
+  bool capturing = false;     ///< the stream's work is being recorded (cuda/graph.h)
   void* workspace = nullptr;  ///< for one kernel or product at a time, in the order of the stream
   Fault* fault = nullptr;     ///< written by kernels
   /// {0, 1} in the device's memory, as double or float: factors for products whose other factor lies there.

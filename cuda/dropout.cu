@@ -50,8 +50,10 @@ __device__ void random_words(const RandomStream& stream, uint64_t first, uint32_
 
 /// 2 sizeof(T) bytes per element; with kPacks 16 at a time.
 template <class T, bool kPacks>
-__global__ void __launch_bounds__(kThreads) drop(const T* x, T* y, int64_t count, uint64_t threshold,
-                                                 Accumulate<T> scale, RandomStream stream, uint64_t first) {
+__global__ void __launch_bounds__(kThreads)
+    drop(const T* x, T* y, int64_t count, uint64_t threshold, Accumulate<T> scale, RandomStream named, uint64_t first,
+         const double* step) {
+  const RandomStream stream(named.key(), step == nullptr ? named.step() : static_cast<uint64_t>(*step));
   constexpr int kCount = kTogether<T>, kPack = kFull<T>;
   for (int64_t begin = cuda::thread_index() * kCount; begin < count; begin += cuda::thread_count() * kCount) {
     const bool whole = kPacks && begin + kCount <= count;
@@ -94,18 +96,18 @@ __global__ void __launch_bounds__(kThreads) drop(const T* x, T* y, int64_t count
 }  // namespace
 
 template <class T>
-void dropout_forward(Cuda device, const T* x, T* y, int64_t count, double p, const RandomStream& stream,
-                     uint64_t first) {
+void dropout_forward(Cuda device, const T* x, T* y, int64_t count, double p, const RandomStream& stream, uint64_t first,
+                     const double* step) {
   if (count == 0) return;
   const uint64_t threshold = static_cast<uint64_t>(std::llround(p * 0x1p32));
   const auto scale = static_cast<Accumulate<T>>(1 / (1 - p));
   const bool packs = cuda::packs_fit<kFull<T>>(x) && cuda::packs_fit<kFull<T>>(y);
   start(device, cuda::grid_for(cuda::divide_up(count, kTogether<T>), kThreads), packs ? drop<T, true> : drop<T, false>,
-        x, y, count, threshold, scale, stream, first);
+        x, y, count, threshold, scale, stream, first, step);
 }
 
 #define WEFT_DROPOUT_INSTANCE(T) \
-  template void dropout_forward(Cuda, const T*, T*, int64_t, double, const RandomStream&, uint64_t);
+  template void dropout_forward(Cuda, const T*, T*, int64_t, double, const RandomStream&, uint64_t, const double*);
 WEFT_DROPOUT_INSTANCE(float)
 WEFT_DROPOUT_INSTANCE(double)
 WEFT_DROPOUT_INSTANCE(Half)

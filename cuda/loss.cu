@@ -114,7 +114,7 @@ struct Earlier {
 };
 
 __global__ void __launch_bounds__(kTotalThreads)
-    count_targets(LossTargets t, const char* op, double known, double* denominator, cuda::Fault* fault) {
+    count_targets(LossTargets t, const char* op, KnownDenominator given, double* denominator, cuda::Fault* fault) {
   __shared__ int64_t scratch[kWarp];
   int64_t valid = 0, outside = t.rows;
 #pragma unroll 8
@@ -126,6 +126,7 @@ __global__ void __launch_bounds__(kTotalThreads)
   valid = block_reduce(valid, cuda::Sum{}, scratch);
   outside = block_reduce(outside, Earlier{}, scratch);
   if (threadIdx.x != 0) return;
+  const double known = given.at == nullptr ? given.value : *given.at;
   *denominator = known > 0 ? known : static_cast<double>(valid);
   if (outside < t.rows) {
     cuda::report(fault, cuda::Fault::kOutside, op, "targets", outside, t.targets[outside], t.classes);
@@ -378,7 +379,8 @@ __global__ void scale_elements(const Accumulate<T>* x, int64_t count, const Accu
 
 }  // namespace
 
-void loss_denominator(Cuda device, const char* op, const LossTargets& targets, double known, double* denominator) {
+void loss_denominator(Cuda device, const char* op, const LossTargets& targets, const KnownDenominator& known,
+                      double* denominator) {
   start(device, {1, kTotalThreads}, count_targets, targets, op, known, denominator, cuda::current_context().fault);
 }
 

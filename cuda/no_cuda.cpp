@@ -27,6 +27,9 @@ constexpr const char* kWhy = "this build has no CUDA backend";
 std::unique_ptr<Backend> make_cuda_backend(int) { return nullptr; }
 const char* why_no_cuda() { return kWhy; }
 
+Range::Range(const char*) {}
+Range::~Range() = default;
+
 // ---- elementwise ----
 
 template <class Op>
@@ -68,7 +71,7 @@ void log_softmax_backward(Cuda, const StridedView&, const StridedView&, const St
 void report_outside(Cuda, const char*, const int64_t*, int64_t, int64_t) { absent(); }
 void embedding_forward(Cuda, const int64_t*, int64_t, const void*, int64_t, int64_t, void*) { absent(); }
 void gather_forward(Cuda, const GatherLines&, const void*, int, void*) { absent(); }
-void loss_denominator(Cuda, const char*, const LossTargets&, double, double*) { absent(); }
+void loss_denominator(Cuda, const char*, const LossTargets&, const KnownDenominator&, double*) { absent(); }
 int64_t norm_blocks(Cuda, int64_t) { absent(); }
 int64_t attention_workspace(Cuda, const AttentionShape&) { absent(); }
 
@@ -85,7 +88,7 @@ void gather_backward(Cuda, const GatherLines&, const T*, Accumulate<T>*) {
   absent();
 }
 template <class T>
-void dropout_forward(Cuda, const T*, T*, int64_t, double, const RandomStream&, uint64_t) {
+void dropout_forward(Cuda, const T*, T*, int64_t, double, const RandomStream&, uint64_t, const double*) {
   absent();
 }
 template <class T>
@@ -125,7 +128,7 @@ void attention_backward(Cuda, const AttentionBackward<T>&) {
   template int64_t embedding_workspace<T>(Cuda, int64_t, int64_t, int64_t);                                           \
   template void embedding_backward(Cuda, const EmbeddingBackward<T>&);                                                \
   template void gather_backward(Cuda, const GatherLines&, const T*, Accumulate<T>*);                                  \
-  template void dropout_forward(Cuda, const T*, T*, int64_t, double, const RandomStream&, uint64_t);                  \
+  template void dropout_forward(Cuda, const T*, T*, int64_t, double, const RandomStream&, uint64_t, const double*);   \
   template void loss_forward(Cuda, const LossTargets&, const T*, Accumulate<T>*, double*);                            \
   template void loss_backward(Cuda, const LossTargets&, const T*, const Accumulate<T>*,                               \
                               const LossScale<Accumulate<T>>&, T*);                                                   \

@@ -9,7 +9,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "cuda/context.h"
 #include "cuda/device.cuh"
+#include "cuda/fault.h"
 #include "cuda/launch.cuh"
 #include "optim/optimizer_kernels.h"
 
@@ -266,8 +268,8 @@ __global__ void __launch_bounds__(kThreads)
 
 /// One block. The squares come in a tile at a time, and one thread adds them in order, as the CPU does.
 __global__ void __launch_bounds__(kThreads)
-    decide_step(const AdamInput* input, const double* squares, int64_t count, TensorData losses,
-                AdamDecision* decision) {
+    decide_step(const AdamInput* input, const double* squares, int64_t count, TensorData losses, AdamDecision* decision,
+                const cuda::Fault* fault) {
   __shared__ double tile[kThreads];
   double total = 0;
   for (int64_t begin = 0; begin < count; begin += kThreads) {
@@ -283,7 +285,10 @@ __global__ void __launch_bounds__(kThreads)
     loss += losses.dtype == DType::f64 ? static_cast<const double*>(losses.data)[i]
                                        : static_cast<double>(static_cast<const float*>(losses.data)[i]);
   }
-  *decision = decide(*input, total, loss);
+  AdamDecision decided = decide(*input, total, loss);
+  // What a kernel found wrong with its input the host learns when it reads the decision: nothing may have changed.
+  if (fault->kind != cuda::Fault::kNone) decided.verdict = AdamDecision::kNotFinite;
+  *decision = decided;
 }
 
 __global__ void rates_of_step(const double* sums, int64_t parameters, const AdamDecision* decision, double* rates) {
@@ -324,8 +329,8 @@ struct SquareSums {
 /// Packs are as wide as 16 bytes of the state, so that its loads are whole lines of a warp; those of a bf16 gradient
 /// and parameter are 8 bytes then.
 template <Pass kPass, bool kWhole, class T>
-__device__ SquareSums adam_of_thread(const AdamEntry<T>& at, const AdamConstants<Accumulate<T>>& c,
-                                     Accumulate<T> lr, int64_t begin, int64_t end) {
+__device__ SquareSums adam_of_thread(const AdamEntry<T>& at, const AdamConstants<Accumulate<T>>& c, Accumulate<T> lr,
+                                     int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   constexpr int kCount = kFull<A>;
   SquareSums sums;
@@ -475,7 +480,7 @@ void scale(Cuda device, std::span<const TensorData> tensors, double factor) {
 
 void adam_decide(Cuda device, const AdamInput* input, const double* squares, int64_t count, const TensorData& losses,
                  AdamDecision* decision) {
-  start(device, {1, kThreads}, decide_step, input, squares, count, losses, decision);
+  start(device, {1, kThreads}, decide_step, input, squares, count, losses, decision, cuda::current_context().fault);
 }
 
 void adam_update(Cuda device, std::span<const AdamTensor> tensors, const AdamDecision* decision) {

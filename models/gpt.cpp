@@ -24,7 +24,7 @@ autograd::Keep keep(bool recompute) { return recompute ? autograd::Keep::kRecipe
 /// Dropout on rows [B, T, C] of a step's batch.
 Tensor apply_dropout(const Tensor& x, double p, const RandomStream& stream, bool training, const GptStep& step) {
   const int64_t row = x.numel() / std::max<int64_t>(x.size(0), 1);
-  return dropout(x, p, stream.at_step(step.step), training, static_cast<uint64_t>(step.first_row * row));
+  return dropout(x, p, stream.at_step(step.step), training, static_cast<uint64_t>(step.first_row * row), step.step_at);
 }
 
 class Attention : public Module {
@@ -240,6 +240,7 @@ Tensor Gpt::loss(const Tensor& ids, const Tensor& targets, const GptStep& step) 
   LinearCrossEntropyOptions options;
   options.ignore_index = -1;
   options.valid_tokens = step.valid_tokens;
+  options.valid_tokens_at = step.valid_tokens_at;
   return linear_cross_entropy(x.reshape({ids.numel(), config_.width}), wte_.weight(), targets.reshape({ids.numel()}),
                               options);
 }

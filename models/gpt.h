@@ -57,6 +57,9 @@ struct GptStep {
   uint64_t step = 0;        ///< which dropout masks to draw
   int64_t first_row = 0;    ///< place of the first row in the step's whole batch: a row's mask depends on that alone
   double valid_tokens = 0;  ///< divide the loss by this instead of the number of valid targets, if > 0
+  /// If defined, f64 [1] on the model's device, which stand for `step` and `valid_tokens`: recorded work
+  /// (core/backend.h) reads there those of the step that runs.
+  Tensor step_at = {}, valid_tokens_at = {};
 };
 
 /// Decoder-only transformer with GPT-2's architecture: learned positions, pre-layer-norm blocks, tanh GELU, the head

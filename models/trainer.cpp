@@ -6,6 +6,8 @@
 #include <optional>
 
 #include "core/autograd.h"
+#include "core/backend.h"
+#include "ops/matmul.h"
 
 namespace weft::models {
 namespace {
@@ -45,15 +47,103 @@ std::pair<Tensor, Tensor> to_tensors(const text::Batch& batch, Device device) {
 
 Trainer::Trainer(Gpt& gpt, optim::Optimizer& optimizer, text::Loader& loader, const optim::CosineSchedule& schedule,
                  int64_t accumulate, int64_t step)
-    : gpt_(gpt), optimizer_(optimizer), loader_(loader), schedule_(schedule), accumulate_(accumulate), step_(step) {
+    : gpt_(gpt),
+      optimizer_(optimizer),
+      loader_(loader),
+      schedule_(schedule),
+      accumulate_(accumulate),
+      step_(step),
+      parameters_(gpt.parameters()),
+      device_(parameters_.front().tensor.device()),
+      graph_(GraphUse::off, device_) {
   if (accumulate < 1) fail(ErrorKind::kValue, "trainer", "a step needs at least one micro-batch, got ", accumulate);
 }
 
+std::string Trainer::use_graph(GraphUse use) {
+  graph_ = StepGraph(use, device_);
+  return graph_.reason(host_work());
+}
+
+std::string Trainer::host_work() const {
+  if (const std::string work = optimizer_.host_work(); !work.empty()) return work;
+  if (fp8_) return "in fp8 the host looks at the converted tensors before the update";
+  if (gpt_.config().offload_from) return "activations wait in the host's memory";
+  if (autograd::RecordObserver::active()) return "a RecordObserver looks at the tensors of the step";
+  if (autograd::SavedTensorHooks::current() != nullptr) return "SavedTensorHooks take the step's saved tensors";
+  for (const Parameter& parameter : parameters_) {
+    if (parameter.tensor.has_hooks()) return concat("parameter ", quoted(parameter.name), " has a gradient hook");
+  }
+  return "";
+}
+
+void Trainer::send(const std::vector<text::Batch>& batches, const StepMetrics& metrics) {
+  std::string shapes;
+  std::vector<int32_t> tokens;
+  for (const text::Batch& batch : batches) {
+    shapes += concat(shapes.empty() ? "" : " ", '[', batch.rows, ", ", batch.context, ']');
+    tokens.insert(tokens.end(), batch.inputs.begin(), batch.inputs.end());
+    tokens.insert(tokens.end(), batch.targets.begin(), batch.targets.end());
+  }
+  if (shapes != shapes_ || !tokens_.defined()) {
+    const MemoryScope scope(MemoryCategory::data);
+    const DType wide = parameters_.front().tensor.dtype() == DType::f64 ? DType::f64 : DType::f32;
+    tokens_ = Tensor::empty({static_cast<int64_t>(tokens.size())}, DType::i32, device_);
+    numbers_ = Tensor::empty({3}, DType::f64, device_);
+    losses_ = Tensor::empty({static_cast<int64_t>(batches.size())}, wide, device_);
+    batches_.clear();
+    int64_t begin = 0;
+    for (const text::Batch& batch : batches) {
+      const int64_t count = batch.rows * batch.context;
+      const auto view = [&](int64_t at) { return tokens_.narrow(0, at, count).reshape({batch.rows, batch.context}); };
+      batches_.push_back({view(begin), view(begin + count)});
+      begin += 2 * count;
+    }
+    shapes_ = shapes;
+  }
+  if (DryRun::active()) return;
+  const double numbers[] = {static_cast<double>(metrics.step), static_cast<double>(metrics.valid), metrics.loss_scale};
+  backend(device_).to_device(tokens_.raw(), tokens.data(), tokens.size() * sizeof(int32_t));
+  backend(device_).to_device(numbers_.raw(), numbers, sizeof numbers);
+}
+
+GptStep Trainer::settings(size_t i) const {
+  GptStep settings;
+  for (size_t before = 0; before < i; ++before) settings.first_row += batches_[before].inputs.size(0);
+  settings.step_at = numbers_.narrow(0, 0, 1);
+  settings.valid_tokens_at = numbers_.narrow(0, 1, 1);
+  return settings;
+}
+
+void Trainer::compute(StepTimes& times) {
+  Stopwatch watch;
+  for (size_t i = 0; i < batches_.size(); ++i) {
+    std::optional<Range> range(std::in_place, "forward");
+    const Tensor loss = gpt_.loss(batches_[i].inputs, batches_[i].targets, settings(i));
+    losses_.select(0, static_cast<int64_t>(i)).copy_(loss.detach());
+    watch.lap(times.forward);
+    range.emplace("backward");
+    loss.backward(numbers_.select(0, 2).to(loss.dtype()));
+    watch.lap(times.backward);
+  }
+  const Range range("optimizer");
+  fp8_counts_ = {};
+  if (fp8_ && !DryRun::active()) {
+    // Before anything changes: conversion hides infinities, which the counts tell. Losses that are not finite come
+    // first, in step().
+    const std::vector<double> losses = losses_.to_vector<double>();
+    if (std::all_of(losses.begin(), losses.end(), [](double loss) { return std::isfinite(loss); }))
+      fp8_counts_ = fp8_->counts();
+  }
+  optimizer_.queue(losses_);
+  watch.lap(times.optimizer);
+}
+
 StepMetrics Trainer::step() {
+  const Range range("step");
   StepMetrics metrics;
   metrics.step = step_;
   metrics.lr = schedule_.at(step_);
-  const Device device = gpt_.parameters().front().tensor.device();
+  if (loss_scale_) metrics.loss_scale = loss_scale_->value();
   Stopwatch watch;
   std::vector<text::Batch> batches;
   for (int64_t i = 0; i < accumulate_; ++i) {
@@ -61,47 +151,43 @@ StepMetrics Trainer::step() {
     metrics.tokens += batches.back().rows * batches.back().context;
     metrics.valid += batches.back().valid;
   }
+  optimizer_.zero_grad();
+  send(batches, metrics);
+  optimizer_.prepare(metrics.lr, {.factor = 1 / metrics.loss_scale, .skip_overflow = loss_scale_.has_value()});
   watch.lap(metrics.times.data);
-  GptStep settings;
-  settings.step = static_cast<uint64_t>(step_);
-  settings.valid_tokens = static_cast<double>(metrics.valid);
-  // Losses are read when all work of the step is queued: a device that waits for the host between micro-batches idles.
-  if (loss_scale_) metrics.loss_scale = loss_scale_->value();
   if (fp8_) fp8_->begin_step();
-  std::vector<Tensor> losses;
-  for (const text::Batch& batch : batches) {
-    const auto [inputs, targets] = to_tensors(batch, device);
-    const Tensor loss = gpt_.loss(inputs, targets, settings);
-    losses.push_back(loss.detach());
-    watch.lap(metrics.times.forward);
-    loss.backward(Tensor::full(loss.shape(), metrics.loss_scale, loss.dtype(), device));
-    settings.first_row += batch.rows;
-    watch.lap(metrics.times.backward);
-  }
-  if (!DryRun::active()) {
-    for (const Tensor& loss : losses) metrics.loss += loss.item();
-    if (!std::isfinite(metrics.loss)) explain_loss(metrics.loss, batches, settings);
-    if (fp8_) metrics.fp8 = fp8_->counts();
-  }
-  watch.lap(metrics.times.backward);
-  const optim::StepReport report =
-      optimizer_.step(metrics.lr, {.factor = 1 / metrics.loss_scale, .skip_overflow = loss_scale_.has_value()});
+
+  const std::string frozen = concat("micro-batches ", shapes_, gpt_.is_training() ? ", training" : ", without dropout",
+                                    AllowTf32::active() ? ", tf32" : "");
+  StepTimes split;
+  graph_.run(frozen, host_work(), parameters_, [&] { compute(split); });
+  // The host waits here, once: a device that waits for the host within a step idles.
+  Stopwatch finishing;
+  const optim::StepReport report = optimizer_.finish();
+  metrics.loss = report.loss;
+  if (!std::isfinite(report.loss)) explain_loss(report.loss);
+  if (fp8_) metrics.fp8 = fp8_counts_;
   metrics.skipped = report.skipped;
   if (loss_scale_) loss_scale_->update(report.skipped);
   if (fp8_) fp8_->update();
   optimizer_.zero_grad();
-  watch.lap(metrics.times.optimizer);
+  if (device_.kind == DeviceKind::cpu) {
+    finishing.lap(split.optimizer);
+    split.data = metrics.times.data;
+    metrics.times = split;
+  } else {
+    watch.lap(metrics.times.device);
+  }
   metrics.grad_norm = report.grad_norm;
   metrics.clip_factor = report.clip_factor;
   ++step_;
   return metrics;
 }
 
-void Trainer::explain_loss(double loss, const std::vector<text::Batch>& batches, GptStep settings) const {
+void Trainer::explain_loss(double loss) const {
   const auto failed = concat("the loss of step ", step_, " is ", loss, ": ");
   constexpr const char* kAfter = ". No weight was changed by this step. Hint: a lower learning rate or more warm-up";
-  const Parameters parameters = gpt_.parameters();
-  for (const Parameter& parameter : parameters) {
+  for (const Parameter& parameter : parameters_) {
     if (const auto at = first_not_finite(parameter.tensor)) {
       fail(ErrorKind::kValue, "trainer", failed, "weight ", quoted(parameter.name), " is ", at->value, " at element ",
            grouped(at->element), kAfter);
@@ -112,7 +198,7 @@ void Trainer::explain_loss(double loss, const std::vector<text::Batch>& batches,
       [&](const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {
         std::string used;
         for (const Tensor& input : inputs) {
-          for (const Parameter& parameter : parameters) {
+          for (const Parameter& parameter : parameters_) {
             if (input.defined() && input.storage() == parameter.tensor.storage())
               used += (used.empty() ? "" : ", ") + parameter.name;
           }
@@ -127,12 +213,7 @@ void Trainer::explain_loss(double loss, const std::vector<text::Batch>& batches,
                ", ", weights, ", with ", at->value, " at element ", grouped(at->element), kAfter);
         }
       });
-  settings.first_row = 0;
-  for (const text::Batch& batch : batches) {
-    const auto [inputs, targets] = to_tensors(batch, parameters.front().tensor.device());
-    gpt_.loss(inputs, targets, settings);
-    settings.first_row += batch.rows;
-  }
+  for (size_t i = 0; i < batches_.size(); ++i) gpt_.loss(batches_[i].inputs, batches_[i].targets, settings(i));
   fail(ErrorKind::kValue, "trainer", failed,
        "every weight and every tensor of the forward pass is finite: the sum over the micro-batches overflowed",
        kAfter);

@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "models/gpt.h"
+#include "models/step_graph.h"
 #include "models/text/loader.h"
 #include "optim/delayed_scaling.h"
 #include "optim/loss_scale.h"
@@ -11,10 +12,13 @@
 
 namespace weft::models {
 
-/// Seconds of a step by what they were spent on.
+/// Seconds of a step by what they were spent on. A device that works by itself is waited for once, at the end of a
+/// step: the host's clock cannot tell its forward and backward pass and its optimizer apart, and they are one number.
 struct StepTimes {
-  double data = 0, forward = 0, backward = 0, optimizer = 0;
-  double total() const { return data + forward + backward + optimizer; }
+  double data = 0;
+  double forward = 0, backward = 0, optimizer = 0;  ///< on a CPU
+  double device = 0;                                ///< of all three, elsewhere
+  double total() const { return data + forward + backward + optimizer + device; }
 };
 
 /// What one training step did.
@@ -48,6 +52,11 @@ class Trainer {
   void scale_fp8(std::shared_ptr<optim::DelayedScaling> scaling) { fp8_ = std::move(scaling); }
   const std::shared_ptr<optim::DelayedScaling>& fp8() const { return fp8_; }
 
+  /// From now on steps are recorded as graphs where that is possible (docs/cuda.md): same bits.
+  /// @returns why they will not be, or "". @throws Error kUsage for GraphUse::on if they cannot.
+  std::string use_graph(GraphUse use);
+  const StepGraph& graph() const { return graph_; }
+
   /// One step. @throws Error kValue, before any weight changes, if the loss or a gradient is NaN or infinite; it names
   /// the first tensor that has one.
   StepMetrics step();
@@ -56,8 +65,19 @@ class Trainer {
   int64_t steps() const { return step_; }
 
  private:
+  /// The step's micro-batches on the device, as views of one tensor that stays where it is while shapes are the same.
+  struct MicroBatch {
+    Tensor inputs, targets;
+  };
+  void send(const std::vector<text::Batch>& batches, const StepMetrics& metrics);
+  /// Forward and backward passes and the update, as device work that reads batch and numbers where send() puts them.
+  void compute(StepTimes& times);
+  /// Micro-batch i's part of what a forward pass is told.
+  GptStep settings(size_t i) const;
+  /// What in compute() needs the host, or "".
+  std::string host_work() const;
   /// Why the loss is not finite: computes it again, looking at every tensor.
-  [[noreturn]] void explain_loss(double loss, const std::vector<text::Batch>& batches, GptStep settings) const;
+  [[noreturn]] void explain_loss(double loss) const;
 
   Gpt& gpt_;
   optim::Optimizer& optimizer_;
@@ -67,6 +87,15 @@ class Trainer {
   int64_t step_;
   std::optional<optim::LossScale> loss_scale_;
   std::shared_ptr<optim::DelayedScaling> fp8_;
+  Parameters parameters_;
+  Device device_;
+  StepGraph graph_;
+  std::string shapes_;  // of the micro-batches, in words
+  Tensor tokens_;       // i32: all inputs and targets
+  std::vector<MicroBatch> batches_;
+  Tensor numbers_;  // f64: step, valid tokens, loss scale
+  Tensor losses_;   // one a micro-batch
+  optim::DelayedScaling::Counts fp8_counts_;
 };
 
 /// A batch as tensors {inputs, targets}, i32 [B, T].

@@ -121,7 +121,9 @@ HWY_EXPORT(dropout_table);
 }
 
 template <class T>
-void dropout_forward(Cpu, const T* x, T* y, int64_t count, double p, const RandomStream& stream, uint64_t first) {
+void dropout_forward(Cpu, const T* x, T* y, int64_t count, double p, const RandomStream& named, uint64_t first,
+                     const double* step) {
+  const RandomStream stream = step == nullptr ? named : named.at_step(static_cast<uint64_t>(*step));
   const auto rows = std::get<detail::DropoutPiece<T>>(*HWY_DYNAMIC_DISPATCH(detail::dropout_table)());
   const uint64_t threshold = static_cast<uint64_t>(std::llround(p * 0x1p32));
   const auto scale = static_cast<Accumulate<T>>(1 / (1 - p));
@@ -133,17 +135,25 @@ void dropout_forward(Cpu, const T* x, T* y, int64_t count, double p, const Rando
 }
 
 #define WEFT_DROPOUT_INSTANCE(T) \
-  template void dropout_forward(Cpu, const T*, T*, int64_t, double, const RandomStream&, uint64_t);
+  template void dropout_forward(Cpu, const T*, T*, int64_t, double, const RandomStream&, uint64_t, const double*);
 WEFT_DROPOUT_INSTANCE(float)
 WEFT_DROPOUT_INSTANCE(double)
 WEFT_DROPOUT_INSTANCE(Half)
 WEFT_DROPOUT_INSTANCE(BFloat16)
 #undef WEFT_DROPOUT_INSTANCE
 
-Tensor dropout(const Tensor& x, double p, RandomStream stream, bool training, uint64_t first) {
+Tensor dropout(const Tensor& x, double p, RandomStream stream, bool training, uint64_t first, const Tensor& step) {
   constexpr const char* kOp = "dropout";
   dispatch_float(x.dtype(), kOp, []<class T>() {});
   if (!(p >= 0 && p < 1)) fail(ErrorKind::kValue, kOp, "p must be in [0, 1), got ", p);
+  const double* step_at = nullptr;
+  if (step.defined()) {
+    if (step.device() != x.device() || step.numel() != 1) {
+      fail(ErrorKind::kDevice, kOp, "the step must be one element on x's device ", x.device(), ", got ",
+           step.describe(), " on ", step.device());
+    }
+    step_at = step.data<double>();
+  }
   if (!training || p == 0) return x;
   Tensor out = Tensor::empty(x.shape(), x.dtype(), x.device());
   {
@@ -151,14 +161,14 @@ Tensor dropout(const Tensor& x, double p, RandomStream stream, bool training, ui
     const Tensor source = x.contiguous();
     launch(x.device(), kOp, [&](auto device) {
       dispatch_float(x.dtype(), kOp, [&]<class T>() {
-        dropout_forward(device, source.data<T>(), out.data<T>(), source.numel(), p, stream, first);
+        dropout_forward(device, source.data<T>(), out.data<T>(), source.numel(), p, stream, first, step_at);
       });
     });
   }
   autograd::record(
-      kOp, {x}, {out}, {},
-      [p, stream, first](autograd::BackwardContext& context) {
-        context.set(0, dropout(context.grad(), p, stream, true, first));
+      kOp, {x}, {out}, step.defined() ? std::vector<Tensor>{step} : std::vector<Tensor>{},
+      [p, stream, first, stepped = step.defined()](autograd::BackwardContext& context) {
+        context.set(0, dropout(context.grad(), p, stream, true, first, stepped ? context.saved(0) : Tensor()));
       },
       autograd::Rule::kDifferentiable);
   return out;

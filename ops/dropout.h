@@ -16,9 +16,12 @@ namespace weft {
 /// @param stream    whose bits make the mask; take a new name or step for each use
 /// @param training  false: x itself comes back, as it does for p = 0
 /// @param first     number of x's first element in the stream, for a part of a larger tensor
+/// @param step      if defined, f64 [1] on x's device: the stream's step, read when the mask is made, so that recorded
+///                  work (core/backend.h) draws the masks of the step that runs; a whole number below 2^53
 /// @return          shape and dtype of x; the product is computed in f32 (f64 for f64) and rounded once
-/// @throws Error  kValue unless 0 <= p < 1; kDType.
-/// Differentiable any number of times. Nothing is saved: the backward pass makes the mask again.
-Tensor dropout(const Tensor& x, double p, RandomStream stream, bool training = true, uint64_t first = 0);
+/// @throws Error  kValue unless 0 <= p < 1; kDType; kDevice for a step elsewhere.
+/// Differentiable any number of times. Saved for backward: step alone; the mask is made again.
+Tensor dropout(const Tensor& x, double p, RandomStream stream, bool training = true, uint64_t first = 0,
+               const Tensor& step = {});
 
 }  // namespace weft

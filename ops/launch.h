@@ -11,7 +11,10 @@ namespace weft {
 template <class Kernel>
 void launch(Device device, const char* op, Kernel&& kernel) {
   if (DryRun::active()) return;
-  if (device.kind == DeviceKind::cuda) return kernel(Cuda{backend(device).use(), op});
+  if (device.kind == DeviceKind::cuda) {
+    const Range range(op);
+    return kernel(Cuda{backend(device).use(), op});
+  }
   kernel(Cpu{});
 }
 

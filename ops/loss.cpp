@@ -13,14 +13,15 @@ constexpr const char* kOp = "cross_entropy";
 
 DType wide(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
-LossTargets rows_of(const Tensor& logits, const Tensor& targets, const CrossEntropyOptions& options) {
-  return {targets.data<int64_t>(), targets.numel(), logits.shape().back(), options.ignore_index};
+LossTargets rows_of(const Tensor& logits, const Tensor& targets, int64_t ignored) {
+  return {targets.data<int64_t>(), targets.numel(), logits.shape().back(), ignored};
 }
 
 }  // namespace
 
 Tensor cross_entropy(const Tensor& logits_, const Tensor& targets_, const CrossEntropyOptions& options) {
   dispatch_float(logits_.dtype(), kOp, []<class T>() {});
+  const int64_t ignored = options.ignore_index;
   Tensor targets, lse, losses, denominator;
   Tensor out = Tensor::empty({}, wide(logits_.dtype()), logits_.device());
   {
@@ -36,7 +37,7 @@ Tensor cross_entropy(const Tensor& logits_, const Tensor& targets_, const CrossE
       losses = Tensor::empty(targets.shape(), DType::f64, logits.device());
     }
     launch(logits.device(), kOp, [&](auto device) {
-      const LossTargets rows = rows_of(logits, targets, options);
+      const LossTargets rows = rows_of(logits, targets, ignored);
       loss_denominator(device, kOp, rows, known_denominator(options), denominator.data<double>());
       dispatch_float(logits.dtype(), kOp, [&]<class T>() {
         using A = Accumulate<T>;
@@ -46,13 +47,13 @@ Tensor cross_entropy(const Tensor& logits_, const Tensor& targets_, const CrossE
     });
   }
   autograd::record(kOp, {logits_, targets_}, {out}, {logits_, targets, lse, denominator},
-                   [options](BackwardContext& context) {
+                   [ignored](BackwardContext& context) {
                      const Tensor logits = context.saved(0).contiguous(), targets = context.saved(1),
                                   lse = context.saved(2), denominator = context.saved(3);
                      const Tensor gradient = context.grad();
                      const Tensor dlogits = Tensor::empty_like(logits);
                      launch(logits.device(), kOp, [&](auto device) {
-                       const LossTargets rows = rows_of(logits, targets, options);
+                       const LossTargets rows = rows_of(logits, targets, ignored);
                        dispatch_float(logits.dtype(), kOp, [&]<class T>() {
                          using A = Accumulate<T>;
                          loss_backward(device, rows, logits.data<T>(), lse.data<A>(),

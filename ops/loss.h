@@ -14,6 +14,9 @@ struct CrossEntropyOptions {
   /// If positive, the mean divides by this number instead of the valid tokens of this call: with the count of the whole
   /// batch, the losses and gradients of its micro-batches add up to those of the batch, however ragged they are.
   double valid_tokens = 0;
+  /// If defined, f64 [1] on the device of the input: the number that stands for valid_tokens, read when the loss is
+  /// computed, so that recorded work (core/backend.h) divides by that of the step that runs.
+  Tensor valid_tokens_at = {};
 };
 
 /// Cross-entropy of a softmax with one class per row.

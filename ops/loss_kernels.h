@@ -20,10 +20,18 @@ struct LossScale {
   const A* gradient = nullptr;  ///< null: 1
 };
 
-/// *denominator = `known` if that is positive, else the number of targets that are not ignored. CPU: @throws Error
-/// kIndex for a target that is no class; kValue for a mean over no valid target; CUDA: reports them (core/backend.h).
-void loss_denominator(Cpu, const char* op, const LossTargets& targets, double known, double* denominator);
-void loss_denominator(Cuda, const char* op, const LossTargets& targets, double known, double* denominator);
+/// What a loss is divided by, where that is known: *at if there is one, else `value`; not positive: it is not known.
+struct KnownDenominator {
+  double value;
+  const double* at = nullptr;  ///< on the device
+};
+
+/// *denominator = the known one, or else the number of targets that are not ignored. CPU: @throws Error kIndex for a
+/// target that is no class; kValue for a mean over no valid target; CUDA: reports them (core/backend.h).
+void loss_denominator(Cpu, const char* op, const LossTargets& targets, const KnownDenominator& known,
+                      double* denominator);
+void loss_denominator(Cuda, const char* op, const LossTargets& targets, const KnownDenominator& known,
+                      double* denominator);
 
 /// *out = the sum of the rows' losses, in f64 in a fixed order, over the denominator.
 template <class A>

@@ -25,14 +25,24 @@ Tensor checked_targets(const char* op, const Tensor& x, const Tensor& targets, c
     fail(ErrorKind::kValue, op, "valid_tokens (", options.valid_tokens,
          ") is what a mean divides by; the reduction is a sum");
   }
+  if (const Tensor& at = options.valid_tokens_at; at.defined()) {
+    if (at.device() != x.device() || at.numel() != 1) {
+      fail(ErrorKind::kDevice, op, "valid_tokens_at must be one element on ", x.device(), ", got ", at.describe(),
+           " on ", at.device());
+    }
+    if (options.reduction == Reduction::kSum)
+      fail(ErrorKind::kValue, op, "valid_tokens_at is what a mean divides by; the reduction is a sum");
+  }
   return targets.to(DType::i64).contiguous();
 }
 
-double known_denominator(const CrossEntropyOptions& options) {
-  return options.reduction == Reduction::kSum ? 1 : options.valid_tokens;
+KnownDenominator known_denominator(const CrossEntropyOptions& options) {
+  if (options.reduction == Reduction::kSum) return {1};
+  return {options.valid_tokens, options.valid_tokens_at.defined() ? options.valid_tokens_at.data<double>() : nullptr};
 }
 
-void loss_denominator(Cpu, const char* op, const LossTargets& t, double known, double* denominator) {
+void loss_denominator(Cpu, const char* op, const LossTargets& t, const KnownDenominator& given, double* denominator) {
+  const double known = given.at == nullptr ? given.value : *given.at;
   int64_t valid = 0;
   for (int64_t row = 0; row < t.rows; ++row) {
     const int64_t target = t.targets[row];

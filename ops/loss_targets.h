@@ -12,6 +12,6 @@ namespace weft {
 Tensor checked_targets(const char* op, const Tensor& x, const Tensor& targets, const CrossEntropyOptions& options);
 
 /// What is known of the denominator without a look at the targets: 1 for a sum, valid_tokens, or 0 for nothing.
-double known_denominator(const CrossEntropyOptions& options);
+KnownDenominator known_denominator(const CrossEntropyOptions& options);
 
 }  // namespace weft

@@ -17,9 +17,9 @@ Tensor composed_cross_entropy(const Tensor& logits, const Tensor& targets, const
   return total / sum(ge(targets, 0).to(DType::f64));
 }
 
-constexpr CrossEntropyOptions kMeanOptions = {.ignore_index = kIgnored};
-constexpr CrossEntropyOptions kSumOptions = {.ignore_index = kIgnored, .reduction = Reduction::kSum};
-constexpr CrossEntropyOptions kGivenOptions = {.ignore_index = kIgnored, .valid_tokens = 7.5};
+const CrossEntropyOptions kMeanOptions = {.ignore_index = kIgnored};
+const CrossEntropyOptions kSumOptions = {.ignore_index = kIgnored, .reduction = Reduction::kSum};
+const CrossEntropyOptions kGivenOptions = {.ignore_index = kIgnored, .valid_tokens = 7.5};
 constexpr const char* kReason =
     "the loss is f32 for bf16 too: inputs are rounded, the sum of V exponentials in f32 has a relative error of a few "
     "2^-24";

@@ -278,6 +278,19 @@ TEST(Dropout, HasTheSameBitsOnAnyNumberOfThreadsAndAnotherMaskAtAnotherStep) {
   set_num_threads(before);
 }
 
+TEST(Dropout, AStepInATensorIsThatOfTheStreamWhenTheMaskIsMade) {
+  const Tensor step = Tensor::full({1}, 7, DType::f64);
+  const RandomStream stream(3, "dropout");
+  Tensor x = random({5, 7}, DType::f32, "x").requires_grad_();
+  const Tensor y = dropout(x, 0.25, stream, true, 2, step);
+  EXPECT_TRUE(same_bits(y, dropout(x, 0.25, stream.at_step(7), true, 2)));
+  const Tensor dy = random({5, 7}, DType::f32, "dy");
+  autograd::backward({y}, {dy});
+  EXPECT_TRUE(same_bits(x.grad(), dropout(dy, 0.25, stream.at_step(7), true, 2)));
+  expect_error(ErrorKind::kDevice, "the step must be one element",
+               [&] { dropout(x, 0.25, stream, true, 0, Tensor::zeros({2}, DType::f64)); });
+}
+
 TEST(Dropout, AnswersWithItsInputWhenThereIsNothingToDrop) {
   const Tensor x = random({3}, DType::f32, "x");
   EXPECT_TRUE(dropout(x, 0, RandomStream(1, "d")).is_same(x));
