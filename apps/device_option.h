@@ -21,7 +21,7 @@ struct DeviceOption {
 
 /// The option --cuda-graph of a command that trains: auto, on or off.
 void declare_cuda_graph(Options& options, models::GraphUse* use);
-/// "recorded after two steps that are not", or why not.
+/// "steps are recorded, after two that are not", or that they are not and why.
 std::string describe_cuda_graph(const std::string& why_not);
 
 }  // namespace weft::apps

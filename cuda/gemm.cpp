@@ -106,6 +106,7 @@ cublasLtMatmulAlgo_t algorithm(Context& context, const Key& key, const Descripto
   static auto& known = *new std::map<Key, cublasLtMatmulAlgo_t>;
   const std::lock_guard lock(mutex);
   if (const auto found = known.find(key); found != known.end()) return found->second;
+  context.refuse_while_capturing("looks for the algorithm of a product");  // which may take memory
   cublasLtMatmulPreference_t preference = nullptr;
   WEFT_BLAS(cublasLtMatmulPreferenceCreate(&preference));
   const size_t workspace = Context::kWorkspace;

@@ -7,7 +7,8 @@
 namespace weft::models {
 namespace {
 
-/// Steps before the one that is recorded: by then products have their algorithms, and memory has settled.
+/// Steps before the one that is recorded: by then kernels are loaded, products have their algorithms, and memory has
+/// settled.
 constexpr int64_t kWarmUp = 2;
 
 }  // namespace

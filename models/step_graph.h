@@ -25,7 +25,7 @@ class StepGraph {
   void run(const std::string& frozen, const std::string& why_not, const Parameters& parameters,
            const std::function<void()>& body);
 
-  /// Why steps are not recorded, or "" if they are, were a given work's own reason `why_not`.
+  /// Why steps are not recorded, or "" if they are; `why_not` is what in the work needs the host, or "".
   /// @throws Error kUsage for GraphUse::on, if there is a reason.
   std::string reason(const std::string& why_not) const;
   /// "98 of 100 steps, recorded once".

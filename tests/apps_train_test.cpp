@@ -6,6 +6,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "core/device.h"
 #include "core/file.h"
 #include "models/checkpoint.h"
 #include "tests/apps_process.h"
@@ -75,6 +76,10 @@ TEST(Train, WritesMetricsAndACheckpointThatEvalAndGenerateUse) {
       run_weft(place, train_args("first", 12, {"--save_every", "5", "--keep", "2", "--eval_every", "5"}));
   ASSERT_EQ(trained.code, 0) << trained.err;
   EXPECT_HAS(trained.out, "steps 12, ");
+  if (Device::best() == Device::cpu()) {  // what was decided is said at the start and in the summary
+    for (const std::string& text : {trained.err, trained.out})
+      EXPECT_HAS(text, "cuda graph: steps are not recorded: the device is cpu");
+  }
   EXPECT_HAS(trained.err, "held-out loss");
 
   int64_t next = 0, evaluations = 0;

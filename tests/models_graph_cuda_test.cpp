@@ -12,6 +12,7 @@
 #include "models/generate.h"
 #include "models/trainer.h"
 #include "ops/elementwise.h"
+#include "ops/matmul.h"
 #include "ops/reduce.h"
 #include "optim/adam.h"
 #include "tests/error_of.h"
@@ -336,6 +337,21 @@ TEST_F(CudaGraph, NumbersThatTheHostSendsWithinAStepAreRefused) {
   EXPECT_ERROR(ErrorKind::kState, "[capture] the host sends values to the device while a step is being recorded",
                tiny.step(i, body));
   EXPECT_NO_THROW(tiny.values()) << "the device works as before";
+}
+
+TEST_F(CudaGraph, AProductThatWasNotMadeBeforeIsRefused) {
+  const autograd::NoGrad no_grad;
+  const Tensor a = Tensor::ones({19, 23}, DType::f32, Device::cuda()),
+               b = Tensor::ones({23, 17}, DType::f32, a.device());
+  Backend& device = backend(a.device());
+  EXPECT_ERROR(ErrorKind::kState, "the host looks for the algorithm of a product",
+               device.capture([&] { matmul(a, b); }));
+  EXPECT_EQ(matmul(a, b).to_vector<double>(), std::vector<double>(19 * 17, 23));
+  Tensor c = Tensor::zeros({19, 17}, DType::f32, a.device());
+  const std::unique_ptr<Graph> graph = device.capture([&] { c.copy_(matmul(a, b)); });
+  EXPECT_EQ(c.to_vector<double>(), std::vector<double>(19 * 17, 0)) << "recorded, not done";
+  graph->launch();
+  EXPECT_EQ(c.to_vector<double>(), std::vector<double>(19 * 17, 23));
 }
 
 TEST_F(CudaGraph, AutomaticUseGoesOnWithoutARecordingWhereTheWorkNeedsTheHost) {
