@@ -20,7 +20,8 @@ int bench_machine(std::span<const std::string> args) {
   DeviceOption device;
   Options options("bench machine", "Measures the denominators of every percentage: GEMM peak and copy bandwidth.");
   options.add("threads", &threads, {.min = 0, .max = 1024}, "threads; 0: as many as the process may use");
-  options.add("precision", &precision, {{"f32", DType::f32}, {"bf16", DType::bf16}}, "of the product");
+  options.add("precision", &precision, {{"f32", DType::f32}, {"bf16", DType::bf16}, {"f16", DType::f16}},
+              "of the product");
   device.declare(options);
   if (!options.parse(args)) return 0;
   if (threads > 0) set_num_threads(static_cast<int>(threads));
@@ -37,6 +38,9 @@ int bench_machine(std::span<const std::string> args) {
 int run_bench(std::span<const std::string> args) {
   static constexpr Command kCommands[] = {
       {"machine", "measures GEMM peak and copy bandwidth", bench_machine},
+      {"ops", "times every op against the copy bandwidth or the GEMM peak", bench_ops},
+      {"attention", "times attention, forward and backward, against the GEMM peak", bench_attention},
+      {"gemm", "times the matrix products of a training step against the GEMM peak", bench_gemm},
       {"step", "times whole training steps against their speed of light", bench_step},
   };
   return dispatch("weft bench", "Measures the speed of this machine and of models on it.", kCommands, args,

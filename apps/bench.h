@@ -6,6 +6,9 @@
 namespace weft::apps {
 
 int bench_machine(std::span<const std::string> args);
+int bench_ops(std::span<const std::string> args);
+int bench_attention(std::span<const std::string> args);
+int bench_gemm(std::span<const std::string> args);
 int bench_step(std::span<const std::string> args);
 
 }  // namespace weft::apps

@@ -9,6 +9,7 @@
 #include "apps/device_option.h"
 #include "apps/files.h"
 #include "apps/options.h"
+#include "apps/step_shapes.h"
 #include "apps/train_options.h"
 #include "core/log.h"
 #include "core/thread_pool.h"
@@ -18,26 +19,6 @@
 
 namespace weft::apps {
 namespace {
-
-/// The shapes of docs/benchmarks: three for a CPU, and GPT-2's sizes with its context and a vocabulary padded to a
-/// multiple of 128 for a GPU.
-struct StepShape {
-  const char* name;
-  models::GptConfig config;
-  int64_t batch;
-};
-
-const std::vector<StepShape>& shapes() {
-  static const std::vector<StepShape> all = {
-      {"a", {.layers = 4, .heads = 4, .width = 128, .context = 64, .vocab = 65}, 12},
-      {"b", {.layers = 6, .heads = 6, .width = 384, .context = 256, .vocab = 65}, 16},
-      {"c", {.layers = 12, .heads = 12, .width = 768, .context = 64, .vocab = 50257}, 4},
-      {"124m", {.layers = 12, .heads = 12, .width = 768, .context = 1024, .vocab = 50304}, 64},
-      {"350m", {.layers = 24, .heads = 16, .width = 1024, .context = 1024, .vocab = 50304}, 32},
-      {"1558m", {.layers = 48, .heads = 25, .width = 1600, .context = 1024, .vocab = 50304}, 8},
-  };
-  return all;
-}
 
 /// Forward, backward, clipping and AdamW over random tokens.
 class StepBench {
@@ -131,10 +112,7 @@ int bench_step(std::span<const std::string> args) {
   bool serving = false;
   DeviceOption device;
   Options options("bench step", "Times whole training steps (forward, backward, clipping, AdamW) on random tokens.");
-  options.add("shape", &shape, {.choices = {"a", "b", "c", "124m", "350m", "1558m"}},
-              "a: 4 layers x 128, T=64, B=12, V=65; b: 6 x 384, T=256, B=16, V=65; c: GPT-2 124M, T=64, B=4; 124m, "
-              "350m, 1558m: "
-              "GPT-2's sizes, T=1,024, V=50,304, B=64, 32, 8");
+  options.add("shape", &shape, {.choices = step_shape_names()}, kStepShapesHelp);
   options.add("batch", &batch, {.min = 0, .max = 1 << 20, .unit = "sequences"},
               "rows of a micro-batch; 0: the shape's");
   options.add("accumulate", &accumulate, {.min = 1, .max = 1 << 20, .unit = "micro-batches"},
@@ -150,9 +128,7 @@ int bench_step(std::span<const std::string> args) {
                  "answer commands on standard input (step N, rss, sol, quit) with JSON lines instead");
   if (!options.parse(args)) return 0;
   if (threads > 0) set_num_threads(static_cast<int>(threads));
-  const auto found =
-      std::find_if(shapes().begin(), shapes().end(), [&](const StepShape& each) { return each.name == shape; });
-  StepShape chosen = *found;
+  StepShape chosen = step_shape(shape);
   if (batch > 0) chosen.batch = batch;
   const Device where = device.device(options);
   const bool fp8 = precision == Precision::fp8;

@@ -93,6 +93,9 @@ class Backend {
   /// is left to look up or to allocate. Tensors that outlive queue() keep their place. An exception of queue() passes,
   /// and nothing is recorded. @throws Error kDevice where the device cannot record.
   virtual std::unique_ptr<Graph> capture(const std::function<void()>& queue);
+  /// Seconds that the device takes for what work() queues there, measured by the device's own clock where it has one;
+  /// returns when that is done. Work queued earlier does not count.
+  virtual double seconds_of(const std::function<void()>& work);
 };
 
 /// The backend of a device. @throws Error kDevice if this build or machine has no such device.

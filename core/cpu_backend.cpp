@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <chrono>
 #include <cstring>
 #include <fstream>
 #include <mutex>
@@ -262,6 +263,14 @@ class CpuBackend final : public Backend {
 
 std::unique_ptr<Graph> Backend::capture(const std::function<void()>&) {
   fail(ErrorKind::kDevice, "capture", name(), " records no work: its kernels run when they are called");
+}
+
+double Backend::seconds_of(const std::function<void()>& work) {
+  synchronize();
+  const auto begin = std::chrono::steady_clock::now();
+  work();
+  synchronize();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
 Backend& backend(Device device) {

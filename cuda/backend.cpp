@@ -10,6 +10,7 @@
 #include "cuda/context.h"
 #include "cuda/error.h"
 #include "cuda/graph.h"
+#include "cuda/event.h"
 #include "cuda/staging.h"
 #include "cuda/strided.h"
 #include "ops/reduce_kernels.h"
@@ -130,6 +131,16 @@ class CudaBackend : public Backend {
     context_.synchronize();
   }
   std::unique_ptr<Graph> capture(const std::function<void()>& queue) override { return cuda::capture(context_, queue); }
+  double seconds_of(const std::function<void()>& work) override {
+    context_.use();
+    const cuda::Event begin, end;
+    WEFT_CUDA(cudaEventRecord(begin.get(), context_.stream));
+    work();
+    context_.use();
+    WEFT_CUDA(cudaEventRecord(end.get(), context_.stream));
+    context_.synchronize();
+    return begin.seconds_until(end);
+  }
 
  private:
   Cuda queue(const char* op) { return {use(), op}; }

@@ -1,7 +1,6 @@
 #include "models/speed_of_light.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -14,17 +13,11 @@
 #include "core/random.h"
 #include "core/thread_pool.h"
 #include "ops/gemm.h"
+#include "ops/gemm_types.h"
 #include "ops/launch.h"
 
 namespace weft::models {
 namespace {
-
-template <class F>
-double seconds_of(F&& f) {
-  const auto start = std::chrono::steady_clock::now();
-  f();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
 
 std::filesystem::path cache_file() {
   if (const char* directory = std::getenv("WEFT_CACHE_DIR"); directory != nullptr && *directory != '\0') {
@@ -45,56 +38,52 @@ nlohmann::json read_cache(const std::filesystem::path& path) {
 template <class Work>
 double best_seconds(Device device, int tries, Work&& work) {
   double best = 1e9;
-  for (int i = 0; i < tries; ++i) {
-    best = std::min(best, seconds_of([&] {
-                      work();
-                      backend(device).synchronize();
-                    }));
-  }
+  for (int i = 0; i < tries; ++i) best = std::min(best, backend(device).seconds_of(work));
   return best;
 }
 
 /// FLOP/s of the best of `tries` products of random numbers: a GPU's clock depends on the numbers.
-double gemm_rate(Device device, DType dtype, int tries) {
-  const int64_t n = device.kind == DeviceKind::cpu ? 1024 : 8192;
+double gemm_rate(Device device, DType dtype, int tries, int64_t n) {
   const MemoryScope scope(MemoryCategory::workspace);
   const autograd::NoGrad no_grad;
+  if (gemm_widens(dtype, device.kind)) dtype = DType::f32;
   Tensor a = Tensor::empty({n, n}, dtype, device), b = Tensor::empty({n, n}, dtype, device),
          c = Tensor::empty({n, n}, dtype, device);
   fill_uniform(a, RandomStream(0, "speed a"), -1, 1);
   fill_uniform(b, RandomStream(0, "speed b"), -1, 1);
-  const auto product = [&]<class T>() {
-    launch(device, "speed", [&](auto on) {
-      gemm(on, make_gemm(false, true, n, n, n, static_cast<const T*>(a.raw()), n, static_cast<const T*>(b.raw()), n,
-                         static_cast<T*>(c.raw()), n));
-    });
-  };
   const double seconds = best_seconds(device, tries, [&] {
-    if (dtype == DType::bf16) return product.template operator()<uint16_t>();
-    product.template operator()<float>();
+    launch(device, "speed", [&](auto on) {
+      dispatch_gemm(on, dtype, [&]<class Element>() {
+        using T = GemmType<Element>;
+        gemm(on, make_gemm(false, true, n, n, n, static_cast<const T*>(a.raw()), n, static_cast<const T*>(b.raw()), n,
+                           static_cast<T*>(c.raw()), n));
+      });
+    });
   });
   return 2.0 * static_cast<double>(n * n * n) / seconds;
 }
 
 /// Bytes read plus written per second by the best of `tries` copies far beyond the caches.
-double copy_rate(Device device, int tries) {
+double copy_rate(Device device, int tries, int64_t bytes) {
   if (device.kind != DeviceKind::cpu) {
-    constexpr int64_t kBytes = int64_t{1} << 30;
     const MemoryScope scope(MemoryCategory::workspace);
-    const Tensor from = Tensor::zeros({kBytes}, DType::u8, device);
-    Tensor to = Tensor::empty({kBytes}, DType::u8, device);
-    return 2.0 * kBytes / best_seconds(device, tries, [&] { to.copy_(from); });
+    const Tensor from = Tensor::zeros({bytes}, DType::u8, device);
+    Tensor to = Tensor::empty({bytes}, DType::u8, device);
+    return 2.0 * static_cast<double>(bytes) / best_seconds(device, tries, [&] { to.copy_(from); });
   }
-  constexpr int64_t kBytes = int64_t{96} << 20, kPiece = int64_t{1} << 20;
+  constexpr int64_t kPiece = int64_t{1} << 20;
   // Not from the allocator, which would keep it: a training run must not be charged for this.
-  const std::vector<char> from(kBytes, 1);
-  std::vector<char> to(kBytes, 0);
-  return 2.0 * kBytes / best_seconds(device, tries, [&] {
-           parallel_for(kBytes, kPiece, [&](int64_t begin, int64_t end) {
+  const std::vector<char> from(static_cast<size_t>(bytes), 1);
+  std::vector<char> to(static_cast<size_t>(bytes), 0);
+  return 2.0 * static_cast<double>(bytes) / best_seconds(device, tries, [&] {
+           parallel_for(bytes, kPiece, [&](int64_t begin, int64_t end) {
              std::memcpy(to.data() + begin, from.data() + begin, static_cast<size_t>(end - begin));
            });
          });
 }
+
+/// Far beyond the caches.
+int64_t copy_size(Device device) { return int64_t{device.kind == DeviceKind::cpu ? 96 : 1024} << 20; }
 
 MachineSpeed unmeasured(Device device, DType dtype) {
   return {0, 0, num_threads(), backend(device).name(), device, dtype};
@@ -134,14 +123,25 @@ MachineSpeed keep_best(const MachineSpeed& stored, MachineSpeed seen, nlohmann::
 
 MachineSpeed measured(const MachineSpeed& stored, int products, int copies, const nlohmann::json& all) {
   MachineSpeed seen = stored;
-  seen.gemm_flops = gemm_rate(stored.device, stored.dtype, products);
-  if (copies > 0) seen.copy_bytes = copy_rate(stored.device, copies);
+  seen.gemm_flops = gemm_rate(stored.device, stored.dtype, products, peak_size(stored.device));
+  if (copies > 0) seen.copy_bytes = copy_rate(stored.device, copies, copy_size(stored.device));
   // What a GPU is measured with is far more than a small run needs.
   if (stored.device.kind != DeviceKind::cpu) allocator(stored.device).release_cached();
   return keep_best(stored, seen, all);
 }
 
 }  // namespace
+
+int64_t peak_size(Device device) { return device.kind == DeviceKind::cpu ? 1024 : 8192; }
+
+MachineSpeed speed_now(Device device, DType dtype, bool tiny) {
+  constexpr int kProducts = 24, kCopies = 8;
+  MachineSpeed seen = unmeasured(device, dtype);
+  seen.gemm_flops = gemm_rate(device, dtype, kProducts, tiny ? 32 : peak_size(device));
+  seen.copy_bytes = copy_rate(device, kCopies, tiny ? 1 << 16 : copy_size(device));
+  if (device.kind != DeviceKind::cpu) allocator(device).release_cached();
+  return seen;
+}
 
 MachineSpeed measure_machine(Device device, DType dtype) {
   const nlohmann::json all = read_cache(cache_file());

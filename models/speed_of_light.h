@@ -12,7 +12,7 @@ struct MachineSpeed {
   int threads = 0;
   std::string name;  ///< of the processor or GPU
   Device device;
-  DType dtype = DType::f32;  ///< f32 or bf16
+  DType dtype = DType::f32;  ///< f32, bf16 or f16
 };
 
 /// Measures, in about a second, and keeps the better of what it sees and what was stored: other programs make a machine
@@ -24,6 +24,13 @@ MachineSpeed measure_machine(Device device = Device::cpu(), DType dtype = DType:
 /// The stored measurement, on a CPU with a short look (four products) at whether the products do better today; measures
 /// where nothing is stored.
 MachineSpeed machine_speed(Device device = Device::cpu(), DType dtype = DType::f32);
+
+/// n of the product n x n x n that measures a device's peak.
+int64_t peak_size(Device device);
+
+/// What the device does at this moment; nothing stored is read or written. For shares that are measured in one run.
+/// f16 on a CPU is measured as f32, in which its products are made. @param tiny  sizes for a look at whether it runs
+MachineSpeed speed_now(Device device, DType dtype, bool tiny = false);
 
 /// Least time of a training step, in seconds: its products at the GEMM peak, all other passes over memory at the copy
 /// bandwidth. Formulas in docs/speed-of-light.md.

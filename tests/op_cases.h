@@ -20,7 +20,8 @@ struct Argument {
 };
 
 /// One call of an op, written once and used by every driver: forward (against the composed definition, in every dtype
-/// and memory layout), gradient (f64, against central differences), support matrix and benchmark.
+/// and memory layout), gradient (f64, against central differences) and support matrix. A benchmark of
+/// the op stands in apps/op_benches.cpp.
 struct OpCase {
   std::string op;    ///< the op's public name, "layer_norm"
   std::string name;  ///< what this case is about, "two_rows_of_seven"
@@ -31,9 +32,6 @@ struct OpCase {
   double tolerance_bf16 = 2e-2;
   const char* reason = "";     ///< why these tolerances
   bool differentiable = true;  ///< whether the op has a backward rule
-  bool benchmark = false;      ///< a large case: only the benchmark driver runs it
-  double flops = 0;            ///< of one forward call, for the benchmark
-  double bytes = 0;            ///< read and written by one forward call in f32, if memory traffic is its measure
 };
 
 /// Cases by family; each is defined in its own file, tests/op_cases_<family>.cpp.

@@ -45,14 +45,6 @@ OpCase attention_case(const char* name, const Sizes& s, const AttentionOptions& 
           .reason = kReason};
 }
 
-OpCase large(const char* name, int64_t batch, int64_t heads, int64_t tokens, int64_t head_size) {
-  OpCase made = causal_case(name, batch, tokens, heads, head_size);
-  made.benchmark = true;
-  // Two products over the visible pairs of a query and a key.
-  made.flops = 2.0 * static_cast<double>(batch * heads * tokens * (tokens + 1) * head_size);
-  return made;
-}
-
 }  // namespace
 
 std::vector<OpCase> attention_cases() {
@@ -82,10 +74,6 @@ std::vector<OpCase> attention_cases() {
       attention_case("by_heads", {2, 6, 8, 4, false}, {.heads = 4, .kv_heads = 2, .query_offset = 2}),
       attention_case("by_heads_one_element", {1, 5, 5, 1, false}, {.heads = 2}),
       attention_case("no_queries", {1, 0, 3, 4}, {.heads = 2}),
-      large("gpt_a", 12, 4, 64, 32),
-      large("gpt_b", 16, 6, 256, 64),
-      large("gpt2", 4, 12, 64, 64),
-      large("gpt2_long", 1, 12, 1024, 64),
   };
 }
 

@@ -202,19 +202,6 @@ OpCase masked_fill_case(const char* name, const Shape& x, const Shape& mask) {
           .reason = "elements are copied"};
 }
 
-OpCase large(const char* op, const char* name, const std::vector<Argument>& arguments,
-             std::function<Tensors(const Tensors&)> run) {
-  double bytes = 4 * static_cast<double>(numel(arguments[0].shape));
-  for (const Argument& argument : arguments) bytes += 4 * static_cast<double>(numel(argument.shape));
-  return {.op = op,
-          .name = name,
-          .arguments = arguments,
-          .run = std::move(run),
-          .composed = {},
-          .benchmark = true,
-          .bytes = bytes};
-}
-
 }  // namespace
 
 std::vector<OpCase> elementwise_cases() {
@@ -236,19 +223,6 @@ std::vector<OpCase> elementwise_cases() {
   cases.push_back(where_case("nothing", {0}, {0}, {1}));
   cases.push_back(masked_fill_case("prime_sizes", {7, 13}, {7, 13}));
   cases.push_back(masked_fill_case("row", {3, 5, 7}, {5, 1}));
-
-  const Shape in_cache = {512, 768}, beyond_cache = {65536, 768};
-  for (const Shape& shape : {in_cache, beyond_cache}) {
-    const char* name = shape == in_cache ? "in_cache" : "beyond_cache";
-    cases.push_back(large("gelu", name, {{shape, -4, 4}}, [](const Tensors& in) -> Tensors { return {gelu(in[0])}; }));
-    cases.push_back(large("silu", name, {{shape, -4, 4}}, [](const Tensors& in) -> Tensors { return {silu(in[0])}; }));
-    cases.push_back(large("exp", name, {{shape, -4, 4}}, [](const Tensors& in) -> Tensors { return {exp(in[0])}; }));
-    cases.push_back(large("tanh", name, {{shape, -4, 4}}, [](const Tensors& in) -> Tensors { return {tanh(in[0])}; }));
-    cases.push_back(
-        large("add", name, {{shape}, {shape}}, [](const Tensors& in) -> Tensors { return {in[0] + in[1]}; }));
-    cases.push_back(large("add", shape == in_cache ? "row_in_cache" : "row_beyond_cache", {{shape}, {{768}}},
-                          [](const Tensors& in) -> Tensors { return {in[0] + in[1]}; }));
-  }
   return cases;
 }
 

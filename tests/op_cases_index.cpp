@@ -65,12 +65,6 @@ OpCase dropout_case(const char* name, const Shape& shape, double p) {
           .reason = "one product with a rounded factor"};
 }
 
-OpCase large(OpCase made, double bytes) {
-  made.benchmark = true;
-  made.bytes = bytes;
-  return made;
-}
-
 }  // namespace
 
 std::vector<OpCase> index_cases() {
@@ -89,8 +83,6 @@ std::vector<OpCase> index_cases() {
       dropout_case("most", {3, 5, 11}, 0.9),
       dropout_case("nothing_dropped", {5}, 0),
       dropout_case("no_elements", {0, 3}, 0.5),
-      large(embedding_case("gpt2_beyond_cache", {65536}, {50257, 768}), 2.0 * 4 * 65536 * 768),
-      large(dropout_case("beyond_cache", {65536, 768}, 0.1), 2.0 * 4 * 65536 * 768),
   };
 }
 

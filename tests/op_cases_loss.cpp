@@ -56,7 +56,7 @@ OpCase head_case(const char* name, const Shape& x, int64_t classes, int64_t chun
 }  // namespace
 
 std::vector<OpCase> loss_cases() {
-  std::vector<OpCase> cases = {
+  return {
       loss_case("rows", {7, 5}),
       loss_case("tokens", {2, 3, 11}),
       loss_case("prime_sizes", {13, 37}),
@@ -72,15 +72,6 @@ std::vector<OpCase> loss_cases() {
       head_case("given_valid_tokens", {7, 3}, 5, 2, kGivenOptions),
       head_case("sum_of_no_rows", {0, 3}, 5, 0, kSumOptions),
   };
-  OpCase logits = loss_case("gpt2", {256, 50257});
-  logits.benchmark = true;
-  logits.bytes = 4.0 * 256 * 50257;
-  cases.push_back(logits);
-  OpCase head = head_case("gpt2", {256, 768}, 50257, 0);
-  head.benchmark = true;
-  head.flops = 2.0 * 256 * 768 * 50257;
-  cases.push_back(head);
-  return cases;
 }
 
 }  // namespace weft::testing

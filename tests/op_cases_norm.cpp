@@ -62,13 +62,6 @@ OpCase residual_case(const char* name, const Shape& x) {
           .reason = "as layer_norm; the sum is rounded to bf16 before it is normalised, a second rounding"};
 }
 
-OpCase large(OpCase made, double arrays) {
-  made.benchmark = true;
-  const Shape& shape = made.arguments[0].shape;
-  made.bytes = arrays * 4 * static_cast<double>(numel(shape));
-  return made;
-}
-
 }  // namespace
 
 std::vector<OpCase> norm_cases() {
@@ -92,9 +85,6 @@ std::vector<OpCase> norm_cases() {
       rms_case("beyond_one_block", {37, 5}),
       rms_case("beyond_one_vector", {3, 67}),
       rms_case("no_rows", {0, 4}),
-      large(norm_case("gpt2_beyond_cache", {65536, 768}), 2),
-      large(residual_case("gpt2_beyond_cache", {65536, 768}), 4),
-      large(rms_case("gpt2_beyond_cache", {65536, 768}), 2),
   };
 }
 

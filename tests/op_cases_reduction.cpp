@@ -108,17 +108,6 @@ OpCase softmax_case(const char* name, const Shape& shape, int64_t dim, bool log,
           .reason = "f32: two ulp of the exponential and the bound of the sum; bf16: rounded once, 2^-8"};
 }
 
-OpCase large(const char* op, const char* name, const Shape& shape, std::function<Tensors(const Tensors&)> run,
-             double arrays) {
-  return {.op = op,
-          .name = name,
-          .arguments = {{shape}},
-          .run = std::move(run),
-          .composed = {},
-          .benchmark = true,
-          .bytes = 4 * arrays * static_cast<double>(numel(shape))};
-}
-
 }  // namespace
 
 std::vector<OpCase> reduction_cases() {
@@ -153,18 +142,6 @@ std::vector<OpCase> reduction_cases() {
     cases.push_back(softmax_case("far_apart", {3, 11}, -1, log, 40));
     cases.push_back(softmax_case("no_rows", {0, 4}, -1, log));
     cases.push_back(softmax_case("no_columns", {4, 0}, -1, log));
-  }
-  for (const bool in_cache : {true, false}) {
-    const Shape shape = in_cache ? Shape{512, 768} : Shape{65536, 768};
-    const char* name = in_cache ? "in_cache" : "beyond_cache";
-    cases.push_back(large("softmax", name, shape, [](const Tensors& in) -> Tensors { return {softmax(in[0])}; }, 2));
-    cases.push_back(
-        large("log_softmax", name, shape, [](const Tensors& in) -> Tensors { return {log_softmax(in[0])}; }, 2));
-    cases.push_back(large("sum", name, shape, [](const Tensors& in) -> Tensors { return {sum(in[0])}; }, 1));
-    cases.push_back(large(
-        "sum", in_cache ? "columns_in_cache" : "columns_beyond_cache", shape,
-        [](const Tensors& in) -> Tensors { return {sum(in[0], {0})}; }, 1));
-    cases.push_back(large("argmax", name, shape, [](const Tensors& in) -> Tensors { return {argmax(in[0])}; }, 1));
   }
   return cases;
 }

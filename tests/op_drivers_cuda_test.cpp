@@ -16,12 +16,6 @@ void PrintTo(const OpCase& made, std::ostream* out) { *out << full_name(made); }
 
 namespace {
 
-std::vector<OpCase> small_cases() {
-  std::vector<OpCase> cases = all_op_cases();
-  std::erase_if(cases, [](const OpCase& made) { return made.benchmark; });
-  return cases;
-}
-
 Tensors to_device(const Tensors& in) {
   const autograd::NoGrad no_grad;
   Tensors out;
@@ -130,7 +124,7 @@ TEST_P(CudaOpCases, GradientsAgreeWithTheCpuAndHaveTheSameBitsTwice) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(All, CudaOpCases, ::testing::ValuesIn(small_cases()), test_name);
+INSTANTIATE_TEST_SUITE_P(All, CudaOpCases, ::testing::ValuesIn(all_op_cases()), test_name);
 
 }  // namespace
 }  // namespace weft::testing

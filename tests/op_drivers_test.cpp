@@ -1,4 +1,5 @@
-// Four drivers over the op cases: forward, gradient, threads, and the support matrix. (The benchmark is in bench/.)
+// Four drivers over the op cases: forward, gradient, threads, and the support matrix. (The benchmark is `weft bench
+// ops`.)
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -22,12 +23,6 @@ namespace weft::testing {
 void PrintTo(const OpCase& made, std::ostream* out) { *out << full_name(made); }
 
 namespace {
-
-std::vector<OpCase> small_cases() {
-  std::vector<OpCase> cases = all_op_cases();
-  std::erase_if(cases, [](const OpCase& made) { return made.benchmark; });
-  return cases;
-}
 
 std::vector<std::vector<double>> values_of(const Tensors& tensors) {
   std::vector<std::vector<double>> out;
@@ -247,7 +242,7 @@ TEST_P(OpCases, GradientInF32AndBf16AgreesWithF64) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(All, OpCases, ::testing::ValuesIn(small_cases()), test_name);
+INSTANTIATE_TEST_SUITE_P(All, OpCases, ::testing::ValuesIn(all_op_cases()), test_name);
 
 // ---- support ----
 
@@ -278,7 +273,7 @@ std::set<std::string> declared_ops() {
 
 TEST(OpSupport, EveryDeclaredOpHasCases) {
   std::set<std::string> with_cases;
-  for (const OpCase& made : small_cases()) with_cases.insert(made.op);
+  for (const OpCase& made : all_op_cases()) with_cases.insert(made.op);
   const std::set<std::string> declared = declared_ops();
   ASSERT_GE(declared.size(), 30u) << "the headers were not read";
   for (const std::string& op : declared)
@@ -295,7 +290,7 @@ TEST(OpSupport, CaseNamesAreUnique) {
 TEST(OpSupport, EveryOpRunsForwardAndBackwardInEveryDType) {
   const std::vector<DType> dtypes = {DType::f64, DType::f32, DType::bf16, DType::f16};
   std::map<std::string, std::map<std::string, std::string>> table;
-  for (const OpCase& made : small_cases()) {
+  for (const OpCase& made : all_op_cases()) {
     for (const DType dtype : dtypes) {
       std::string& forward = table[made.op][concat(dtype)];
       std::string& backward = table[made.op][concat(dtype, "'")];
