@@ -14,6 +14,7 @@
 #include "apps/machine.h"
 #include "apps/options.h"
 #include "core/backend.h"
+#include "core/device_report.h"
 #include "core/memory.h"
 #include "core/thread_pool.h"
 #include "models/speed_of_light.h"
@@ -22,8 +23,9 @@
 namespace weft::apps {
 namespace {
 
+constexpr size_t kColumn = 18;
+
 void line(std::string_view title, const std::string& text) {
-  constexpr size_t kColumn = 18;
   std::cout << title << std::string(title.size() < kColumn ? kColumn - title.size() : 1, ' ') << text << '\n';
 }
 
@@ -100,6 +102,16 @@ std::string build() {
   return text;
 }
 
+void print_report(const DeviceReport& report) {
+  for (const auto& [name, value] : report.backend) line("  " + name, value);
+  for (size_t i = 0; i < report.devices.size(); ++i) {
+    std::string text;
+    for (const auto& [name, value] : report.devices[i])
+      text += name == "name" ? value : concat("\n", std::string(kColumn, ' '), name, ' ', value);
+    line(concat("  cuda:", i), text);
+  }
+}
+
 }  // namespace
 
 int run_doctor(std::span<const std::string> args) {
@@ -122,6 +134,7 @@ int run_doctor(std::span<const std::string> args) {
               XXH_versionNumber() / 10000, '.', XXH_versionNumber() / 100 % 100, '.', XXH_versionNumber() % 100));
   const std::string no_cuda = why_no_cuda();
   line("cuda", no_cuda.empty() ? concat("device ", Device::best()) : "none: " + no_cuda);
+  print_report(cuda_report());
   const models::MachineSpeed speed = measure ? models::measure_machine() : models::machine_speed();
   line("speed", concat("products ", fixed(speed.gemm_flops * 1e-9, 1), " GFLOP/s (f32), copy ",
                        fixed(speed.copy_bytes * 1e-9, 1), " GB/s read plus written, ", speed.threads, " threads",

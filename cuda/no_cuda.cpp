@@ -1,6 +1,7 @@
 // What the library is without CUDA: the symbols of cuda/, with no device behind them. There is no CUDA tensor in this
 // build, so no kernel below is ever called.
 #include "core/backend.h"
+#include "core/device_report.h"
 #include "core/error.h"
 #include "ops/attention_kernels.h"
 #include "ops/column_sum.h"
@@ -26,6 +27,7 @@ constexpr const char* kWhy = "this build has no CUDA backend";
 
 std::unique_ptr<Backend> make_cuda_backend(int) { return nullptr; }
 const char* why_no_cuda() { return kWhy; }
+DeviceReport cuda_report() { return {{{"compiled for", "no device: this build has no CUDA backend"}}, {}}; }
 
 Range::Range(const char*) {}
 Range::~Range() = default;

@@ -135,7 +135,7 @@ MachineSpeed measured(const MachineSpeed& stored, int products, int copies, cons
 int64_t peak_size(Device device) { return device.kind == DeviceKind::cpu ? 1024 : 8192; }
 
 MachineSpeed speed_now(Device device, DType dtype, bool tiny) {
-  constexpr int kProducts = 24, kCopies = 8;
+  constexpr int kProducts = 24, kCopies = 64;  // half a second each on a CPU: neighbours come and go
   MachineSpeed seen = unmeasured(device, dtype);
   seen.gemm_flops = gemm_rate(device, dtype, kProducts, tiny ? 32 : peak_size(device));
   seen.copy_bytes = copy_rate(device, kCopies, tiny ? 1 << 16 : copy_size(device));
