@@ -4,7 +4,9 @@
 
 #include "apps/bench.h"
 #include "apps/bench_table.h"
+#include "apps/files.h"
 #include "apps/step_shapes.h"
+#include "apps/tune_gemm.h"
 #include "core/memory.h"
 #include "core/random.h"
 #include "ops/gemm.h"
@@ -13,6 +15,8 @@
 
 namespace weft::apps {
 namespace {
+
+const models::GptConfig kQuick = {.layers = 1, .heads = 1, .width = 16, .context = 8, .vocab = 24};
 
 /// C[m, n] = A B, with A stored as [k, m] or B as [n, k] where it is transposed.
 struct Product {
@@ -80,19 +84,40 @@ int bench_gemm(std::span<const std::string> args) {
               concat("whose products; auto: c on a CPU, 124m on a GPU. ", kStepShapesHelp));
   options.add("batch", &batch, {.min = 0, .max = 1 << 20, .unit = "sequences"},
               "rows of a micro-batch; 0: the shape's");
+  std::filesystem::path training;
+  std::string tune;
+  options.add("training", &training, {.placeholder = "FILE"},
+              "tune for this configuration of weft train (a run's config.toml) instead of a shape");
+  options.action(
+      "tune", &tune, "FILE",
+      "time the GPU library's algorithms for every product of a training step, and write the fastest to FILE "
+      "for --gemm-algorithms");
   if (!options.parse(args)) return 0;
   if (!size.empty() && size.size() != 3) options.reject("size", "takes three numbers m,n,k, got ", size.size());
   if (!size.empty() && options.given("shape")) options.reject("shape", "cannot be given together with --size");
+  if (tune.empty() && !training.empty()) options.reject("training", "goes with --tune FILE");
+  if (!tune.empty() && !size.empty()) options.reject("size", "cannot be given together with --tune");
   const Device device = o.start(options);
+  if (shape == "auto") shape = device.kind == DeviceKind::cpu ? "c" : "124m";
+  if (!tune.empty()) {
+    if (device.kind == DeviceKind::cpu)
+      fail(ErrorKind::kUsage, "bench gemm", "--tune is for a GPU, but the device is ", device);
+    check_writable(tune);
+    const StepShape& chosen = step_shape(shape);
+    const TunedStep step = !training.empty() ? tuned_step_of(training)
+                           : o.quick         ? TunedStep{kQuick, 2, o.precision}
+                                             : TunedStep{chosen.config, batch > 0 ? batch : chosen.batch, o.precision};
+    tune_training_step(step, device, tune, o.quick);
+    return 0;
+  }
   std::vector<Product> products;
   if (!size.empty()) {
     for (const bool trans_a : {false, true}) {
       for (const bool trans_b : {false, true}) products.push_back({"", size[0], size[1], size[2], trans_a, trans_b});
     }
   } else if (o.quick) {
-    products = training_products({.layers = 1, .heads = 1, .width = 16, .context = 8, .vocab = 24}, 8);
+    products = training_products(kQuick, kQuick.context);
   } else {
-    if (shape == "auto") shape = device.kind == DeviceKind::cpu ? "c" : "124m";
     const StepShape& chosen = step_shape(shape);
     products = training_products(chosen.config, (batch > 0 ? batch : chosen.batch) * chosen.config.context);
   }

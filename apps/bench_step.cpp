@@ -164,6 +164,7 @@ int bench_step(std::span<const std::string> args) {
   std::printf("peak memory %s; system allocations in the timed steps: %lld\n", human_bytes(bench.peak_bytes()).c_str(),
               static_cast<long long>(bench.memory().system_allocations - allocations));
   std::printf("memory:\n%s", memory_table(bench.memory()).c_str());
+  device.report(where);
   return 0;
 }
 

@@ -103,6 +103,7 @@ Timing BenchTable::measure(const std::string& name, const std::string& pass, con
 
 void BenchTable::finish() {
   if (progress_) progress_->finish();
+  options_.device.report(device_);
   if (options_.json.empty()) return;
   nlohmann::json rows = nlohmann::json::array();
   for (const Row& row : rows_) {

@@ -1,4 +1,5 @@
 #pragma once
+#include <filesystem>
 #include <string>
 
 #include "apps/options.h"
@@ -7,14 +8,17 @@
 
 namespace weft::apps {
 
-/// The option --device of a command: auto, cpu, cuda or cuda:N.
+/// The options --device of a command (auto, cpu, cuda or cuda:N) and --gemm-algorithms.
 struct DeviceOption {
   std::string text = "auto";
+  std::filesystem::path gemm_algorithms;
 
   void declare(Options& options);
-  /// The device, which is there. @throws Error kUsage if the text names none, kDevice if this machine or build has none
-  /// of that kind.
+  /// The device, which is there, with the list of algorithms in use if one is given. @throws Error kUsage if the text
+  /// names none, kDevice if this machine or build has none of that kind; what use_gemm_algorithms_file() throws.
   Device device(const Options& options) const;
+  /// Logs how many products had an entry in the list, once the work is done.
+  void report(Device device) const;
   /// The same for a run without memory or arithmetic, which needs no such device.
   Device planned(const Options& options) const;
 };

@@ -99,6 +99,7 @@ int run_eval(std::span<const std::string> args) {
     Row row;
     row.loss = model_loss(o, device, data, row.name);
     rows.push_back(std::move(row));
+    o.device.report(device);
   }
   if (o.kneser_ney > 0) {
     const double begin = steady_seconds();

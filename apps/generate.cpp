@@ -64,8 +64,9 @@ int run_generate(std::span<const std::string> args) {
   o.declare(options);
   if (!options.parse(args)) return 0;
   const std::string prompt = o.prompt_text(options);
+  const Device device = o.device.device(options);
   const models::LoadedGpt model =
-      models::load_gpt(o.checkpoint, o.device.device(options), [](const std::string& line) { log::warn(line); });
+      models::load_gpt(o.checkpoint, device, [](const std::string& line) { log::warn(line); });
   if (!model.tokenizer.has_value()) {
     fail(ErrorKind::kData, "generate", model.path, " has no tokenizer.json: its model knows ids but no text");
   }
@@ -90,6 +91,7 @@ int run_generate(std::span<const std::string> args) {
             fixed(static_cast<double>(made.size()) / std::max(seconds, 1e-9), 1), " tokens/s, a prompt of ",
             grouped(static_cast<int64_t>(ids.size())), ")", stream.stopped() ? ", ended by the stop text" : "",
             stop.requested() ? concat(", ended by ", stop.name()) : "");
+  o.device.report(device);
   return 0;
 }
 

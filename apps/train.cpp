@@ -413,6 +413,7 @@ int run_train(std::span<const std::string> args) {
     complete = run.train();
     run.print_summary();
   });
+  o.device.report(device);
   if (!complete) std::cout << "to go on: weft train --resume " << o.out.string() << std::endl;
   return 0;
 }

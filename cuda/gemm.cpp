@@ -13,6 +13,7 @@
 #include "core/error.h"
 #include "cuda/context.h"
 #include "cuda/error.h"
+#include "cuda/gemm_algorithm.h"
 #include "cuda/strided.h"
 #include "ops/elementwise_kernels.h"
 #include "ops/fp8_kernels.h"
@@ -98,37 +99,48 @@ uint32_t alignment_of(const void* p) {
   return static_cast<uint32_t>(address & (~address + 1));
 }
 
-/// cuBLASLt's first choice for a shape, asked for once: the answer is a function of the shape and the library's
-/// version, so that every run makes the same choice and has the same bits.
-cublasLtMatmulAlgo_t algorithm(Context& context, const Key& key, const Descriptor& product, const Layout& a,
-                               const Layout& b, const Layout& c, const std::array<uint32_t, 3>& alignment) {
+std::string type_name(int type) {
+  switch (type) {
+    case CUDA_R_64F:
+      return "f64";
+    case CUDA_R_32F:
+      return "f32";
+    case CUDA_R_16F:
+      return "f16";
+    case CUDA_R_16BF:
+      return "bf16";
+    case CUDA_R_8F_E4M3:
+      return "f8e4m3";
+    default:
+      return "f8e5m2";
+  }
+}
+
+/// The key in words, but for the device: what a list of algorithms knows the product by.
+std::string name_of(const Key& key) {
+  const auto& [a, b, c, m, n, k, ldb, lda, ldc, batch, trans_b, trans_a, device, epilogue, mode, alignment] = key;
+  static_cast<void>(device);
+  return concat(type_name(a), " x ", type_name(b), " -> ", type_name(c), ", m ", m, ", n ", n, ", k ", k, ", lda ", lda,
+                trans_a ? " columns" : " rows", ", ldb ", ldb, trans_b ? " columns" : " rows", ", ldc ", ldc,
+                ", batch ", batch, ", epilogue ", epilogue, (mode & 1) != 0 ? ", factor on the device" : "",
+                (mode & 2) != 0 ? ", tf32" : "", ", aligned ", alignment >> 9 & 511, ' ', alignment >> 18, ' ',
+                alignment & 511);
+}
+
+/// The algorithm for a product, asked for once: a function of the product, of the library's version and of the list of
+/// choices, if one was given, so that every run makes the same choice and has the same bits.
+cublasLtMatmulAlgo_t algorithm(Context& context, const Key& key, const cuda::GemmCall& call) {
   static std::mutex& mutex = *new std::mutex;
   static auto& known = *new std::map<Key, cublasLtMatmulAlgo_t>;
+  static int64_t epoch = 0;
   const std::lock_guard lock(mutex);
+  if (const int64_t now = cuda::gemm_algorithm_epoch(); now != epoch) {
+    known.clear();
+    epoch = now;
+  }
   if (const auto found = known.find(key); found != known.end()) return found->second;
   context.refuse_while_capturing("looks for the algorithm of a product");  // which may take memory
-  cublasLtMatmulPreference_t preference = nullptr;
-  WEFT_BLAS(cublasLtMatmulPreferenceCreate(&preference));
-  const size_t workspace = Context::kWorkspace;
-  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
-                                       sizeof workspace);
-  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &alignment[0],
-                                       sizeof(uint32_t));
-  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &alignment[1],
-                                       sizeof(uint32_t));
-  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &alignment[2],
-                                       sizeof(uint32_t));
-  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &alignment[2],
-                                       sizeof(uint32_t));
-  cublasLtMatmulHeuristicResult_t result{};
-  int count = 0;
-  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(context.blas, product.get(), a.get(), b.get(), c.get(),
-                                                               c.get(), preference, 1, &result, &count);
-  cublasLtMatmulPreferenceDestroy(preference);
-  WEFT_BLAS(status);
-  if (count == 0) fail(ErrorKind::kDevice, "gemm", "cuBLASLt has no algorithm for this product");
-  known.emplace(key, result.algo);
-  return result.algo;
+  return known.emplace(key, cuda::choose_gemm_algorithm(context, name_of(key), call)).first->second;
 }
 
 /// C of all products of a batch.
@@ -238,7 +250,22 @@ void run(Cuda device, Gemm<TA, TB, TC> g, const GemmBatch& batch) {
     alpha_at = g.scale;
     beta_at = static_cast<const Sum*>(context.zero_and_one(std::is_same_v<Sum, double>)) + (g.beta == Sum(1) ? 1 : 0);
   }
-  const cublasLtMatmulAlgo_t chosen = algorithm(context, key, product, a, b, c, alignment);
+  const double products = static_cast<double>(batch.count);
+  const cublasLtMatmulAlgo_t chosen = algorithm(
+      context, key,
+      {.product = product.get(),
+       .a = a.get(),
+       .b = b.get(),
+       .c = c.get(),
+       .alpha = alpha_at,
+       .a_data = g.b.data,
+       .b_data = g.a.data,
+       .beta = beta_at,
+       .c_data = written,
+       .alignment = alignment,
+       .accumulates = g.beta != Sum(0),
+       .c_bytes = static_cast<size_t>((batch.count - 1) * out_step + (g.m - 1) * out.ld + g.n) * sizeof(TC),
+       .flops = 2.0 * products * static_cast<double>(g.m) * static_cast<double>(g.n) * static_cast<double>(g.k)});
   WEFT_BLAS(cublasLtMatmul(context.blas, product.get(), alpha_at, g.b.data, a.get(), g.a.data, b.get(), beta_at,
                            written, c.get(), written, c.get(), &chosen, context.workspace, Context::kWorkspace,
                            stream));
@@ -290,8 +317,22 @@ void fp8_gemm(Cuda device, const Fp8Gemm& g) {
                 static_cast<int>(epilogue),
                 0,
                 alignment[0] << 18 | alignment[1] << 9 | alignment[2]};
-  const cublasLtMatmulAlgo_t chosen = algorithm(context, key, product, a, b, c, alignment);
   const float alpha = 1, beta = g.accumulate ? 1.0f : 0.0f;
+  const cublasLtMatmulAlgo_t chosen =
+      algorithm(context, key,
+                {.product = product.get(),
+                 .a = a.get(),
+                 .b = b.get(),
+                 .c = c.get(),
+                 .alpha = &alpha,
+                 .a_data = g.b.data,
+                 .b_data = g.a.data,
+                 .beta = &beta,
+                 .c_data = g.c,
+                 .alignment = alignment,
+                 .accumulates = g.accumulate,
+                 .c_bytes = static_cast<size_t>(g.m * g.n) * sizeof(uint16_t),
+                 .flops = 2.0 * static_cast<double>(g.m) * static_cast<double>(g.n) * static_cast<double>(g.k)});
   WEFT_BLAS(cublasLtMatmul(context.blas, product.get(), &alpha, g.b.data, a.get(), g.a.data, b.get(), &beta, g.c,
                            c.get(), g.c, c.get(), &chosen, context.workspace, Context::kWorkspace,
                            static_cast<cudaStream_t>(device.stream)));

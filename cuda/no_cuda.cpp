@@ -9,6 +9,7 @@
 #include "ops/elementwise_kernels.h"
 #include "ops/fp8_kernels.h"
 #include "ops/gemm.h"
+#include "ops/gemm_algorithms.h"
 #include "ops/index_kernels.h"
 #include "ops/loss_kernels.h"
 #include "ops/norm_kernels.h"
@@ -185,6 +186,13 @@ void fp8_check_device(Cuda) { absent(); }
 void fp8_quantise(Cuda, const Fp8Quantise&) { absent(); }
 void fp8_gemm(Cuda, const Fp8Gemm&) { absent(); }
 void fp8_update(Cuda, const Fp8Update&) { absent(); }
+GemmLibrary gemm_library(Device) { absent(); }
+void use_gemm_algorithms(Device, std::span<const GemmAlgorithm>, const std::string&) { absent(); }
+GemmAlgorithmUse gemm_algorithm_use(Device) { absent(); }
+std::vector<GemmAlgorithm> tune_gemm(Device, const std::function<void()>&,
+                                     const std::function<void(const GemmAlgorithm&)>&) {
+  absent();
+}
 
 // ---- optimizers ----
 

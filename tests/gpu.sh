@@ -76,6 +76,11 @@ bench() {
 }
 bench machine-bf16 weft bench machine --device cuda --precision bf16
 bench step-124m weft bench step --device cuda --precision bf16 --shape 124m --batch 32 --steps 10
+bench tune-124m weft bench gemm --device cuda --precision bf16 --shape 124m --batch 32 --tune "$logs/algorithms-124m.json"
+[ ! -f "$logs/algorithms-124m.json" ] || bench step-124m-tuned weft bench step --device cuda --precision bf16 --shape 124m --batch 32 --steps 10 --gemm-algorithms "$logs/algorithms-124m.json"
+bench attention-bf16 weft bench attention --device cuda --precision bf16 --json "$logs/attention-bf16.json"
+bench gemm-bf16 weft bench gemm --device cuda --precision bf16 --shape 124m --json "$logs/gemm-bf16.json"
+bench ops-bf16 weft bench ops --device cuda --precision bf16 --seconds 0.1 --json "$logs/ops-bf16.json"
 bench step-350m weft bench step --device cuda --precision bf16 --shape 350m --batch 16 --steps 6
 bench step-1558m weft bench step --device cuda --precision bf16 --shape 1558m --batch 8 --steps 4
 if [ ${#fp8[@]} -gt 0 ]; then

@@ -1,12 +1,15 @@
 #include "cublasLt.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <vector>
 
 #include "core/float_types.h"
+#include "emulation.h"
 #include "runtime.h"
 
 struct cublasLtContext {};
@@ -38,6 +41,7 @@ struct cublasLtMatrixLayoutOpaque {
 
 struct cublasLtMatmulPreferenceOpaque {
   uint64_t workspace_bytes = 0;
+  uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_MASK;
 };
 
 namespace weft_emulation {
@@ -127,6 +131,28 @@ double to_tf32(double x) {
   const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(x));
   if ((bits & 0x7f800000u) == 0x7f800000u) return x;
   return std::bit_cast<float>((bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu);
+}
+
+// ---- algorithms ----
+
+/// In the order in which they are proposed. The second is the fastest that sums in one sequence; the last is faster
+/// still and does not.
+struct Algorithm {
+  double seconds;
+  int32_t parts;
+  uint32_t reduction;
+};
+constexpr Algorithm kAlgorithms[] = {{3e-3, 1, CUBLASLT_REDUCTION_SCHEME_NONE},
+                                     {1e-3, 1, CUBLASLT_REDUCTION_SCHEME_NONE},
+                                     {2e-3, 1, CUBLASLT_REDUCTION_SCHEME_NONE},
+                                     {1e-4, 4, CUBLASLT_REDUCTION_SCHEME_INPLACE}};
+constexpr uint64_t kAlgorithmMark = 0x77656674;  // a description made here has it in its second word
+std::atomic<int64_t> runs[std::size(kAlgorithms)];
+
+const Algorithm* find(const cublasLtMatmulAlgo_t* algorithm) {
+  if (algorithm == nullptr || algorithm->data[0] >= std::size(kAlgorithms) || algorithm->data[1] != kAlgorithmMark)
+    return nullptr;
+  return &kAlgorithms[algorithm->data[0]];
 }
 
 // ---- what the library supports ----
@@ -368,6 +394,9 @@ cublasStatus_t destroy(T* object) {
 }
 
 }  // namespace
+
+int64_t products_with(int algorithm) { return runs[algorithm]; }
+
 }  // namespace weft_emulation
 
 using weft_emulation::create;
@@ -473,6 +502,7 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
                                                     size_t bytes) {
   if (preference == nullptr || value == nullptr) return CUBLAS_STATUS_INVALID_VALUE;
   if (attribute == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) return set(preference->workspace_bytes, value, bytes);
+  if (attribute == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK) return set(preference->reductions, value, bytes);
   return bytes == sizeof(uint32_t) ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
 }
 
@@ -487,16 +517,47 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
   *returned = 0;
   const cublasStatus_t status = weft_emulation::check(*desc, *a, *b, *c, *d);
   if (status != CUBLAS_STATUS_SUCCESS) return status;
-  results[0] = {};
-  results[0].wavesCount = 1;
-  *returned = 1;
+  for (size_t i = 0; i < std::size(weft_emulation::kAlgorithms) && *returned < requested; ++i) {
+    const uint32_t reduction = weft_emulation::kAlgorithms[i].reduction;
+    if (reduction != CUBLASLT_REDUCTION_SCHEME_NONE && (reduction & preference->reductions) == 0) continue;
+    results[*returned] = {};
+    results[*returned].algo.data[0] = i;
+    results[*returned].algo.data[1] = weft_emulation::kAlgorithmMark;
+    results[*returned].wavesCount = 1;
+    ++*returned;
+  }
+  return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a,
+                                       cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+                                       const cublasLtMatmulAlgo_t* algorithm, cublasLtMatmulHeuristicResult_t* result) {
+  if (handle == nullptr) return CUBLAS_STATUS_NOT_INITIALIZED;
+  if (!desc || !a || !b || !c || !d || !result || weft_emulation::find(algorithm) == nullptr)
+    return CUBLAS_STATUS_INVALID_VALUE;
+  *result = {};
+  return weft_emulation::check(*desc, *a, *b, *c, *d);
+}
+
+cublasStatus_t cublasLtMatmulAlgoConfigGetAttribute(const cublasLtMatmulAlgo_t* algorithm,
+                                                    cublasLtMatmulAlgoConfigAttributes_t attribute, void* value,
+                                                    size_t bytes, size_t* written) {
+  const auto* found = weft_emulation::find(algorithm);
+  if (found == nullptr || value == nullptr || bytes != sizeof(int32_t) || written == nullptr)
+    return CUBLAS_STATUS_INVALID_VALUE;
+  *written = bytes;
+  if (attribute == CUBLASLT_ALGO_CONFIG_SPLITK_NUM) {
+    std::memcpy(value, &found->parts, bytes);
+  } else {
+    std::memcpy(value, &found->reduction, bytes);
+  }
   return CUBLAS_STATUS_SUCCESS;
 }
 
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha, const void* a,
                               cublasLtMatrixLayout_t a_layout, const void* b, cublasLtMatrixLayout_t b_layout,
                               const void* beta, const void* c, cublasLtMatrixLayout_t c_layout, void* d,
-                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t*, void*, size_t,
+                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t* algorithm, void*, size_t,
                               cudaStream_t stream) {
   using namespace weft_emulation;
   if (handle == nullptr) return CUBLAS_STATUS_NOT_INITIALIZED;
@@ -520,6 +581,11 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
                  load(desc->scale, alpha, 0),
                  load(desc->scale, beta, 0)};
   if (call.beta != 0 && c == nullptr) return CUBLAS_STATUS_INVALID_VALUE;
+  // Without an algorithm the library takes its own first choice.
+  const Algorithm* const chosen = algorithm == nullptr ? kAlgorithms : weft_emulation::find(algorithm);
+  if (chosen == nullptr) return CUBLAS_STATUS_INVALID_VALUE;
+  ++runs[chosen - kAlgorithms];
+  pass_time(chosen->seconds);
   const bool on_device = desc->pointer_mode == CUBLASLT_POINTER_MODE_DEVICE;
   const cudaError_t error = submit(stream, [call, on_device, alpha, beta]() mutable {
     if (on_device) {  // factors are what the memory holds when the product is made

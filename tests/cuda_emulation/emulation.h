@@ -44,4 +44,11 @@ std::vector<std::string> take_ranges();
 /// Ends the process if a byte just outside one of the live allocations was written; cudaFree does so for its own.
 void check_guards();
 
+/// Puts the clock of events forward, by what work would have taken.
+void pass_time(double seconds);
+
+/// How many products cublasLtMatmul has computed with the algorithm that is proposed as number `algorithm`, from 0
+/// to 3.
+int64_t products_with(int algorithm);
+
 }  // namespace weft_emulation

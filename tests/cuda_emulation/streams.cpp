@@ -68,6 +68,8 @@ namespace {
 
 using weft_emulation::result;
 
+std::atomic<int64_t> passed_nanoseconds = 0;
+
 std::mutex mutex;  // guards all that follows and the capture and clock of every stream and event
 std::vector<std::shared_ptr<Capture>>& captures() {
   static std::vector<std::shared_ptr<Capture>> all;
@@ -165,6 +167,8 @@ cudaError_t may_wait_for(cudaEvent_t event) {
 }  // namespace
 
 namespace weft_emulation {
+
+void pass_time(double seconds) { passed_nanoseconds += static_cast<int64_t>(seconds * 1e9); }
 
 cudaError_t refuse_while_capturing() {
   if (calls_of_thread == cudaStreamCaptureModeRelaxed) return cudaSuccess;
@@ -336,7 +340,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   event->capture = stream == nullptr ? nullptr : stream->capture;
   if (event->capture == nullptr) {
     event->recorded = true;
-    event->time = std::chrono::steady_clock::now();
+    event->time = std::chrono::steady_clock::now() + std::chrono::nanoseconds(passed_nanoseconds);
     const std::lock_guard left(leaving());
     event->queue = stream == nullptr ? nullptr : stream->queue;
     event->position = stream == nullptr ? 0 : stream->queue->submitted;
