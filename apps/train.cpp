@@ -16,6 +16,7 @@
 #include "apps/progress.h"
 #include "apps/stop_signal.h"
 #include "apps/train_options.h"
+#include "apps/world.h"
 #include "core/autograd.h"
 #include "core/backend.h"
 #include "core/file.h"
@@ -98,25 +99,31 @@ constexpr const char* kLossScale = "loss_scale";
 /// A run: everything that lives from the first step to the last.
 class Run {
  public:
-  Run(const TrainOptions& options, Device device, std::string config_text, DataDirectory data,
+  Run(const TrainOptions& options, Device device, World& world, std::string config_text, DataDirectory data,
       std::optional<CheckpointContent> from)
       : o_(options),
         device_(device),
+        world_(world),
         config_text_(std::move(config_text)),
         data_(std::move(data)),
         gpt_(options.model(data_.tokenizer.vocab_size()), device, static_cast<uint64_t>(options.seed), options.dtype()),
-        optimizer_(gpt_.parameters(), options.adam()),
+        parallel_(make_parallel()),
+        optimizer_(parallel_ ? parallel_->parameters() : gpt_.parameters(), options.adam(),
+                   parallel_ ? parallel_->norms() : std::make_shared<optim::LocalNorms>()),
         loader_(data_.train, {.batch = options.batch,
                               .context = options.context,
                               .seed = static_cast<uint64_t>(options.seed),
-                              .prefetch = options.prefetch}),
+                              .rank = world.rank(),
+                              .world_size = world.size(),
+                              .prefetch = options.prefetch,
+                              .consecutive = options.zero == dist::Zero::kGradients ? 1 : micro_batches()}),
         run_id_(run_id()) {
     int64_t step = 0;
     NamedTensors fp8_state;
     if (from) {
       fp8_state = take_fp8_state(*from);
       gpt_.load(from->model);
-      optimizer_.load_state(from->optimizer);
+      optimizer_.load_state(parallel_ ? parallel_->own_state(from->optimizer) : from->optimizer);
       step = from->step;
       run_id_ = from->run_id;
       loader_.seek(from->data_cursor);
@@ -126,7 +133,8 @@ class Run {
              " steps already; steps counts those of the whole run");
       }
     }
-    trainer_.emplace(gpt_, optimizer_, loader_, options.schedule(), options.accumulate, step);
+    trainer_.emplace(gpt_, optimizer_, loader_, options.schedule(), micro_batches(), step);
+    if (parallel_) trainer_->parallelize(*parallel_, world_.group());
     if (options.precision == Precision::f16) {
       optim::LossScale scale;
       if (from) {
@@ -152,6 +160,7 @@ class Run {
     std::optional<AllowTf32> tf32;
     if (o_.precision == Precision::tf32) tf32.emplace();
     const StopSignal stop;
+    if (!world_.speaks()) return follow(stop);
     MetricsFile metrics_file(o_.out / "metrics.jsonl", first, first == o_.steps);
     const models::MachineSpeed machine = models::machine_speed(device_, o_.dtype());
     const double bound = models::step_bound(gpt_.config(), o_.batch * o_.context * o_.accumulate, machine).total();
@@ -161,7 +170,7 @@ class Run {
     log::info("cuda graph: ", describe_cuda_graph(graph_reason_));
     Progress progress({.title = "train", .total = o_.steps, .start = first, .line_seconds = o_.log_seconds});
     std::string fields;
-    while (trainer_->steps() < o_.steps && !stop.requested()) {
+    while (trainer_->steps() < o_.steps && !agreed(stop.requested())) {
       const models::StepMetrics m = trainer_->step();
       const int64_t done = m.step + 1;
       const double percent = 100 * bound / m.times.total();
@@ -198,12 +207,24 @@ class Run {
     const bool complete = trainer_->steps() == o_.steps;
     if (!complete) {
       if (saved_ != trainer_->steps()) save();
-      log::info("stopped by ", stop.name(), " after step ", trainer_->steps(), " of ", o_.steps);
+      log::info("stopped by ", *stop.name() ? stop.name() : "another rank", " after step ", trainer_->steps(), " of ",
+                o_.steps);
       return false;
     }
     progress.finish(fields);
     report_held_out(o_.steps, metrics_file);
     return true;
+  }
+
+  /// The same on a rank that does not speak: it takes part in steps and in what rank 0 saves.
+  bool follow(const StopSignal& stop) {
+    while (trainer_->steps() < o_.steps && !agreed(stop.requested())) {
+      trainer_->step();
+      const int64_t done = trainer_->steps();
+      if (done == o_.steps || (o_.save_every > 0 && done % o_.save_every == 0)) save();
+    }
+    if (saved_ != trainer_->steps()) save();
+    return trainer_->steps() == o_.steps;
   }
 
   void print_summary() const {
@@ -224,10 +245,30 @@ class Run {
   }
 
  private:
+  /// Micro-batches of a step that this rank computes.
+  int64_t micro_batches() const { return o_.accumulate / world_.size(); }
+
+  std::unique_ptr<dist::DataParallel> make_parallel() {
+    if (world_.size() == 1 && !o_.deterministic && o_.zero == dist::Zero::kNone) return nullptr;
+    return std::make_unique<dist::DataParallel>(world_.group(), gpt_.parameters(),
+                                                dist::DataParallelOptions{.zero = o_.zero});
+  }
+
+  /// Whether any rank wants to stop: all do so after the same step.
+  bool agreed(bool stop) {
+    if (world_.size() == 1) return stop;
+    const Tensor wish = Tensor::from(std::vector<int64_t>{stop ? 1 : 0}, {1});
+    world_.group().all_reduce_(wish, dist::Reduction::max);
+    return wish.item() > 0;
+  }
+
   void save() {
     CheckpointContent content;
+    const NamedTensors own = optimizer_.state();
+    content.optimizer = parallel_ ? parallel_->whole_state(own) : own;
+    saved_ = trainer_->steps();
+    if (!world_.speaks()) return;
     content.model = gpt_.named_tensors();
-    content.optimizer = optimizer_.state();
     content.step = trainer_->steps();
     content.run_id = run_id_;
     content.data_cursor = loader_.position();
@@ -240,7 +281,6 @@ class Run {
     if (trainer_->loss_scale()) content.state[kLossScale] = trainer_->loss_scale()->state();
     content.text_files = {{"config.toml", config_text_}, {"tokenizer.json", data_.tokenizer_json}};
     last_checkpoint_ = save_checkpoint(o_.out.string(), content, {.keep_n = static_cast<int>(o_.keep)});
-    saved_ = trainer_->steps();
     log::info("saved ", last_checkpoint_);
   }
 
@@ -285,9 +325,11 @@ class Run {
 
   const TrainOptions o_;
   const Device device_;
+  World& world_;
   const std::string config_text_;
   DataDirectory data_;
   models::Gpt gpt_;
+  std::unique_ptr<dist::DataParallel> parallel_;
   optim::Adam optimizer_;
   text::Loader loader_;
   std::optional<models::Trainer> trainer_;
@@ -366,11 +408,9 @@ int run_train(std::span<const std::string> args) {
   first.action("resume", &o.resume, "DIR",
                "go on with the run in DIR (or from that checkpoint) bit for bit; its config.toml is the default");
   if (!first.parse(args)) return 0;
-  const dist::LaunchInfo launched = dist::discover(weft::process_environment(""));
+  World world;
+  const dist::LaunchInfo& launched = world.launched();
   if (launched.launcher != dist::Launcher::none) log::info(launched.describe());
-  if (launched.world_size > 1) {
-    fail(ErrorKind::kUsage, "train", "this build trains on one rank, and this is ", launched.describe());
-  }
   // Started again by a launcher with the same command: what the run saved in the meantime comes before what it began
   // with.
   if (launched.restart > 0 && !o.dry_run && find_latest_checkpoint(o.out.string()).path) o.resume = o.out.string();
@@ -393,6 +433,7 @@ int run_train(std::span<const std::string> args) {
   }
   const Options& options = second ? *second : first;
   o.check(options);
+  const dist::Mesh mesh = o.check_ranks(options, world.size());
   const Device device = o.dry_run ? o.device.planned(options) : o.device.device(options);
   DataDirectory data = DataDirectory::open(o.data);
   refuse_too_large(o, data.tokenizer.vocab_size());
@@ -403,8 +444,18 @@ int run_train(std::span<const std::string> args) {
   refuse_if_it_cannot_fit(o, device, planned);
   const std::string config_text = options.toml(false);
   bool complete = false;
+  // All ranks have looked at the options and at what is in the directory before any writes there.
+  world.connect();
+  if (world.size() > 1) {
+    world.group().barrier();
+    if (world.speaks()) log::info("mesh ", mesh.to_string(), ", ZeRO ", static_cast<int>(o.zero));
+  }
   advise_if_memory_ends(o, device, planned, [&] {
-    Run run(o, device, config_text, std::move(data), std::move(from));
+    Run run(o, device, world, config_text, std::move(data), std::move(from));
+    if (!world.speaks()) {
+      complete = run.train();
+      return;
+    }
     // Whatever could be wrong with options and data was found above: a refused call leaves nothing behind.
     make_directories(o.out);
     write_file_atomic((o.out / "config.toml").string(), as_bytes(config_text));
@@ -413,6 +464,7 @@ int run_train(std::span<const std::string> args) {
     complete = run.train();
     run.print_summary();
   });
+  if (!world.speaks()) return 0;
   o.device.report(device);
   if (!complete) std::cout << "to go on: weft train --resume " << o.out.string() << std::endl;
   return 0;

@@ -46,6 +46,18 @@ void TrainOptions::declare(Options& o) {
   o.add("eps", &eps, {.above = 0}, "added to the root of the mean square");
   o.add("clip", &clip, {.min = 0}, "largest global gradient norm; 0 does not clip");
 
+  o.section("parallel", "Several ranks: weft launch -n N -- train ...");
+  o.add("mesh", &mesh, {.placeholder = "AXES"},
+        "how ranks are laid out: dp=4 for four that train copies of the model on a quarter of a step's micro-batches "
+        "each; "
+        "empty: dp with all of them");
+  o.add("zero", &zero, {{"0", dist::Zero::kNone}, {"1", dist::Zero::kOptimizer}, {"2", dist::Zero::kGradients}},
+        "what ranks share out instead of each keeping all of it (ZeRO): 1 the optimizer's state, 2 gradients too");
+  o.add("deterministic", &deterministic,
+        "add up the gradients of micro-batches in the order that several ranks add them up in, so that one rank has "
+        "their "
+        "bits; several always do");
+
   o.section("run", "The run");
   device.declare(o);
   declare_cuda_graph(o, &cuda_graph);
@@ -91,6 +103,32 @@ void TrainOptions::check(const Options& options) const {
   }
   if (min_lr > lr) options.reject("min_lr", "must be at most lr = ", lr, ", got ", min_lr);
   if (warmup >= steps && warmup > 0) options.reject("warmup", "must be below steps = ", steps, ", got ", warmup);
+}
+
+dist::Mesh TrainOptions::check_ranks(const Options& options, int ranks) const {
+  dist::Mesh layout;
+  try {
+    layout = mesh.empty() ? dist::Mesh({ranks, 1, 1, 1}) : dist::Mesh::parse(mesh, ranks);
+  } catch (const Error& error) {
+    options.reject("mesh", "does not fit the ", ranks,
+                   ranks == 1 ? " rank of this run: " : " ranks of this run: ", error.what());
+  }
+  for (const dist::Axis axis : dist::kAllAxes) {
+    if (axis != dist::Axis::dp && layout.size(axis) > 1)
+      options.reject("mesh", "may have dp only: the trainer does not cut models along ", dist::name(axis), " yet, got ",
+                     weft::quoted(mesh));
+  }
+  if (accumulate % ranks != 0) {
+    options.reject("accumulate", "micro-batches of a step must be shared out evenly among ", ranks, " ranks, got ",
+                   accumulate, ". Hint: a smaller --batch and as many more micro-batches are the same step");
+  }
+  if (ranks > 1) {
+    if (device.planned(options).kind != DeviceKind::cpu)
+      options.reject("device", "must be cpu where several ranks train: those on GPUs cannot yet");
+    if (precision == Precision::fp8)
+      options.reject("precision", "must not be fp8 where several ranks train: each would keep scales of its own");
+  }
+  return layout;
 }
 
 models::GptConfig TrainOptions::model(int64_t vocab) const {

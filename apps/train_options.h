@@ -6,6 +6,8 @@
 
 #include "apps/device_option.h"
 #include "apps/options.h"
+#include "dist/data_parallel.h"
+#include "dist/mesh.h"
 #include "models/gpt.h"
 #include "models/step_graph.h"
 #include "optim/adam.h"
@@ -37,6 +39,10 @@ struct TrainOptions {
   double lr = 1e-3, min_lr = 1e-4, weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, clip = 1.0;
   int64_t warmup = 100;
   bool offload_optimizer = false, offload_activations = false;
+  // parallel
+  std::string mesh;
+  dist::Zero zero = dist::Zero::kNone;
+  bool deterministic = false;
   // run
   DeviceOption device;
   models::GraphUse cuda_graph = models::GraphUse::automatic;
@@ -57,6 +63,9 @@ struct TrainOptions {
   void declare(Options& options);
   /// Rules between options. @throws Error kUsage.
   void check(const Options& options) const;
+
+  /// Rules between options and the ranks of the run; how they are laid out. @throws Error kUsage.
+  dist::Mesh check_ranks(const Options& options, int ranks) const;
 
   models::GptConfig model(int64_t vocab) const;
   DType dtype() const {

@@ -93,6 +93,15 @@ struct DataParallel::State {
     return before + i;
   }
 
+  /// The parameter that "<parameter>.<name of the state>" belongs to.
+  std::optional<size_t> parameter_of(const std::string& name) const {
+    const std::string parameter = name.substr(0, name.rfind('.'));
+    for (size_t p = 0; p < model.size(); ++p) {
+      if (model[p].name == parameter) return p;
+    }
+    return std::nullopt;
+  }
+
   /// The nodes that each rank brings to the reduction after its micro-batch i.
   std::vector<std::vector<MicroBatchRange>> nodes_of_round(int64_t i) const {
     std::vector<std::vector<MicroBatchRange>> nodes;
@@ -238,6 +247,7 @@ DataParallel::DataParallel(Group& group, Parameters parameters, const DataParall
 
 DataParallel::~DataParallel() = default;
 
+Zero DataParallel::zero() const { return state_->options.zero; }
 const Parameters& DataParallel::parameters() const { return state_->own; }
 const std::vector<ShardPiece>& DataParallel::pieces() const { return state_->pieces; }
 
@@ -365,6 +375,45 @@ void DataParallel::gather() {
       }
     }
   }
+}
+
+NamedTensors DataParallel::whole_state(const NamedTensors& own) const {
+  const State& s = *state_;
+  if (s.options.zero == Zero::kNone) return own;
+  const autograd::NoGrad no_grad;
+  NamedTensors whole;
+  for (const auto& [name, tensor] : own) {
+    const std::optional<size_t> p = s.parameter_of(name);
+    if (!p) {
+      whole.emplace_back(name, tensor);
+      continue;
+    }
+    Counts counts;
+    for (int rank = 0; rank < s.group.size(); ++rank) {
+      counts.push_back(0);
+      for (const ShardPiece& piece : s.buckets[s.bucket_of[*p]].layout.pieces(rank)) {
+        if (piece.tensor == *p) counts.back() = piece.count();
+      }
+    }
+    whole.emplace_back(name, s.group.all_gather(tensor, counts).reshape(s.model[*p].tensor.shape()));
+  }
+  return whole;
+}
+
+NamedTensors DataParallel::own_state(const NamedTensors& whole) const {
+  const State& s = *state_;
+  if (s.options.zero == Zero::kNone) return whole;
+  const autograd::NoGrad no_grad;
+  NamedTensors own;
+  for (const auto& [name, tensor] : whole) {
+    const std::optional<size_t> p = s.parameter_of(name);
+    if (p && tensor.numel() != s.model[*p].tensor.numel()) {
+      fail(ErrorKind::kData, kWhere, "stored state ", quoted(name), " is ", tensor.describe(), "; its parameter is ",
+           s.model[*p].tensor.describe());
+    }
+    own.emplace_back(name, p ? tensor.reshape({-1}).narrow(0, s.pieces[*p].begin, s.pieces[*p].count()) : tensor);
+  }
+  return own;
 }
 
 }  // namespace weft::dist

@@ -45,6 +45,7 @@ class DataParallel {
   DataParallel(Group& group, Parameters parameters, const DataParallelOptions& options = {});
   ~DataParallel();
 
+  Zero zero() const;
   /// What this rank's optimizer updates: the parameters, or with any Zero the ranges of them that this rank has, under
   /// their parameters' names and in their order: flat views, some of 0 elements.
   const Parameters& parameters() const;
@@ -62,6 +63,13 @@ class DataParallel {
   void reduce();
   /// After the update: every rank gets every parameter's new values.
   void gather();
+
+  /// The state of an optimizer over parameters(), "<parameter>.<name of the state>", with whole tensors, on every rank:
+  /// what a checkpoint stores, whatever the ranks share. Tensors of other names are passed on. All ranks call it.
+  NamedTensors whole_state(const NamedTensors& own) const;
+  /// The part of it that this rank's optimizer loads. @throws Error kData for a tensor of another size than its
+  /// parameter.
+  NamedTensors own_state(const NamedTensors& whole) const;
 
  private:
   struct State;

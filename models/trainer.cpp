@@ -64,7 +64,13 @@ std::string Trainer::use_graph(GraphUse use) {
   return graph_.reason(host_work());
 }
 
+void Trainer::parallelize(dist::DataParallel& parallel, dist::Group& group) {
+  parallel_ = &parallel;
+  group_ = &group;
+}
+
 std::string Trainer::host_work() const {
+  if (parallel_ != nullptr) return "gradients are exchanged with other ranks";
   if (const std::string work = optimizer_.host_work(); !work.empty()) return work;
   if (fp8_) return "in fp8 the host looks at the converted tensors before the update";
   if (gpt_.config().offload_from) return "activations wait in the host's memory";
@@ -108,7 +114,7 @@ void Trainer::send(const std::vector<text::Batch>& batches, const StepMetrics& m
 
 GptStep Trainer::settings(size_t i) const {
   GptStep settings;
-  for (size_t before = 0; before < i; ++before) settings.first_row += batches_[before].inputs.size(0);
+  settings.first_row = first_rows_[i];
   settings.step_at = numbers_.narrow(0, 0, 1);
   settings.valid_tokens_at = numbers_.narrow(0, 1, 1);
   return settings;
@@ -126,6 +132,15 @@ void Trainer::compute(StepTimes& times) {
     watch.lap(times.backward);
   }
   const Range range("optimizer");
+  Tensor losses = losses_;
+  if (parallel_ != nullptr) {
+    parallel_->reduce();
+    // In the order of their numbers: ranks have ranges of them, or every n-th.
+    losses = group_->all_gather(losses_);
+    const int64_t ranks = group_->size();
+    if (parallel_->zero() == dist::Zero::kGradients) losses = losses.reshape({ranks, accumulate_}).transpose(0, 1);
+    losses = losses.contiguous();
+  }
   fp8_counts_ = {};
   if (fp8_ && !DryRun::active()) {
     // Before anything changes: conversion hides infinities, which the counts tell. Losses that are not finite come
@@ -134,8 +149,25 @@ void Trainer::compute(StepTimes& times) {
     if (std::all_of(losses.begin(), losses.end(), [](double loss) { return std::isfinite(loss); }))
       fp8_counts_ = fp8_->counts();
   }
-  optimizer_.queue(losses_);
+  optimizer_.queue(losses);
   watch.lap(times.optimizer);
+}
+
+void Trainer::begin_step(const std::vector<text::Batch>& batches, StepMetrics& metrics) {
+  first_rows_.clear();
+  int64_t rows = 0;
+  for (const text::Batch& batch : batches) {
+    first_rows_.push_back(rows);
+    rows += batch.rows;
+  }
+  if (parallel_ == nullptr) return;
+  parallel_->begin_step(std::vector<int64_t>(static_cast<size_t>(group_->size()), accumulate_));
+  for (size_t i = 0; i < batches.size(); ++i)
+    first_rows_[i] = parallel_->micro_batch(static_cast<int64_t>(i)) * batches[i].rows;
+  const Tensor counts = Tensor::from(std::vector<int64_t>{metrics.tokens, metrics.valid}, {2});
+  group_->all_reduce_(counts);
+  const std::vector<int64_t> sums = counts.to_vector<int64_t>();
+  metrics.tokens = sums[0], metrics.valid = sums[1];
 }
 
 StepMetrics Trainer::step() {
@@ -152,6 +184,7 @@ StepMetrics Trainer::step() {
     metrics.valid += batches.back().valid;
   }
   optimizer_.zero_grad();
+  begin_step(batches, metrics);
   send(batches, metrics);
   optimizer_.prepare(metrics.lr, {.factor = 1 / metrics.loss_scale, .skip_overflow = loss_scale_.has_value()});
   watch.lap(metrics.times.data);
@@ -166,6 +199,7 @@ StepMetrics Trainer::step() {
   const optim::StepReport report = optimizer_.finish();
   metrics.loss = report.loss;
   if (!std::isfinite(report.loss)) explain_loss(report.loss);
+  if (parallel_ != nullptr) parallel_->gather();
   if (fp8_) metrics.fp8 = fp8_counts_;
   metrics.skipped = report.skipped;
   if (loss_scale_) loss_scale_->update(report.skipped);
@@ -187,6 +221,8 @@ StepMetrics Trainer::step() {
 void Trainer::explain_loss(double loss) const {
   const auto failed = concat("the loss of step ", step_, " is ", loss, ": ");
   constexpr const char* kAfter = ". No weight was changed by this step. Hint: a lower learning rate or more warm-up";
+  if (parallel_ != nullptr && !first_not_finite(losses_))
+    fail(ErrorKind::kValue, "trainer", failed, "that of a micro-batch of another rank, which says why", kAfter);
   for (const Parameter& parameter : parameters_) {
     if (const auto at = first_not_finite(parameter.tensor)) {
       fail(ErrorKind::kValue, "trainer", failed, "weight ", quoted(parameter.name), " is ", at->value, " at element ",

@@ -2,6 +2,7 @@
 #include <functional>
 #include <optional>
 
+#include "dist/data_parallel.h"
 #include "models/gpt.h"
 #include "models/step_graph.h"
 #include "models/text/loader.h"
@@ -52,6 +53,11 @@ class Trainer {
   void scale_fp8(std::shared_ptr<optim::DelayedScaling> scaling) { fp8_ = std::move(scaling); }
   const std::shared_ptr<optim::DelayedScaling>& fp8() const { return fp8_; }
 
+  /// From now on trains together with the other ranks of `group`: `accumulate` is this rank's share of a step, the
+  /// optimizer is over parallel.parameters(), and the loader gives this rank its micro-batches (ranges of a step, or
+  /// with Zero::kGradients every n-th). Metrics are of all ranks. Both must outlive the trainer.
+  void parallelize(dist::DataParallel& parallel, dist::Group& group);
+
   /// From now on steps are recorded as graphs where that is possible (docs/cuda.md): same bits.
   /// @returns why they will not be, or "". @throws Error kUsage for GraphUse::on if they cannot.
   std::string use_graph(GraphUse use);
@@ -69,6 +75,8 @@ class Trainer {
   struct MicroBatch {
     Tensor inputs, targets;
   };
+  /// Which rows of the step of all ranks these are, and its numbers of tokens.
+  void begin_step(const std::vector<text::Batch>& batches, StepMetrics& metrics);
   void send(const std::vector<text::Batch>& batches, const StepMetrics& metrics);
   /// Forward and backward passes and the update, as device work that reads batch and numbers where send() puts them.
   void compute(StepTimes& times);
@@ -87,6 +95,9 @@ class Trainer {
   int64_t step_;
   std::optional<optim::LossScale> loss_scale_;
   std::shared_ptr<optim::DelayedScaling> fp8_;
+  dist::DataParallel* parallel_ = nullptr;
+  dist::Group* group_ = nullptr;
+  std::vector<int64_t> first_rows_;  // of each micro-batch, in the step of all ranks
   Parameters parameters_;
   Device device_;
   StepGraph graph_;

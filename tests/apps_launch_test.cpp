@@ -357,14 +357,6 @@ TEST(Launch, ATrainingThatIsKilledAndStartedAgainEndsAsTheOneThatWasNot) {
   EXPECT_EQ(losses_of(place / "straight").size(), 31u);
 }
 
-TEST(Launch, TrainingOnSeveralRanksIsRefusedInsteadOfDoneTwice) {
-  const fs::path& place = workplace();
-  const Outcome outcome = run_weft(place, launch(2, {}, train_args("twice")));
-  EXPECT_EQ(outcome.code, 2);
-  EXPECT_HAS(outcome.err, "trains on one rank");
-  EXPECT_FALSE(fs::exists(place / "twice"));
-}
-
 /// Some free port, a moment ago.
 std::string free_port() {
   static int next = 20000 + getpid() % 8000;

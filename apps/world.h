@@ -1,0 +1,36 @@
+#pragma once
+#include <memory>
+#include <optional>
+
+#include "dist/control_client.h"
+#include "dist/group.h"
+#include "dist/launch_info.h"
+#include "dist/mesh.h"
+
+namespace weft::apps {
+
+/// The ranks of a run: this process alone, or those that a launcher started (docs/parallelism/launching.md), which
+/// exchange tensors through Gloo.
+class World {
+ public:
+  /// Who launched this process, from its environment. @throws Error kUsage for a launcher's variables that contradict
+  /// each other.
+  World();
+  /// Meets the other ranks. @throws Error kIo if they do not come.
+  void connect();
+
+  const dist::LaunchInfo& launched() const { return launched_; }
+  int rank() const { return launched_.rank; }
+  int size() const { return launched_.world_size; }
+  /// Rank 0 writes files and talks for all.
+  bool speaks() const { return rank() == 0; }
+  /// After connect().
+  dist::Group& group() { return *group_; }
+
+ private:
+  dist::LaunchInfo launched_;
+  std::unique_ptr<dist::ControlClient> control_;
+  std::optional<dist::Group> group_;
+};
+
+}  // namespace weft::apps
