@@ -317,18 +317,6 @@ TEST(Launch, StartsAgainAtMostAsOftenAsItMay) {
   EXPECT_EQ(run(scratch, launch(1, {}, shell("echo ${WEFT_RESTART-unset}"))).out, "[0] unset\n");
 }
 
-/// A data directory, made once.
-const fs::path& workplace() {
-  static const Scratch scratch;
-  static const bool made = [] {
-    write_content(scratch.path() / "text.txt", small_text());
-    must_run(scratch.path(), {"data", "prepare", "--text", "text.txt", "--out", "data", "--vocab", "300"});
-    return true;
-  }();
-  (void)made;
-  return scratch.path();
-}
-
 Args train_args(const std::string& out) {
   return Args{"train", "--data", "data", "--out", out, "--steps", "12", "--warmup", "2", "--save-every", "4"} +
          kSmallModel;

@@ -8,17 +8,6 @@ using namespace weft::apps_test;
 
 constexpr int kSteps = 12;
 
-const fs::path& workplace() {
-  static const Scratch scratch;
-  static const bool made = [] {
-    write_content(scratch.path() / "text.txt", small_text());
-    must_run(scratch.path(), {"data", "prepare", "--text", "text.txt", "--out", "data", "--vocab", "300"});
-    return true;
-  }();
-  (void)made;
-  return scratch.path();
-}
-
 /// A step of four micro-batches, with dropout and clipping.
 Args train(const std::string& out, const Args& more = {}, int steps = kSteps) {
   return Args{

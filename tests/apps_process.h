@@ -163,4 +163,16 @@ inline Args operator+(Args a, const Args& b) {
   return a;
 }
 
+/// A directory with text.txt and data/, made once a program: where to train.
+inline const fs::path& workplace() {
+  static const Scratch scratch;
+  static const bool made = [] {
+    write_content(scratch.path() / "text.txt", small_text());
+    must_run(scratch.path(), {"data", "prepare", "--text", "text.txt", "--out", "data", "--vocab", "300"});
+    return true;
+  }();
+  (void)made;
+  return scratch.path();
+}
+
 }  // namespace weft::apps_test

@@ -19,18 +19,6 @@ using Json = nlohmann::json;
 
 #define EXPECT_HAS(text, part) EXPECT_NE((text).find(part), std::string::npos) << (text)
 
-/// A directory with text.txt and data/, made once.
-const fs::path& workplace() {
-  static const Scratch scratch;
-  static const bool made = [] {
-    write_content(scratch.path() / "text.txt", small_text());
-    must_run(scratch.path(), {"data", "prepare", "--text", "text.txt", "--out", "data", "--vocab", "300"});
-    return true;
-  }();
-  (void)made;
-  return scratch.path();
-}
-
 Args train_args(const std::string& out, int steps, const Args& more = {}) {
   return Args{"train", "--data", "data", "--out", out, "--steps", std::to_string(steps), "--warmup", "2"} +
          kSmallModel + more;
