@@ -54,7 +54,7 @@ TEST(Parallel, ARunGoesOnWithAnotherNumberOfRanks) {
 }
 
 TEST(Parallel, StoppedRanksStopAfterTheSameStepAndGoOn) {
-  Process run(workplace(), ranks(2, train("stopped", {"--steps", "100000", "--log-seconds", "0"})));
+  Process run(workplace(), ranks(2, train("stopped", {"--log-seconds", "0"}, 100000)));
   for (const double deadline = now() + 60;
        now() < deadline && content_of(workplace() / "stopped/metrics.jsonl").empty();)
     sleep_seconds(0.01);
