@@ -233,9 +233,9 @@ void Adam::queue(const Tensor& losses) {
   for (AdamTensor& tensor : ratio) tensor.lr = rates.data<double>() + tensor.number;
   launch(device_, "adam", [&](auto on) { adam_rates(on, sums_at(), count, decision, rates.data<double>()); });
   if (!stream_) return launch(device_, "adam", [&](auto on) { adam_apply(on, ratio, decision); });
-  if (DryRun::active()) return;
   std::vector<StateStream::Job> rest;
   for (const AdamTensor& tensor : ratio) rest.push_back({tensor, true});
+  if (DryRun::active()) return stream_->run(rest, StateStream::Changes::kMasters, {});
   stream_->run(rest, StateStream::Changes::kMasters, [&](std::span<const StateStream::Part> parts) {
     std::vector<AdamTensor> tensors;
     for (const StateStream::Part& part : parts) tensors.push_back(part.tensor);
