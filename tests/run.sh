@@ -14,10 +14,12 @@ unset WEFT_SANITIZE WEFT_ALL_GPUS  # weft itself refuses variables that it does 
 jobs=$(nproc)
 failures=0
 
-# configured PRESET: configures build/PRESET as CMakePresets.json says, with tests.
+# configured PRESET [OPTION...]: configures build/PRESET as CMakePresets.json and the options say, with tests.
 configured() {
-  echo "== $1: configure and build in build/$1"
-  cmake --preset "$1" -DWEFT_BUILD_TESTS=ON > "build/$1.configure.log" 2>&1 || { cat "build/$1.configure.log"; exit 1; }
+  local preset=$1
+  shift
+  echo "== $preset: configure and build in build/$preset"
+  cmake --preset "$preset" -DWEFT_BUILD_TESTS=ON "$@" > "build/$preset.configure.log" 2>&1 || { cat "build/$preset.configure.log"; exit 1; }
 }
 
 # suite PRESET TITLE: configures, builds and runs one build of everything.
@@ -36,7 +38,7 @@ mkdir -p build
 command -v nvcc > /dev/null || echo "== there is no nvcc here: the CUDA backend is not compiled for a GPU, only as C++ for the emulated device"
 suite release "release"
 if [ "$all_gpus" != 0 ] && command -v nvcc > /dev/null; then
-  configured all-gpus
+  configured all-gpus "-DCMAKE_CUDA_ARCHITECTURES=80;100"  # 9.0 was just compiled
   cmake --build build/all-gpus -j "$jobs" --target weft_cuda
 fi
 if [ "$sanitize" != 0 ]; then
