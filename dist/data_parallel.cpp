@@ -15,7 +15,7 @@ constexpr const char* kWhere = "data parallel";
 /// Tensors are cut where the blocks end over which optimizers add up squares.
 constexpr int64_t kAlign = 1024;
 
-/// Sums of the ranks' squares, in the order of the group: the same on all ranks.
+/// Sums of the ranks' squares, the same on all ranks and the same as one rank has.
 class ShardedNorms final : public optim::NormReducer {
  public:
   explicit ShardedNorms(Group& group) : group_(group) {}
@@ -25,6 +25,20 @@ class ShardedNorms final : public optim::NormReducer {
     group_.all_reduce_(all);
     const std::vector<double> sums = all.to_vector<double>();
     std::copy(sums.begin(), sums.end(), squares.begin());
+  }
+  bool exact() const override { return true; }
+  /// Their words are whole numbers, which add up to the same in any order.
+  void reduce(std::span<optim::ExactSum> squares, const Parameters&) override {
+    const MemoryScope scope(MemoryCategory::communication);
+    std::vector<int64_t> words;
+    for (const optim::ExactSum& sum : squares) words.insert(words.end(), sum.words.begin(), sum.words.end());
+    const Tensor all = Tensor::from(words, {static_cast<int64_t>(words.size())});
+    group_.all_reduce_(all);
+    words = all.to_vector<int64_t>();
+    for (size_t i = 0; i < squares.size(); ++i) {
+      std::copy_n(words.begin() + static_cast<int64_t>(i * squares[i].words.size()), squares[i].words.size(),
+                  squares[i].words.begin());
+    }
   }
 
  private:

@@ -201,6 +201,7 @@ void Adam::queue(const Tensor& losses) {
   }
   const Tensor partial = Tensor::empty({2, partials}, DType::f64, device_);
   const Tensor sums = options_.trust_ratio ? Tensor::zeros({2, count}, DType::f64, device_) : Tensor();
+  const bool exact = options_.trust_ratio && takes_exact(parameters_, *norms_);
   const auto sums_at = [&] { return sums.defined() ? sums.data<double>() : nullptr; };
   if (stream_ && DryRun::active()) {
     stream_->run(jobs, StateStream::Changes::kAll, {});
@@ -220,6 +221,12 @@ void Adam::queue(const Tensor& losses) {
         for (const AdamTensor& tensor : whole) partials_left += 2 * adam_partials(on, tensor);
       });
     });
+  } else if (exact) {
+    adam_update(Cpu{}, plain, decision);
+    std::vector<ExactSum> whole = exact_moments(ratio, decision, count);
+    for (const size_t which : {0, 1})
+      norms_->reduce(std::span(whole).subspan(which * parameters_.size(), parameters_.size()), parameters_);
+    for (size_t i = 0; i < whole.size(); ++i) sums_at()[i] = whole[i].value();
   } else {
     launch(device_, "adam", [&](auto on) {
       adam_update(on, plain, decision);
@@ -229,7 +236,9 @@ void Adam::queue(const Tensor& losses) {
   if (!options_.trust_ratio) return;
 
   const Tensor rates = Tensor::empty({count}, DType::f64, device_);
-  for (const int which : {0, 1}) reduce_on(sums.select(0, which), parameters_, *norms_);
+  for (const int which : {0, 1}) {
+    if (!exact) reduce_on(sums.select(0, which), parameters_, *norms_);
+  }
   for (AdamTensor& tensor : ratio) tensor.lr = rates.data<double>() + tensor.number;
   launch(device_, "adam", [&](auto on) { adam_rates(on, sums_at(), count, decision, rates.data<double>()); });
   if (!stream_) return launch(device_, "adam", [&](auto on) { adam_apply(on, ratio, decision); });

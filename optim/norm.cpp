@@ -46,6 +46,10 @@ Device device_of(const char* op, const Parameters& parameters) {
   return first.tensor.device();
 }
 
+void NormReducer::reduce(std::span<ExactSum>, const Parameters&) {
+  fail(ErrorKind::kState, "grad_norm", "this reducer takes rounded sums; ask exact() first");
+}
+
 void NormReducer::queue(const Tensor&, const Parameters&) {
   fail(ErrorKind::kState, "grad_norm", "this reducer works on the host; ask on_device() first");
 }
@@ -61,40 +65,73 @@ void reduce_on(const Tensor& squares, const Parameters& parameters, NormReducer&
 
 namespace {
 
-/// The squares of each parameter's gradient, as far as this process holds it.
-Tensor gradient_squares(const Parameters& parameters) {
-  const autograd::NoGrad no_grad;
-  const MemoryScope scope(MemoryCategory::workspace);
-  const Device device = device_of("grad_norm", parameters);
-  std::vector<Tensor> gradients;
-  std::vector<TensorData> data;
-  int64_t partials = 0;
-  for (const Parameter& parameter : parameters) {
-    const Tensor gradient = parameter.tensor.grad();
-    gradients.push_back(gradient.defined() ? gradient.contiguous() : gradient);
-    data.push_back(data_of(gradients.back()));
-    partials += ask(device, [&](auto on) { return square_partials(on, data.back()); });
+/// Gradients row by row, as long as their squares are looked at.
+struct Gradients {
+  explicit Gradients(const Parameters& parameters) {
+    const autograd::NoGrad no_grad;
+    for (const Parameter& parameter : parameters) {
+      const Tensor gradient = parameter.tensor.grad();
+      tensors.push_back(gradient.defined() ? gradient.contiguous() : gradient);
+      data.push_back(data_of(tensors.back()));
+    }
   }
+  std::vector<Tensor> tensors;
+  std::vector<TensorData> data;
+};
+
+/// The squares of each parameter's gradient, as far as this process holds it.
+Tensor gradient_squares(const Parameters& parameters, const Gradients& gradients) {
+  const Device device = device_of("grad_norm", parameters);
+  int64_t partials = 0;
+  for (const TensorData& data : gradients.data)
+    partials += ask(device, [&](auto on) { return square_partials(on, data); });
   const Tensor partial = Tensor::empty({partials}, DType::f64, device);
   const Tensor sums = Tensor::empty({static_cast<int64_t>(parameters.size())}, DType::f64, device);
-  launch(device, "grad_norm", [&](auto on) { sum_squares(on, data, partial.data<double>(), sums.data<double>()); });
+  launch(device, "grad_norm",
+         [&](auto on) { sum_squares(on, gradients.data, partial.data<double>(), sums.data<double>()); });
   return sums;
+}
+
+std::vector<double> values_of(const std::vector<ExactSum>& sums) {
+  std::vector<double> values;
+  for (const ExactSum& sum : sums) values.push_back(sum.value());
+  return values;
 }
 
 }  // namespace
 
+bool takes_exact(const Parameters& parameters, const NormReducer& reducer) {
+  return reducer.exact() && device_of("grad_norm", parameters).kind == DeviceKind::cpu && !DryRun::active();
+}
+
 Tensor reduced_squares(const Parameters& parameters, NormReducer& reducer) {
-  const Tensor squares = gradient_squares(parameters);
+  const MemoryScope scope(MemoryCategory::workspace);
+  const Gradients gradients(parameters);
+  if (takes_exact(parameters, reducer)) {
+    std::vector<ExactSum> sums = exact_squares(gradients.data);
+    reducer.reduce(sums, parameters);
+    return Tensor::from(values_of(sums), {static_cast<int64_t>(sums.size())});
+  }
+  const Tensor squares = gradient_squares(parameters, gradients);
   reduce_on(squares, parameters, reducer);
   return squares;
 }
 
 double grad_norm(const Parameters& parameters, NormReducer& reducer) {
-  const Tensor squares = gradient_squares(parameters);
-  if (DryRun::active()) return 0;
-  const std::vector<double> own = squares.to_vector<double>();
-  std::vector<double> whole = own;
-  reducer.reduce(whole, parameters);
+  const MemoryScope scope(MemoryCategory::workspace);
+  const Gradients gradients(parameters);
+  std::vector<double> own, whole;
+  if (takes_exact(parameters, reducer)) {
+    std::vector<ExactSum> sums = exact_squares(gradients.data);
+    own = values_of(sums);
+    reducer.reduce(sums, parameters);
+    whole = values_of(sums);
+  } else {
+    const Tensor squares = gradient_squares(parameters, gradients);
+    if (DryRun::active()) return 0;
+    own = whole = squares.to_vector<double>();
+    reducer.reduce(whole, parameters);
+  }
   for (size_t p = 0; p < own.size(); ++p) {
     if (!std::isfinite(own[p])) report(parameters[p]);
   }

@@ -1,6 +1,7 @@
 #pragma once
 #include <span>
 
+#include "optim/exact_sum.h"
 #include "optim/parameter.h"
 
 namespace weft::optim {
@@ -12,6 +13,10 @@ class NormReducer {
   virtual ~NormReducer() = default;
   /// squares[i] belongs to parameters[i].
   virtual void reduce(std::span<double> squares, const Parameters& parameters) = 0;
+  /// Whether the squares of gradients on the CPU should come as exact sums: then parts that are cut at multiples of
+  /// 1,024 elements give the bits of the whole.
+  virtual bool exact() const { return false; }
+  virtual void reduce(std::span<ExactSum> squares, const Parameters& parameters);
   /// Whether queue() does the same as reduce() without the host: only then can a step be recorded as a whole.
   virtual bool on_device() const { return false; }
   /// reduce(), in place and as work queued on the device that `squares` (f64, one a parameter) is on.
@@ -21,10 +26,14 @@ class NormReducer {
 /// Everything is held here: nothing to do.
 class LocalNorms final : public NormReducer {
  public:
+  using NormReducer::reduce;
   void reduce(std::span<double>, const Parameters&) override {}
   bool on_device() const override { return true; }
   void queue(const Tensor&, const Parameters&) override {}
 };
+
+/// Whether the reducer gets exact sums: on the CPU, outside of dry runs, if it takes them.
+bool takes_exact(const Parameters& parameters, const NormReducer& reducer);
 
 /// Where a parameter has a gradient, its sum of squares as f64, else 0: one a parameter, on their device; reduced, by
 /// the host if the reducer needs it. Device work alone if not.

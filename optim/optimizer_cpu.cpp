@@ -36,25 +36,20 @@ void for_each_piece(std::span<const Tensor> tensors, int64_t size, Body body) {
   });
 }
 
-/// sums[place(i)] = the sum of tensors[i]'s partial sums, which lie one tensor after another.
-template <class Tensor, class Place>
-void add_partials(std::span<const Tensor> tensors, int64_t size, const double* partials, double* sums, Place place) {
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const int64_t count = pieces(tensors[i].count, size);
-    double& sum = sums[place(i)];
-    sum = 0;
-    for (int64_t k = 0; k < count; ++k) sum += partials[k];
-    partials += count;
-  }
-}
-
+/// Block by block: the blocks' sums are the same wherever a tensor is cut between two of them.
 template <class T>
-double squares_of(const T* data, int64_t begin, int64_t end) {
-  double total = sum_of_squares(end - begin, data + begin);
-  if (total >= kUnderflow && std::isfinite(total)) return total;
-  total = 0;
-  for (int64_t i = begin; i < end; ++i) total += static_cast<double>(data[i]) * static_cast<double>(data[i]);
-  return total;
+ExactSum squares_of(const T* data, int64_t begin, int64_t end) {
+  ExactSum sum;
+  for (int64_t block = begin; block < end; block += kSumBlock) {
+    const int64_t stop = std::min(end, block + kSumBlock);
+    double total = sum_of_squares(stop - block, data + block);
+    if (!(total >= kUnderflow) || !std::isfinite(total)) {
+      total = 0;
+      for (int64_t i = block; i < stop; ++i) total += static_cast<double>(data[i]) * static_cast<double>(data[i]);
+    }
+    sum.add(total);
+  }
+  return sum;
 }
 
 /// An AdamTensor with its types; T is that of the parameter.
@@ -78,15 +73,26 @@ struct Typed {
 
 // ---- norms ----
 
-int64_t square_partials(Cpu, const TensorData& tensor) { return pieces(tensor.count, kSquarePiece); }
-
-void sum_squares(Cpu, std::span<const TensorData> tensors, double* partials, double* sums) {
+std::vector<ExactSum> exact_squares(std::span<const TensorData> tensors) {
+  int64_t count = 0;
+  for (const TensorData& tensor : tensors) count += pieces(tensor.count, kSquarePiece);
+  std::vector<ExactSum> partials(static_cast<size_t>(count)), sums(tensors.size());
   for_each_piece(tensors, kSquarePiece, [&](int64_t piece, const TensorData& tensor, int64_t begin, int64_t end) {
-    partials[piece] = dispatch_float(tensor.dtype, "grad_norm", [&]<class T>() {
+    partials[static_cast<size_t>(piece)] = dispatch_float(tensor.dtype, "grad_norm", [&]<class T>() {
       return squares_of(static_cast<const T*>(tensor.data), begin, end);
     });
   });
-  add_partials(tensors, kSquarePiece, partials, sums, [](size_t i) { return i; });
+  auto partial = partials.begin();
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    for (int64_t k = 0; k < pieces(tensors[i].count, kSquarePiece); ++k) sums[i].add(*partial++);
+  }
+  return sums;
+}
+
+int64_t square_partials(Cpu, const TensorData&) { return 0; }
+
+void sum_squares(Cpu, std::span<const TensorData> tensors, double*, double* sums) {
+  for (const ExactSum& sum : exact_squares(tensors)) *sums++ = sum.value();
 }
 
 void scale(Cpu, std::span<const TensorData> tensors, double factor) {
@@ -125,27 +131,40 @@ void adam_update(Cpu, std::span<const AdamTensor> tensors, const AdamDecision* d
   });
 }
 
-int64_t adam_partials(Cpu, const AdamTensor& tensor) { return pieces(tensor.count, kAdamPiece); }
+int64_t adam_partials(Cpu, const AdamTensor&) { return 0; }
 
-void adam_moments(Cpu, std::span<const AdamTensor> tensors, const AdamDecision* decision, double* partials,
-                  double* sums, int64_t parameters) {
-  if (decision->verdict != AdamDecision::kTake) return;
+std::vector<ExactSum> exact_moments(std::span<const AdamTensor> tensors, const AdamDecision* decision,
+                                    int64_t parameters) {
+  std::vector<ExactSum> sums(static_cast<size_t>(2 * parameters));
+  if (decision->verdict != AdamDecision::kTake) return sums;
   int64_t all = 0;
   for (const AdamTensor& tensor : tensors) all += pieces(tensor.count, kAdamPiece);
+  std::vector<ExactSum> weights(static_cast<size_t>(all)), updates(static_cast<size_t>(all));
   for_each_piece(tensors, kAdamPiece, [&](int64_t piece, const AdamTensor& tensor, int64_t begin, int64_t end) {
-    SquareSums total;
     dispatch_float(tensor.dtype, "adam", [&]<class T>() {
       const Typed<T> at(tensor);
       const auto& c = decision->constants<Accumulate<T>>();
-      total = moments_piece(end - begin, at.weight + begin, at.gradient + begin, at.exp_avg + begin,
-                            at.exp_avg_sq + begin, c, at.rates);
+      for (int64_t i = begin; i < end; i += kSumBlock) {
+        const SquareSums block = moments_piece(std::min(kSumBlock, end - i), at.weight + i, at.gradient + i,
+                                               at.exp_avg + i, at.exp_avg_sq + i, c, at.rates);
+        weights[static_cast<size_t>(piece)].add(block.weight);
+        updates[static_cast<size_t>(piece)].add(block.update);
+      }
     });
-    partials[piece] = total.weight;
-    partials[all + piece] = total.update;
   });
-  const auto sum_of = [&](size_t i) { return static_cast<size_t>(tensors[i].number); };
-  add_partials(tensors, kAdamPiece, partials, sums, sum_of);
-  add_partials(tensors, kAdamPiece, partials + all, sums + parameters, sum_of);
+  size_t piece = 0;
+  for (const AdamTensor& tensor : tensors) {
+    for (int64_t k = 0; k < pieces(tensor.count, kAdamPiece); ++k, ++piece) {
+      sums[static_cast<size_t>(tensor.number)].add(weights[piece]);
+      sums[static_cast<size_t>(parameters + tensor.number)].add(updates[piece]);
+    }
+  }
+  return sums;
+}
+
+void adam_moments(Cpu, std::span<const AdamTensor> tensors, const AdamDecision* decision, double*, double* sums,
+                  int64_t parameters) {
+  for (const ExactSum& sum : exact_moments(tensors, decision, parameters)) *sums++ = sum.value();
 }
 
 void adam_rates(Cpu, const double* sums, int64_t parameters, const AdamDecision* decision, double* rates) {

@@ -2,10 +2,12 @@
 #include <cmath>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "core/dtype.h"
 #include "core/float_types.h"
 #include "ops/kernel_device.h"
+#include "optim/exact_sum.h"
 
 // Kernels of the optimizers. Each takes all tensors of a step at once: a model has hundreds, most of them small. Sums
 // are added in an order that depends on the sizes alone.
@@ -30,6 +32,10 @@ int64_t square_partials(Cuda, const TensorData& tensor);
 /// square). `partials` and `sums` lie on the device.
 void sum_squares(Cpu, std::span<const TensorData> tensors, double* partials, double* sums);
 void sum_squares(Cuda, std::span<const TensorData> tensors, double* partials, double* sums);
+
+/// The sums of sum_squares(Cpu) before they are rounded: over blocks of 1,024 elements as there, and the blocks' sums
+/// without rounding. Where a tensor is cut at multiples of 1,024, the sums of its parts add up to that of the whole.
+std::vector<ExactSum> exact_squares(std::span<const TensorData> tensors);
 
 /// x *= factor, in f32 (f64 for f64), rounded once.
 void scale(Cpu, std::span<const TensorData> tensors, double factor);
@@ -137,6 +143,10 @@ void adam_moments(Cpu, std::span<const AdamTensor> tensors, const AdamDecision* 
                   double* sums, int64_t parameters);
 void adam_moments(Cuda, std::span<const AdamTensor> tensors, const AdamDecision* decision, double* partials,
                   double* sums, int64_t parameters);
+
+/// The same with the sums before they are rounded, as exact_squares() has them.
+std::vector<ExactSum> exact_moments(std::span<const AdamTensor> tensors, const AdamDecision* decision,
+                                    int64_t parameters);
 
 /// lr ||w|| / ||u|| of a parameter, or lr if either norm is 0.
 WEFT_HD inline double trusted_rate(double lr, double weight_squares, double update_squares) {

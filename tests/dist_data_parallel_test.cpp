@@ -137,7 +137,7 @@ TEST(DataParallel, HasThemForAnySizeOfBuckets) {
 TEST(DataParallel, HasThemInBfloat16WithLambAndRecomputation) {
   for (const Zero zero : {Zero::kNone, Zero::kOptimizer, Zero::kGradients}) {
     for (const bool lamb : {false, true}) {
-      for (const DType dtype : {DType::f32, DType::bf16}) {
+      for (const DType dtype : {DType::f32, DType::bf16, DType::f64}) {
         expect_same({{4}, Zero::kNone, 4096, dtype, lamb},
                     {{{2, 2}, zero, 4096, dtype, lamb}, {{1, 1, 1, 1}, zero, 4096, dtype, lamb, true}});
       }

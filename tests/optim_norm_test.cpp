@@ -8,6 +8,7 @@
 
 #include "core/random.h"
 #include "core/thread_pool.h"
+#include "optim/optimizer_kernels.h"
 #include "tests/error_of.h"
 
 namespace weft::optim {
@@ -183,6 +184,26 @@ TEST(ClipGradNorm, ChangesNothingIfItFails) {
   EXPECT_ERROR(ErrorKind::kValue, "[clip_grad_norm] the gradient of \"wide\" is not contiguous",
                clip_grad_norm({parameters[0], {"wide", wide}}, 1));
   EXPECT_EQ(parameters[0].tensor.grad().to_vector<double>(), (std::vector<double>{3, 4}));
+}
+
+TEST(ExactSquares, OfPartsAddUpToThoseOfTheWhole) {
+  for (const DType dtype : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
+    Tensor x = Tensor::empty({300'000}, dtype);
+    fill_normal(x, RandomStream(8, "squares"), 0, 1e-3);
+    const auto squares = [&](int64_t begin, int64_t end) {
+      const Tensor part = x.narrow(0, begin, end - begin);
+      return exact_squares(std::vector<TensorData>{{part.raw(), part.numel(), dtype}}).front();
+    };
+    const double whole = squares(0, x.numel()).value();
+    for (const int64_t cut : {0, 1024, 65536, 66560, 204800, 300'000}) {
+      ExactSum sum = squares(cut, x.numel());
+      sum.add(squares(0, cut));
+      EXPECT_EQ(sum.value(), whole) << dtype << ", cut at " << cut;
+    }
+    double plain = 0;
+    for (const double value : x.to_vector<double>()) plain += value * value;
+    EXPECT_NEAR(whole / plain, 1, 1e-5) << dtype;
+  }
 }
 
 }  // namespace
