@@ -22,7 +22,6 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "core/thread_pool.h"
-#include "dist/launch_info.h"
 #include "models/generate.h"
 #include "models/gpt_checkpoint.h"
 #include "models/speed_of_light.h"

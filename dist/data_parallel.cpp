@@ -13,7 +13,7 @@ namespace {
 constexpr const char* kWhere = "data parallel";
 
 /// Tensors are cut where the blocks end over which optimizers add up squares.
-constexpr int64_t kAlign = 1024;
+constexpr int64_t kAlign = optim::kSquareBlock;
 
 /// Sums of the ranks' squares, the same on all ranks and the same as one rank has.
 class ShardedNorms final : public optim::NormReducer {

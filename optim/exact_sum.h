@@ -7,6 +7,10 @@
 
 namespace weft::optim {
 
+/// Elements whose squares optimizers add up in the tensor's own precision before the sums go on without rounding.
+/// Whoever cuts tensors does so at multiples of it, and then no cut changes a bit of their norms.
+inline constexpr int64_t kSquareBlock = 1024;
+
 /// A sum of doubles without rounding: a fixed-point number wide enough for all of them (Kulisch 1981), in digits of 32
 /// bits that are carried at the end only. Adding is exact, so any order and any split over threads and processes gives
 /// the same bits: two sums are added by adding their words as integers. Room for 2^31 terms.

@@ -38,6 +38,6 @@ void apply_piece(int64_t n, A* w, const A* m, const A* v, T* rounded, const Adam
 template <class T>
 double sum_of_squares(int64_t n, const T* x);
 
-inline constexpr int64_t kSumBlock = 1024;
+inline constexpr int64_t kSumBlock = kSquareBlock;
 
 }  // namespace weft::optim
