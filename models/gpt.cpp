@@ -156,30 +156,51 @@ class Gpt::Block : public Module {
   Mlp mlp_;
 };
 
-Gpt::Gpt(const GptConfig& config, Device device, uint64_t seed, DType dtype)
-    : config_((config.check(), config)),
-      seed_(seed),
-      wte_(config.vocab, config.width, kDeviation, Init{seed, dtype, device, "wte"}),
-      wpe_(config.context, config.width, kDeviation, Init{seed, dtype, device, "wpe"}),
-      ln_f_(config.width, config.norm_eps, Init{seed, dtype, device, "ln_f"}) {
+Gpt::Gpt(const GptConfig& config, Device device, uint64_t seed, DType dtype, const GptPart& part)
+    : config_((config.check(), config)), part_(part), seed_(seed), blocks_(static_cast<size_t>(config.layers)) {
   if (config.offload_from && device.kind == DeviceKind::cpu) {
     fail(ErrorKind::kValue, "gpt", "offload_from is for models on a CUDA device; on ", device,
          " the memory is the host's already");
   }
-  add("wte", wte_);
-  add("wpe", wpe_);
-  for (int64_t i = 0; i < config.layers; ++i) {
-    const std::string name = "h." + std::to_string(i);
-    blocks_.push_back(std::make_unique<Block>(config, seed, Init{seed, dtype, device, name}));
-    add(name, *blocks_.back());
+  if (part_.layers.empty()) part_.layers = {{0, config.layers}};
+  int64_t before = 0;
+  for (const IndexRange& range : part_.layers) {
+    if (range.begin < before || range.end <= range.begin || range.end > config.layers) {
+      fail(ErrorKind::kValue, "gpt",
+           "a part's ranges of layers must increase, have at least one layer each and lie in ", config.layers,
+           " layers, got ", range.begin, " to ", range.end);
+    }
+    before = range.end;
   }
-  add("ln_f", ln_f_);
+  const bool embeds = part_.layers.front().begin == 0, has_head = part_.layers.back().end == config.layers;
+  const Init init{seed, dtype, device};
+  if (embeds || has_head) {
+    wte_ = std::make_unique<Embedding>(config.vocab, config.width, kDeviation, init.at("wte"));
+    add("wte", *wte_);
+  }
+  if (embeds) {
+    wpe_ = std::make_unique<Embedding>(config.context, config.width, kDeviation, init.at("wpe"));
+    add("wpe", *wpe_);
+  }
+  for (const IndexRange& range : part_.layers) {
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const std::string name = "h." + std::to_string(i);
+      std::unique_ptr<Block>& block = blocks_[static_cast<size_t>(i)];
+      block = std::make_unique<Block>(config, seed, init.at(name));
+      add(name, *block);
+    }
+  }
+  if (!has_head) return;
+  ln_f_ = std::make_unique<LayerNorm>(config.width, config.norm_eps, init.at("ln_f"));
+  add("ln_f", *ln_f_);
+  head_ = wte_->weight();
+  if (part_.separate_head && embeds) head_ = head_.detach().requires_grad_();
 }
 
 Gpt::~Gpt() = default;
 
 std::shared_ptr<optim::DelayedScaling> Gpt::use_fp8() {
-  const Tensor& table = wte_.weight();
+  const Tensor table = parameters().front().tensor;
   if (table.dtype() != DType::bf16) {
     fail(ErrorKind::kDType, "gpt", "fp8 products are of bf16 weights and activations, got ", table.dtype());
   }
@@ -202,50 +223,76 @@ Tensor Gpt::embed(const Tensor& ids, int64_t first_position) const {
          first_position, ", and context is ", config_.context);
   }
   const int64_t count = ids.size(1);
-  const Tensor& table = wpe_.weight();
-  return wte_(ids) + (count == config_.context ? table : table.narrow(0, first_position, count));
+  const Tensor& table = wpe_->weight();
+  return (*wte_)(ids) + (count == config_.context ? table : table.narrow(0, first_position, count));
 }
 
-Tensor Gpt::hidden(const Tensor& ids, const GptStep& step) const {
-  Tensor x = embed(ids, 0), branch;
-  x = apply_dropout(x, config_.dropout, RandomStream(seed_, "dropout/embedding"), is_training(), step);
+void Gpt::require_whole(const char* what) const {
+  if (part_.layers != std::vector<IndexRange>{{0, config_.layers}}) {
+    fail(ErrorKind::kState, "gpt", what, " needs the whole model; this process holds ", parameters().size(),
+         " of its parameters");
+  }
+}
+
+GptStream Gpt::begin(const Tensor& ids, const GptStep& step) const {
+  if (!embeds()) fail(ErrorKind::kState, "gpt", "this process does not hold the embeddings");
+  const RandomStream stream(seed_, "dropout/embedding");
+  return {apply_dropout(embed(ids, 0), config_.dropout, stream, is_training(), step), {}};
+}
+
+GptStream Gpt::blocks(GptStream stream, int64_t first, int64_t end, const GptStep& step) const {
   const bool training = autograd::grad_mode();
   autograd::Offload offload(config_.offload_from.value_or(0));
-  for (size_t i = 0; i < blocks_.size(); ++i) {
+  for (int64_t i = first; i < end; ++i) {
+    if (i < 0 || i >= config_.layers || blocks_[static_cast<size_t>(i)] == nullptr)
+      fail(ErrorKind::kState, "gpt", "this process does not hold block ", i, " of ", config_.layers);
+    const Block& block = *blocks_[static_cast<size_t>(i)];
     std::optional<autograd::Offload::Group> group;
-    if (config_.offload_from && training) group.emplace(offload, i + 2 < blocks_.size());
+    if (config_.offload_from && training) group.emplace(offload, i + 2 < config_.layers);
     if (!config_.recompute.block || !training) {
-      std::tie(x, branch) = (*blocks_[i])(x, branch, step);
+      std::tie(stream.x, stream.branch) = block(stream.x, stream.branch, step);
       continue;
     }
-    const auto run = [&block = *blocks_[i], step](const std::vector<Tensor>& inputs) {
+    const auto run = [&block, step](const std::vector<Tensor>& inputs) {
       const auto [sum, next] = block(inputs[0], inputs.size() > 1 ? inputs[1] : Tensor(), step);
       return std::vector<Tensor>{sum, next};
     };
-    const std::vector<Tensor> outputs =
-        autograd::checkpoint(run, branch.defined() ? std::vector<Tensor>{x, branch} : std::vector<Tensor>{x});
-    x = outputs[0], branch = outputs[1];
+    std::vector<Tensor> inputs = {stream.x};
+    if (stream.branch.defined()) inputs.push_back(stream.branch);
+    const std::vector<Tensor> outputs = autograd::checkpoint(run, inputs);
+    stream = {outputs[0], outputs[1]};
   }
-  return ln_f_.add_and_norm(x, branch, keep(config_.recompute.norm)).normed;
+  return stream;
 }
 
-Tensor Gpt::logits(const Tensor& ids) const { return linear(hidden(ids, {}), wte_.weight()); }
+Tensor Gpt::finish(const GptStream& stream, const Tensor& targets, const GptStep& step) const {
+  if (!has_head()) fail(ErrorKind::kState, "gpt", "this process does not hold the head");
+  const Tensor x = ln_f_->add_and_norm(stream.x, stream.branch, keep(config_.recompute.norm)).normed;
+  LinearCrossEntropyOptions options;
+  options.ignore_index = -1;
+  options.valid_tokens = step.valid_tokens;
+  options.valid_tokens_at = step.valid_tokens_at;
+  return linear_cross_entropy(x.reshape({targets.numel(), config_.width}), head_, targets.reshape({targets.numel()}),
+                              options);
+}
+
+Tensor Gpt::logits(const Tensor& ids) const {
+  require_whole("logits");
+  const GptStream stream = blocks(begin(ids), 0, config_.layers);
+  return linear(ln_f_->add_and_norm(stream.x, stream.branch, keep(config_.recompute.norm)).normed, head_);
+}
 
 Tensor Gpt::loss(const Tensor& ids, const Tensor& targets, const GptStep& step) const {
   if (!(targets.shape() == ids.shape())) {
     fail(ErrorKind::kShape, "gpt", "targets must have the shape of ids, got ", targets.describe(), " and ",
          ids.describe());
   }
-  const Tensor x = hidden(ids, step);
-  LinearCrossEntropyOptions options;
-  options.ignore_index = -1;
-  options.valid_tokens = step.valid_tokens;
-  options.valid_tokens_at = step.valid_tokens_at;
-  return linear_cross_entropy(x.reshape({ids.numel(), config_.width}), wte_.weight(), targets.reshape({ids.numel()}),
-                              options);
+  require_whole("a loss");
+  return finish(blocks(begin(ids, step), 0, config_.layers, step), targets, step);
 }
 
 Tensor Gpt::next_logits(const Tensor& ids, KvCache& cache) const {
+  require_whole("generation");
   const autograd::NoGrad no_grad;
   Tensor x = embed(ids, cache.positions_), branch;
   while (cache.keys_.size() < blocks_.size()) {
@@ -257,8 +304,8 @@ Tensor Gpt::next_logits(const Tensor& ids, KvCache& cache) const {
     std::tie(x, branch) = blocks_[i]->extend(x, branch, cache.positions_, cache.keys_[i], cache.values_[i]);
   }
   cache.positions_ += ids.size(1);
-  const Tensor last = ln_f_.add_and_norm(x, branch).normed.select(1, ids.size(1) - 1);
-  return linear(last, wte_.weight());
+  const Tensor last = ln_f_->add_and_norm(x, branch).normed.select(1, ids.size(1) - 1);
+  return linear(last, head_);
 }
 
 }  // namespace weft::models

@@ -1,6 +1,7 @@
 #pragma once
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "models/layers.h"
 #include "optim/delayed_scaling.h"
@@ -62,12 +63,28 @@ struct GptStep {
   Tensor step_at = {}, valid_tokens_at = {};
 };
 
+/// What goes from block to block, [B, T, C] each: the residual stream, and the branch that is yet to be added to it
+/// (undefined before the first block).
+struct GptStream {
+  Tensor x, branch;
+};
+
+/// Which part of a model a process holds. The default is all of it.
+struct GptPart {
+  /// Blocks, as ranges that increase; none: all. With the first block go the embeddings, with the last one the final
+  /// norm and the head, for which a process without the first block has a copy of the token embedding.
+  std::vector<IndexRange> layers = {};
+  /// Gives the head's use of the token embedding a gradient of its own: see Gpt::head().
+  bool separate_head = false;
+};
+
 /// Decoder-only transformer with GPT-2's architecture: learned positions, pre-layer-norm blocks, tanh GELU, the head
 /// tied to the token embedding; and its initialisation: normal with deviation 0.02, 0.02 / sqrt(2 L) for the
 /// projections that end a residual branch, biases 0.
 class Gpt : public Module {
  public:
-  Gpt(const GptConfig& config, Device device, uint64_t seed = 0, DType dtype = DType::f32);
+  /// @throws Error kValue for a field of the configuration or of the part that makes no sense.
+  Gpt(const GptConfig& config, Device device, uint64_t seed = 0, DType dtype = DType::f32, const GptPart& part = {});
   ~Gpt() override;
 
   /// Logits [B, T, V] of ids [B, T] (i32 or i64), T <= context.
@@ -76,6 +93,20 @@ class Gpt : public Module {
   /// Mean cross-entropy in nats over the targets that are not -1. The logits are never held whole (ops/loss.h).
   /// @param ids, targets  [B, T], i32 or i64
   Tensor loss(const Tensor& ids, const Tensor& targets, const GptStep& step = {}) const;
+
+  /// loss() in pieces, for those who hold or run a part of the model: embeddings, blocks [first, end), final norm and
+  /// head. @throws Error kState if this process does not hold what is asked for.
+  GptStream begin(const Tensor& ids, const GptStep& step = {}) const;
+  GptStream blocks(GptStream stream, int64_t first, int64_t end, const GptStep& step = {}) const;
+  Tensor finish(const GptStream& stream, const Tensor& targets, const GptStep& step = {}) const;
+
+  bool embeds() const { return wpe_ != nullptr; }
+  bool has_head() const { return ln_f_ != nullptr; }
+  const GptPart& part() const { return part_; }
+  /// What the head multiplies with: the token embedding, or with separate_head a leaf of its own that shares its
+  /// memory. Gradients of the two uses of the table are then added up apart, each over all micro-batches, which is
+  /// the one order that every layout can have: their ranks may be different ones.
+  const Tensor& head() const { return head_; }
 
   /// Logits [B, V] of the last of the new positions `ids` [B, n], which follow those in `cache`; adds them to it. No
   /// gradients. @throws Error kShape when the context is full.
@@ -91,14 +122,15 @@ class Gpt : public Module {
  private:
   class Block;
   Tensor embed(const Tensor& ids, int64_t first_position) const;
-  /// The normalised output of the last block, [B, T, C].
-  Tensor hidden(const Tensor& ids, const GptStep& step) const;
+  void require_whole(const char* what) const;
 
   GptConfig config_;
+  GptPart part_;
   uint64_t seed_;
-  Embedding wte_, wpe_;
-  std::vector<std::unique_ptr<Block>> blocks_;
-  LayerNorm ln_f_;
+  std::unique_ptr<Embedding> wte_, wpe_;        // where this process has them
+  std::vector<std::unique_ptr<Block>> blocks_;  // [layer], null where it has not
+  std::unique_ptr<LayerNorm> ln_f_;
+  Tensor head_;
 };
 
 }  // namespace weft::models

@@ -19,7 +19,9 @@ void Module::collect(const std::string& prefix, Parameters& into) const {
   for (const Parameter& parameter : own_) {
     const bool tied =
         std::any_of(into.begin(), into.end(), [&](const Parameter& p) { return p.tensor.is_same(parameter.tensor); });
-    if (!tied) into.push_back({prefix + parameter.name, parameter.tensor, parameter.role});
+    if (tied) continue;
+    into.push_back(parameter);
+    into.back().name = prefix + parameter.name;
   }
   for (const auto& [name, part] : parts_) part->collect(prefix + name + ".", into);
 }

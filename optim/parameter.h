@@ -1,8 +1,10 @@
 #pragma once
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "core/tensor.h"
+#include "core/tensor_part.h"
 
 namespace weft {
 
@@ -14,6 +16,8 @@ struct Parameter {
   std::string name;  ///< unique in its model: "h.3.mlp.fc.weight"
   Tensor tensor;
   ParameterRole role = ParameterRole::weight;
+  /// Set where `tensor` is a part of the parameter, whose other parts other processes hold.
+  std::optional<TensorPart> part = {};
 };
 
 using Parameters = std::vector<Parameter>;
