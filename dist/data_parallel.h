@@ -16,9 +16,24 @@ enum class Zero : uint8_t {
   kGradients,  ///< P / n of the gradients too (ZeRO-2)
 };
 
+/// The second use of a parameter that serves in two places: a token embedding that is the head's matrix too. Gradients
+/// of the two uses are added up apart, each in the canonical order over the micro-batches, and then to each other;
+/// those of bf16 and f16 are rounded after that alone. So they have the same bits wherever the two uses are:
+struct SecondUse {
+  std::string parameter;  ///< its name
+  /// Both on this rank: another leaf on the parameter's memory, which the second use goes through
+  /// (models::Gpt::head()).
+  Tensor leaf = {};
+  /// One each on the two ranks of this group (the first and the last stage of a pipeline), which both have the
+  /// parameter in the same groups of data-parallel ranks, with the same Zero. It must outlive the DataParallel. The
+  /// ranks' sums are added up over it, and at the start it takes the value of its first rank.
+  Group* pair = nullptr;
+};
+
 struct DataParallelOptions {
   Zero zero = Zero::kNone;
   int64_t bucket_bytes = int64_t{25} << 20;  ///< gradients travel in buckets of this size as they become ready
+  std::vector<SecondUse> second_uses = {};   ///< at most one for a parameter
 };
 
 /// Trains copies of one model on the ranks of a group, each on its own micro-batches. A step:
@@ -41,7 +56,8 @@ struct DataParallelOptions {
 class DataParallel {
  public:
   /// `parameters` must be equal on all ranks; the first rank's values are taken by all. The group must outlive this.
-  /// @throws Error kValue unless all are contiguous leaves on the group's device.
+  /// @throws Error kValue unless all are contiguous leaves on the group's device; for a second use of no parameter, or
+  /// that is not one leaf on the parameter's memory, or one group of two ranks.
   DataParallel(Group& group, Parameters parameters, const DataParallelOptions& options = {});
   ~DataParallel();
 

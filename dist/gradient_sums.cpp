@@ -1,0 +1,199 @@
+#include "dist/gradient_sums.h"
+
+#include <algorithm>
+#include <bit>
+
+#include "core/autograd.h"
+#include "core/memory.h"
+
+namespace weft::dist {
+namespace {
+
+constexpr const char* kWhere = "data parallel";
+
+/// Whether sums over these nodes, one a rank, add up in the order of the ranks to one node of the tree.
+std::optional<MicroBatchRange> joined(const std::vector<std::vector<MicroBatchRange>>& nodes, int64_t total) {
+  CanonicalSum sum(total);
+  const int64_t size = nodes.front().empty() ? 0 : nodes.front().front().end - nodes.front().front().begin;
+  for (size_t rank = 0; rank < nodes.size(); ++rank) {
+    if (nodes[rank].size() != 1) return std::nullopt;
+    const MicroBatchRange& node = nodes[rank].front();
+    // Nodes of other sizes would be added in another order by the tree over the ranks.
+    if (node.end - node.begin != size || !std::has_single_bit(static_cast<uint64_t>(size))) return std::nullopt;
+    if (rank > 0 && node.begin != nodes[rank - 1].front().end) return std::nullopt;
+    sum.add(node, {});
+  }
+  if (sum.parts().size() != 1) return std::nullopt;
+  return sum.parts().front().range;
+}
+
+}  // namespace
+
+GradientSums::GradientSums(Group& group, bool every_micro_batch, std::vector<Leaf> leaves, std::vector<Bucket> buckets)
+    : group_(group), every_micro_batch_(every_micro_batch), leaves_(std::move(leaves)), bucket_of_(leaves_.size()) {
+  for (Bucket& bucket : buckets) {
+    const DType dtype = leaves_[bucket.layout.tensors().front()].tensor.dtype();
+    for (const size_t leaf : bucket.layout.tensors()) bucket_of_[leaf] = buckets_.size();
+    buckets_.push_back({std::move(bucket.layout), bucket.unrounded, dtype, dtype});
+  }
+}
+
+void GradientSums::begin(std::span<const int64_t> micro_batches) {
+  if (micro_batches.size() != static_cast<size_t>(group_.size()))
+    fail(ErrorKind::kValue, kWhere, "there are ", group_.size(), " ranks, but micro-batches of ", micro_batches.size());
+  for (size_t rank = 0; rank < micro_batches.size(); ++rank) {
+    if (micro_batches[rank] < 1)
+      fail(ErrorKind::kValue, kWhere, "rank ", rank, " must have at least one micro-batch, got ", micro_batches[rank]);
+    if (every_micro_batch_ && micro_batches[rank] != micro_batches[0]) {
+      fail(ErrorKind::kValue, kWhere, "where gradients are sharded all ranks must have as many micro-batches, got ",
+           micro_batches[0], " on rank 0 and ", micro_batches[rank], " on rank ", rank);
+    }
+  }
+  counts_.assign(micro_batches.begin(), micro_batches.end());
+  total_ = 0;
+  for (const int64_t count : counts_) total_ += count;
+  seen_.assign(leaves_.size(), 0);
+  sums_.assign(leaves_.size(), std::nullopt);
+  for (State& bucket : buckets_) {
+    bucket.ready = 0, bucket.transfers.clear(), bucket.sum.reset();
+    // 16-bit gradients are added up in f32 and rounded once. Groups do so themselves where one reduction is the whole
+    // sum.
+    const bool narrow = size_of(bucket.dtype) == 2, one_reduction = total_ == group_.size() && !bucket.unrounded;
+    bucket.sum_dtype = narrow && !one_reduction ? DType::f32 : bucket.dtype;
+  }
+  for (const Leaf& leaf : leaves_) leaf.tensor.clear_grad();
+}
+
+int64_t GradientSums::number(int rank, int64_t i) const {
+  // Reduced once in a step, a rank's micro-batches follow each other, so that it can add up most of them itself;
+  // reduced one by one, those of all ranks that are reduced together do.
+  if (every_micro_batch_) return i * group_.size() + rank;
+  int64_t before = 0;
+  for (int r = 0; r < rank; ++r) before += counts_[static_cast<size_t>(r)];
+  return before + i;
+}
+
+/// The nodes that each rank brings to the reduction after its micro-batch i.
+std::vector<std::vector<MicroBatchRange>> GradientSums::nodes_of_round(int64_t i) const {
+  std::vector<std::vector<MicroBatchRange>> nodes;
+  for (int rank = 0; rank < group_.size(); ++rank) {
+    const int64_t first = number(rank, every_micro_batch_ ? i : 0);
+    const int64_t count = every_micro_batch_ ? 1 : counts_[static_cast<size_t>(rank)];
+    nodes.push_back(CanonicalSum::nodes({first, first + count}, total_));
+  }
+  return nodes;
+}
+
+void GradientSums::take(size_t leaf) {
+  const Tensor gradient = leaves_[leaf].tensor.grad();
+  leaves_[leaf].tensor.clear_grad();
+  if (seen_[leaf] >= count()) {
+    fail(ErrorKind::kState, kWhere, "the gradient of ", quoted(leaves_[leaf].name),
+         " is there more often than for the ", count(), " micro-batches of this rank");
+  }
+  State& bucket = buckets_[bucket_of_[leaf]];
+  const int64_t j = number(group_.rank(), seen_[leaf]);
+  if (!sums_[leaf]) sums_[leaf].emplace(total_);
+  sums_[leaf]->add({j, j + 1}, gradient.contiguous().to(bucket.sum_dtype));
+  ++seen_[leaf];
+  const bool last = every_micro_batch_ || seen_[leaf] == count();
+  // One rank alone has all of every sum.
+  if (group_.size() > 1 && last && ++bucket.ready == bucket.layout.tensors().size()) start(bucket, seen_[leaf] - 1);
+}
+
+void GradientSums::check_complete() const {
+  for (size_t leaf = 0; leaf < leaves_.size(); ++leaf) {
+    if (seen_[leaf] == count()) continue;
+    fail(ErrorKind::kState, kWhere, "parameter ", quoted(leaves_[leaf].name), " got ", seen_[leaf], " gradients from ",
+         count(), " micro-batches. Hint: every parameter must be used by every loss");
+  }
+}
+
+/// Sends a bucket's sums to the ranks that keep them.
+void GradientSums::start(State& bucket, int64_t round) {
+  const MemoryScope scope(MemoryCategory::communication);
+  const autograd::NoGrad no_grad;
+  bucket.ready = 0;
+  const auto nodes = nodes_of_round(round);
+  const ShardBucket& layout = bucket.layout;
+  const auto& mine = nodes[static_cast<size_t>(group_.rank())];
+  std::vector<std::vector<CanonicalSum::Part>> parts;  // [leaf of the bucket][node]
+  for (const size_t leaf : layout.tensors()) {
+    parts.push_back(sums_[leaf]->parts());
+    sums_[leaf].reset();
+  }
+  const Device device = parts.front().front().tensor.device();
+  const int64_t count = layout.count(group_.rank());
+  if (const auto whole = joined(nodes, total_)) {
+    const Tensor flat = Tensor::empty({layout.elements()}, bucket.sum_dtype, device);
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const Tensor& gradient = parts[i].front().tensor;
+      flat.narrow(0, layout.start(i), gradient.numel()).copy_(gradient.reshape({-1}));
+    }
+    parts.clear();
+    const Tensor output = Tensor::empty({count}, bucket.sum_dtype, device);
+    bucket.transfers.push_back(
+        {group_.reduce_scatter_async(flat, output, Reduction::sum, layout.counts()), output, {*whole}});
+    return;
+  }
+  // In general every rank gets every node of its range, and adds them up itself.
+  std::vector<int64_t> send, receive;
+  std::vector<MicroBatchRange> coming;
+  for (int rank = 0; rank < group_.size(); ++rank) {
+    const auto& theirs = nodes[static_cast<size_t>(rank)];
+    send.push_back(layout.count(rank) * static_cast<int64_t>(mine.size()));
+    receive.push_back(count * static_cast<int64_t>(theirs.size()));
+    coming.insert(coming.end(), theirs.begin(), theirs.end());
+  }
+  const Tensor flat = Tensor::empty({layout.elements() * static_cast<int64_t>(mine.size())}, bucket.sum_dtype, device);
+  int64_t at = 0;
+  for (int rank = 0; rank < group_.size(); ++rank) {
+    for (size_t node = 0; node < mine.size(); ++node) {
+      for (size_t i = 0; i < parts.size(); ++i) {
+        const int64_t begin = std::max(layout.cut(rank), layout.start(i)),
+                      end = std::min(layout.cut(rank + 1), layout.start(i + 1));
+        if (begin >= end) continue;
+        flat.narrow(0, at, end - begin)
+            .copy_(parts[i][node].tensor.reshape({-1}).narrow(0, begin - layout.start(i), end - begin));
+        at += end - begin;
+      }
+    }
+  }
+  parts.clear();
+  const Tensor output = Tensor::empty({count * static_cast<int64_t>(coming.size())}, bucket.sum_dtype, device);
+  bucket.transfers.push_back({group_.all_to_all_async(flat, output, send, receive), output, coming});
+}
+
+/// The sums of a bucket's leaves, end to end.
+Tensor GradientSums::joined_sums(const State& bucket) {
+  const std::vector<size_t>& leaves = bucket.layout.tensors();
+  if (leaves.size() == 1) return sums_[leaves.front()]->take().reshape({-1});
+  Tensor flat = Tensor::empty({bucket.layout.elements()}, bucket.sum_dtype, leaves_[leaves.front()].tensor.device());
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    const Tensor sum = sums_[leaves[i]]->take();
+    flat.narrow(0, bucket.layout.start(i), sum.numel()).copy_(sum.reshape({-1}));
+  }
+  return flat;
+}
+
+Tensor GradientSums::finish(size_t number) {
+  State& bucket = buckets_[number];
+  const MemoryScope scope(MemoryCategory::gradients);
+  const DType dtype = bucket.unrounded ? bucket.sum_dtype : bucket.dtype;
+  if (group_.size() == 1) return joined_sums(bucket).to(dtype);
+  const int64_t count = bucket.layout.count(group_.rank());
+  for (Transfer& transfer : bucket.transfers) {
+    transfer.work.wait();
+    if (!bucket.sum) bucket.sum.emplace(total_);
+    for (size_t i = 0; i < transfer.nodes.size(); ++i) {
+      // Parts of one output are added up where they lie.
+      bucket.sum->add(transfer.nodes[i], transfer.output.narrow(0, static_cast<int64_t>(i) * count, count));
+    }
+  }
+  bucket.transfers.clear();
+  const Tensor sum = bucket.sum->take();
+  bucket.sum.reset();
+  return sum.to(dtype);
+}
+
+}  // namespace weft::dist

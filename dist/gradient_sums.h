@@ -1,0 +1,93 @@
+#pragma once
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "dist/canonical_sum.h"
+#include "dist/group.h"
+#include "dist/shard_layout.h"
+
+namespace weft::dist {
+
+/// Gradients of leaves on their way to the ranks that keep their sums over a step: in buckets, which are cut into one
+/// range for each rank, each in the canonical order over all micro-batches of the step. A step:
+///
+///   sums.begin(micro_batches of each rank);
+///   ... sums.take(leaf), when a backward pass has put the leaf's gradient of a micro-batch into its grad()
+///   sums.check_complete();
+///   for (each bucket) range = sums.finish(bucket);
+///   sums.end();
+///
+/// Transfers begin when the last gradient of a bucket is there, and go on while backward passes do.
+class GradientSums {
+ public:
+  struct Leaf {
+    std::string name;
+    Tensor tensor;
+  };
+  /// Gradients that travel together; `layout` has the numbers of their leaves, which have one dtype.
+  struct Bucket {
+    ShardBucket layout;
+    /// Sums of 16-bit gradients come from finish() as f32, unrounded: more is to be added to them.
+    bool unrounded = false;
+  };
+
+  /// @param every_micro_batch  transfers are made after each of them, so that no rank keeps whole sums; otherwise once,
+  ///                           over all that a rank has. The group must outlive this.
+  GradientSums(Group& group, bool every_micro_batch, std::vector<Leaf> leaves, std::vector<Bucket> buckets);
+
+  const ShardBucket& layout(size_t bucket) const { return buckets_[bucket].layout; }
+
+  /// Begins a step of micro_batches[r] on rank r. @throws Error kValue unless each has one at least, and all the same
+  /// number where every micro-batch is transferred.
+  void begin(std::span<const int64_t> micro_batches);
+  bool in_step() const { return !counts_.empty(); }
+  /// Micro-batches of this rank in the step.
+  int64_t count() const { return counts_[static_cast<size_t>(group_.rank())]; }
+  /// The number in the whole step of a rank's i-th micro-batch.
+  int64_t number(int rank, int64_t i) const;
+
+  /// Takes the gradient of this rank's next micro-batch from its leaf. @throws Error kState if it is one too many.
+  void take(size_t leaf);
+  /// @throws Error kState, naming the leaf, if a gradient is missing.
+  void check_complete() const;
+  /// Waits for a bucket's transfers; this rank's range of the sum over the step: of the leaves' dtype, or f32 if it is
+  /// unrounded. Once a step.
+  Tensor finish(size_t bucket);
+  void end() { counts_.clear(); }
+
+ private:
+  /// A transfer under way, and the nodes that it brings, in order.
+  struct Transfer {
+    Work work;
+    Tensor output;
+    std::vector<MicroBatchRange> nodes;
+  };
+  struct State {
+    ShardBucket layout;
+    bool unrounded;
+    DType dtype;                           ///< of the leaves and their gradients
+    DType sum_dtype;                       ///< in which the gradients of this step are added up
+    size_t ready = 0;                      ///< leaves whose gradient of the present micro-batch is there
+    std::optional<CanonicalSum> sum = {};  ///< of this rank's range
+    std::vector<Transfer> transfers = {};
+  };
+
+  std::vector<std::vector<MicroBatchRange>> nodes_of_round(int64_t i) const;
+  void start(State& bucket, int64_t round);
+  Tensor joined_sums(const State& bucket);
+
+  Group& group_;
+  bool every_micro_batch_;
+  std::vector<Leaf> leaves_;
+  std::vector<State> buckets_;
+  std::vector<size_t> bucket_of_;  ///< [leaf]
+  // of the present step
+  std::vector<int64_t> counts_;                    ///< micro-batches of each rank; empty between steps
+  int64_t total_ = 0;                              ///< of all ranks
+  std::vector<std::optional<CanonicalSum>> sums_;  ///< [leaf], over this rank's micro-batches
+  std::vector<int64_t> seen_;                      ///< [leaf], gradients so far
+};
+
+}  // namespace weft::dist
