@@ -36,6 +36,13 @@ HeldOutLoss held_out_loss(models::Gpt& gpt, const std::shared_ptr<const text::To
   return {result.nats_per_token, result.tokens, target_bytes(all_tokens(*tokens), tokenizer), gpt.parameter_count()};
 }
 
+HeldOutLoss held_out_loss(models::ParallelGpt& parallel, const std::shared_ptr<const text::TokenSource>& tokens,
+                          const text::Tokenizer& tokenizer, int64_t batch) {
+  const models::GptConfig& config = parallel.gpt().config();
+  const models::EvaluationResult result = models::evaluate(parallel, text::Evaluation(tokens, batch, config.context));
+  return {result.nats_per_token, result.tokens, target_bytes(all_tokens(*tokens), tokenizer), config.parameter_count()};
+}
+
 HeldOutLoss kneser_ney_loss(const text::TokenSource& train, const text::TokenSource& held_out,
                             const text::Tokenizer& tokenizer, int order) {
   const text::KneserNey model(all_tokens(train), train.vocab_size(), order);

@@ -1,8 +1,8 @@
 #pragma once
 #include <memory>
 
+#include "models/evaluation.h"
 #include "models/text/bpe.h"
-#include "models/trainer.h"
 
 namespace weft::apps {
 
@@ -21,6 +21,10 @@ struct HeldOutLoss {
 HeldOutLoss held_out_loss(models::Gpt& gpt, const std::shared_ptr<const text::TokenSource>& tokens,
                           const text::Tokenizer& tokenizer, int64_t batch,
                           const std::function<bool(double)>& progress = {});
+
+/// Of a model on several ranks, all of which call it.
+HeldOutLoss held_out_loss(models::ParallelGpt& parallel, const std::shared_ptr<const text::TokenSource>& tokens,
+                          const text::Tokenizer& tokenizer, int64_t batch);
 
 /// Of an interpolated Kneser-Ney n-gram model trained on `train`, for the same targets.
 HeldOutLoss kneser_ney_loss(const text::TokenSource& train, const text::TokenSource& held_out,

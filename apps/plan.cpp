@@ -5,7 +5,7 @@
 #include "apps/command.h"
 #include "apps/commands.h"
 #include "apps/files.h"
-#include "apps/options.h"
+#include "apps/train_options.h"
 #include "core/file.h"
 #include "dist/pipeline_drawing.h"
 
@@ -24,12 +24,7 @@ struct ScheduleOptions {
 
   void declare(Options& o) {
     o.section("schedule", "The schedule");
-    o.add("schedule", &kind,
-          {{"gpipe", PipelineKind::kGPipe},
-           {"1f1b", PipelineKind::k1F1B},
-           {"interleaved", PipelineKind::kInterleaved},
-           {"zero-bubble", PipelineKind::kZeroBubble}},
-          "the order in which ranks compute");
+    o.add("schedule", &kind, pipeline_kinds(), "the order in which ranks compute");
     o.add("ranks", &ranks, {.min = 1, .max = 4096}, "ranks of the pipeline");
     o.add("micro_batches", &micro_batches, {.min = 1, .max = 65536}, "micro-batches of one step");
     o.add("chunks", &chunks, {.min = 1, .max = 4096}, "stages of each rank, for the interleaved schedule");

@@ -79,6 +79,7 @@ std::string saturation(const optim::DelayedScaling::Counts& counts) {
 /// The three parts of a step where the clock can tell them apart.
 nlohmann::json to_json(const models::StepTimes& times) {
   if (times.device > 0) return {{"data", times.data}, {"device", times.device}};
+  if (times.passes > 0) return {{"data", times.data}, {"passes", times.passes}, {"optimizer", times.optimizer}};
   return {
       {"data", times.data}, {"forward", times.forward}, {"backward", times.backward}, {"optimizer", times.optimizer}};
 }
@@ -98,31 +99,32 @@ constexpr const char* kLossScale = "loss_scale";
 /// A run: everything that lives from the first step to the last.
 class Run {
  public:
-  Run(const TrainOptions& options, Device device, World& world, std::string config_text, DataDirectory data,
-      std::optional<CheckpointContent> from)
+  Run(const TrainOptions& options, Device device, World& world, const dist::Mesh& mesh, std::string config_text,
+      DataDirectory data, std::optional<CheckpointContent> from)
       : o_(options),
         device_(device),
         world_(world),
         config_text_(std::move(config_text)),
         data_(std::move(data)),
-        gpt_(options.model(data_.tokenizer.vocab_size()), device, static_cast<uint64_t>(options.seed), options.dtype()),
-        parallel_(make_parallel()),
+        parallel_(make_parallel(mesh)),
+        alone_(parallel_ ? nullptr : make_gpt()),
+        gpt_(parallel_ ? parallel_->gpt() : *alone_),
         optimizer_(parallel_ ? parallel_->parameters() : gpt_.parameters(), options.adam(),
                    parallel_ ? parallel_->norms() : std::make_shared<optim::LocalNorms>()),
         loader_(data_.train, {.batch = options.batch,
                               .context = options.context,
                               .seed = static_cast<uint64_t>(options.seed),
-                              .rank = world.rank(),
-                              .world_size = world.size(),
+                              .rank = parallel_ ? parallel_->data_rank() : 0,
+                              .world_size = parallel_ ? parallel_->data_ranks() : 1,
                               .prefetch = options.prefetch,
-                              .consecutive = options.zero == dist::Zero::kGradients ? 1 : micro_batches()}),
+                              .consecutive = parallel_ && !parallel_->consecutive() ? 1 : micro_batches()}),
         run_id_(run_id()) {
     int64_t step = 0;
     NamedTensors fp8_state;
     if (from) {
       fp8_state = take_fp8_state(*from);
       gpt_.load(from->model);
-      optimizer_.load_state(parallel_ ? parallel_->own_state(from->optimizer) : from->optimizer);
+      optimizer_.load_state(parallel_ ? parallel_->data_parallel().own_state(from->optimizer) : from->optimizer);
       step = from->step;
       run_id_ = from->run_id;
       loader_.seek(from->data_cursor);
@@ -133,7 +135,7 @@ class Run {
       }
     }
     trainer_.emplace(gpt_, optimizer_, loader_, options.schedule(), micro_batches(), step);
-    if (parallel_) trainer_->parallelize(*parallel_, world_.group());
+    if (parallel_) trainer_->parallelize(*parallel_);
     if (options.precision == Precision::f16) {
       optim::LossScale scale;
       if (from) {
@@ -199,7 +201,7 @@ class Run {
         progress.update(done, fields);
       }
       const bool last = done == o_.steps;
-      if (o_.eval_every > 0 && done % o_.eval_every == 0 && !last) report_held_out(done, metrics_file);
+      if (o_.eval_every > 0 && done % o_.eval_every == 0 && !last) report_held_out(done, &metrics_file);
       if (o_.sample_every > 0 && done % o_.sample_every == 0) print_sample(done);
       if (last || (o_.save_every > 0 && done % o_.save_every == 0)) save();
     }
@@ -211,19 +213,23 @@ class Run {
       return false;
     }
     progress.finish(fields);
-    report_held_out(o_.steps, metrics_file);
+    report_held_out(o_.steps, &metrics_file);
     return true;
   }
 
-  /// The same on a rank that does not speak: it takes part in steps and in what rank 0 saves.
+  /// The same on a rank that does not speak: it takes part in steps, evaluations and saves.
   bool follow(const StopSignal& stop) {
     while (trainer_->steps() < o_.steps && !agreed(stop.requested())) {
       trainer_->step();
       const int64_t done = trainer_->steps();
-      if (done == o_.steps || (o_.save_every > 0 && done % o_.save_every == 0)) save();
+      const bool last = done == o_.steps;
+      if (o_.eval_every > 0 && done % o_.eval_every == 0 && !last) report_held_out(done, nullptr);
+      if (last || (o_.save_every > 0 && done % o_.save_every == 0)) save();
     }
-    if (saved_ != trainer_->steps()) save();
-    return trainer_->steps() == o_.steps;
+    const bool complete = trainer_->steps() == o_.steps;
+    if (!complete && saved_ != trainer_->steps()) save();
+    if (complete) report_held_out(o_.steps, nullptr);
+    return complete;
   }
 
   void print_summary() const {
@@ -245,12 +251,17 @@ class Run {
 
  private:
   /// Micro-batches of a step that this rank computes.
-  int64_t micro_batches() const { return o_.accumulate / world_.size(); }
+  int64_t micro_batches() const { return o_.accumulate / (parallel_ ? parallel_->data_ranks() : 1); }
 
-  std::unique_ptr<dist::DataParallel> make_parallel() {
+  std::unique_ptr<models::ParallelGpt> make_parallel(const dist::Mesh& mesh) {
     if (world_.size() == 1 && !o_.deterministic && o_.zero == dist::Zero::kNone) return nullptr;
-    return std::make_unique<dist::DataParallel>(world_.group(), gpt_.parameters(),
-                                                dist::DataParallelOptions{.zero = o_.zero});
+    return std::make_unique<models::ParallelGpt>(world_.group(), o_.parallel(mesh),
+                                                 o_.model(data_.tokenizer.vocab_size()), device_,
+                                                 static_cast<uint64_t>(o_.seed), o_.dtype());
+  }
+  std::unique_ptr<models::Gpt> make_gpt() {
+    return std::make_unique<models::Gpt>(o_.model(data_.tokenizer.vocab_size()), device_,
+                                         static_cast<uint64_t>(o_.seed), o_.dtype());
   }
 
   /// Whether any rank wants to stop: all do so after the same step.
@@ -264,7 +275,7 @@ class Run {
   void save() {
     CheckpointContent content;
     const NamedTensors own = optimizer_.state();
-    content.optimizer = parallel_ ? parallel_->whole_state(own) : own;
+    content.optimizer = parallel_ ? parallel_->data_parallel().whole_state(own) : own;
     saved_ = trainer_->steps();
     if (!world_.speaks()) return;
     content.model = gpt_.named_tensors();
@@ -300,12 +311,15 @@ class Run {
     return state;
   }
 
-  void report_held_out(int64_t done, MetricsFile& metrics_file) {
-    const HeldOutLoss loss = held_out_loss(gpt_, data_.held_out, data_.tokenizer, o_.eval_batch);
+  /// All ranks of a run take part. @param metrics_file  of the rank that speaks
+  void report_held_out(int64_t done, MetricsFile* metrics_file) {
+    const HeldOutLoss loss = parallel_ ? held_out_loss(*parallel_, data_.held_out, data_.tokenizer, o_.eval_batch)
+                                       : held_out_loss(gpt_, data_.held_out, data_.tokenizer, o_.eval_batch);
+    if (metrics_file == nullptr) return;
     log::info("step ", done, ": held-out loss ", fixed(loss.nats_per_token, 4), " nats per token, ",
               fixed(loss.bits_per_byte(), 4), " bits per byte (", grouped(loss.tokens), " tokens, ",
               grouped(loss.bytes), " bytes)");
-    metrics_file.write(
+    metrics_file->write(
         {{"step", done - 1}, {"held_out_loss", loss.nats_per_token}, {"held_out_bits_per_byte", loss.bits_per_byte()}});
   }
 
@@ -327,8 +341,9 @@ class Run {
   World& world_;
   const std::string config_text_;
   DataDirectory data_;
-  models::Gpt gpt_;
-  std::unique_ptr<dist::DataParallel> parallel_;
+  std::unique_ptr<models::ParallelGpt> parallel_;
+  std::unique_ptr<models::Gpt> alone_;  ///< if no others take part
+  models::Gpt& gpt_;
   optim::Adam optimizer_;
   text::Loader loader_;
   std::optional<models::Trainer> trainer_;
@@ -450,7 +465,7 @@ int run_train(std::span<const std::string> args) {
     if (world.speaks()) log::info("mesh ", mesh.to_string(), ", ZeRO ", static_cast<int>(o.zero));
   }
   advise_if_memory_ends(o, device, planned, [&] {
-    Run run(o, device, world, config_text, std::move(data), std::move(from));
+    Run run(o, device, world, mesh, config_text, std::move(data), std::move(from));
     if (!world.speaks()) {
       complete = run.train();
       return;

@@ -8,6 +8,14 @@ constexpr int64_t kOffloadFrom = int64_t{1} << 18;
 
 }  // namespace
 
+std::vector<std::pair<std::string, dist::PipelineKind>> pipeline_kinds() {
+  std::vector<std::pair<std::string, dist::PipelineKind>> kinds;
+  for (const auto kind : {dist::PipelineKind::kGPipe, dist::PipelineKind::k1F1B, dist::PipelineKind::kInterleaved,
+                          dist::PipelineKind::kZeroBubble})
+    kinds.emplace_back(dist::name(kind), kind);
+  return kinds;
+}
+
 void TrainOptions::declare(Options& o) {
   o.section("data", "The data");
   o.add("data", &data, {.placeholder = "DIR"},
@@ -47,16 +55,21 @@ void TrainOptions::declare(Options& o) {
   o.add("clip", &clip, {.min = 0}, "largest global gradient norm; 0 does not clip");
 
   o.section("parallel", "Several ranks: weft launch -n N -- train ...");
-  o.add("mesh", &mesh, {.placeholder = "AXES"},
-        "how ranks are laid out: dp=4 for four that train copies of the model on a quarter of a step's micro-batches "
-        "each; "
-        "empty: dp with all of them");
+  o.add(
+      "mesh", &mesh, {.placeholder = "AXES"},
+      "how ranks are laid out, dp=2,pp=2 say: dp ranks train copies of the model on a share of a step's micro-batches, "
+      "pp ranks have a range of its layers each; empty: dp with all of them");
   o.add("zero", &zero, {{"0", dist::Zero::kNone}, {"1", dist::Zero::kOptimizer}, {"2", dist::Zero::kGradients}},
         "what ranks share out instead of each keeping all of it (ZeRO): 1 the optimizer's state, 2 gradients too");
+  o.add("pipeline", &pipeline, pipeline_kinds(),
+        "with pp: the order in which a rank computes micro-batches; `weft plan schedule` draws it; same numbers");
+  o.add("pipeline_chunks", &pipeline_chunks, {.min = 1, .max = 1 << 16, .unit = "stages"},
+        "with pp: stages a rank, of fewer layers each; other than 1 for --pipeline interleaved alone");
+  o.add("pipeline_split", &pipeline_split, {.min = 1, .unit = "layers"}, {},
+        "with pp: layers of each stage, 3,3,4,2 say; empty: as even as can be, by the FLOPs of layers and head");
   o.add("deterministic", &deterministic,
         "add up the gradients of micro-batches in the order that several ranks add them up in, so that one rank has "
-        "their "
-        "bits; several always do");
+        "their bits; several always do");
 
   o.section("run", "The run");
   device.declare(o);
@@ -118,10 +131,12 @@ dist::Mesh TrainOptions::check_ranks(const Options& options, int ranks) const {
       options.reject("mesh", "may have dp only: the trainer does not cut models along ", dist::name(axis), " yet, got ",
                      weft::quoted(mesh));
   }
-  if (accumulate % ranks != 0) {
-    options.reject("accumulate", "micro-batches of a step must be shared out evenly among ", ranks, " ranks, got ",
-                   accumulate, ". Hint: a smaller --batch and as many more micro-batches are the same step");
+  if (const int copies = layout.size(dist::Axis::dp); accumulate % copies != 0) {
+    options.reject("accumulate", "micro-batches of a step must be shared out evenly among ", copies,
+                   " data-parallel ranks, got ", accumulate,
+                   ". Hint: a smaller --batch and as many more micro-batches are the same step");
   }
+  check_pipeline(options, layout);
   if (ranks > 1) {
     if (device.planned(options).kind != DeviceKind::cpu)
       options.reject("device", "must be cpu where several ranks train: those on GPUs cannot yet");
@@ -129,6 +144,35 @@ dist::Mesh TrainOptions::check_ranks(const Options& options, int ranks) const {
       options.reject("precision", "must not be fp8 where several ranks train: each would keep scales of its own");
   }
   return layout;
+}
+
+void TrainOptions::check_pipeline(const Options& options, const dist::Mesh& layout) const {
+  const int ranks = layout.size(dist::Axis::pp);
+  const int64_t stages = ranks * pipeline_chunks, share = accumulate / layout.size(dist::Axis::dp);
+  if (stages > layers)
+    options.reject("mesh", "makes a pipeline of ", stages, " stages of at least one layer each; there are ", layers,
+                   " layers");
+  if (pipeline_chunks > 1 && (pipeline != dist::PipelineKind::kInterleaved || ranks == 1))
+    options.reject("pipeline_chunks", "is for --pipeline interleaved on several pipeline ranks, got ", pipeline_chunks);
+  if (ranks > 1 && pipeline == dist::PipelineKind::kInterleaved && share % ranks != 0)
+    options.reject("accumulate", "must be a multiple of the ", ranks, " pipeline ranks for each of ",
+                   layout.size(dist::Axis::dp), " copies with --pipeline interleaved, got ", accumulate);
+  if (ranks > 1 && sample_every > 0)
+    options.reject("sample_every", "must be 0 where ranks have parts of the model. Hint: weft generate --checkpoint ",
+                   out.string(), " reads what the run saves");
+  if (pipeline_split.empty()) return;
+  int64_t total = 0;
+  for (const int64_t count : pipeline_split) total += count;
+  if (static_cast<int64_t>(pipeline_split.size()) != stages || total != layers)
+    options.reject("pipeline_split", "must have a number of layers for each of ", stages, " stages that add up to ",
+                   layers, ", got ", pipeline_split.size(), " that add up to ", total);
+}
+
+models::ParallelOptions TrainOptions::parallel(const dist::Mesh& layout) const {
+  models::ParallelOptions parallel;
+  parallel.mesh = layout, parallel.zero = zero, parallel.schedule = pipeline;
+  parallel.chunks = static_cast<int>(pipeline_chunks), parallel.stage_layers = pipeline_split;
+  return parallel;
 }
 
 models::GptConfig TrainOptions::model(int64_t vocab) const {

@@ -3,12 +3,12 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "apps/device_option.h"
 #include "apps/options.h"
-#include "dist/data_parallel.h"
 #include "dist/mesh.h"
-#include "models/gpt.h"
+#include "models/parallel_gpt.h"
 #include "models/step_graph.h"
 #include "optim/adam.h"
 #include "optim/schedule.h"
@@ -42,6 +42,9 @@ struct TrainOptions {
   // parallel
   std::string mesh;
   dist::Zero zero = dist::Zero::kNone;
+  dist::PipelineKind pipeline = dist::PipelineKind::k1F1B;
+  int64_t pipeline_chunks = 1;
+  std::vector<int64_t> pipeline_split;
   bool deterministic = false;
   // run
   DeviceOption device;
@@ -67,7 +70,10 @@ struct TrainOptions {
   /// Rules between options and the ranks of the run; how they are laid out. @throws Error kUsage.
   dist::Mesh check_ranks(const Options& options, int ranks) const;
 
+  void check_pipeline(const Options& options, const dist::Mesh& layout) const;
+
   models::GptConfig model(int64_t vocab) const;
+  models::ParallelOptions parallel(const dist::Mesh& layout) const;
   DType dtype() const {
     if (precision == Precision::bf16 || precision == Precision::fp8) return DType::bf16;
     return precision == Precision::f16 ? DType::f16 : DType::f32;
@@ -75,5 +81,8 @@ struct TrainOptions {
   optim::AdamOptions adam() const;
   optim::CosineSchedule schedule() const;
 };
+
+/// The kinds of pipeline schedules under their names.
+std::vector<std::pair<std::string, dist::PipelineKind>> pipeline_kinds();
 
 }  // namespace weft::apps

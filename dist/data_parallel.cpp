@@ -5,7 +5,7 @@
 
 #include "core/autograd.h"
 #include "dist/gradient_sums.h"
-#include "dist/sharded_norms.h"
+#include "dist/mesh_norms.h"
 
 namespace weft::dist {
 namespace {
@@ -182,7 +182,7 @@ const std::vector<ShardPiece>& DataParallel::pieces() const { return state_->pie
 
 std::shared_ptr<optim::NormReducer> DataParallel::norms() const {
   if (state_->zero == Zero::kNone) return std::make_shared<optim::LocalNorms>();
-  return std::make_shared<ShardedNorms>(state_->group);
+  return std::make_shared<MeshNorms>(MeshNorms::Groups{.shards = &state_->group});
 }
 
 void DataParallel::begin_step(std::span<const int64_t> micro_batches) { state_->sums->begin(micro_batches); }

@@ -54,8 +54,9 @@ void GradientSums::begin(std::span<const int64_t> micro_batches) {
   for (const int64_t count : counts_) total_ += count;
   seen_.assign(leaves_.size(), 0);
   sums_.assign(leaves_.size(), std::nullopt);
+  waiting_.assign(leaves_.size(), {});
   for (State& bucket : buckets_) {
-    bucket.ready = 0, bucket.transfers.clear(), bucket.sum.reset();
+    bucket.rounds = 0, bucket.transfers.clear(), bucket.sum.reset();
     // 16-bit gradients are added up in f32 and rounded once. Groups do so themselves where one reduction is the whole
     // sum.
     const bool narrow = size_of(bucket.dtype) == 2, one_reduction = total_ == group_.size() && !bucket.unrounded;
@@ -92,13 +93,23 @@ void GradientSums::take(size_t leaf) {
          " is there more often than for the ", count(), " micro-batches of this rank");
   }
   State& bucket = buckets_[bucket_of_[leaf]];
-  const int64_t j = number(group_.rank(), seen_[leaf]);
-  if (!sums_[leaf]) sums_[leaf].emplace(total_);
-  sums_[leaf]->add({j, j + 1}, gradient.contiguous().to(bucket.sum_dtype));
-  ++seen_[leaf];
-  const bool last = every_micro_batch_ || seen_[leaf] == count();
+  const Tensor wide = gradient.contiguous().to(bucket.sum_dtype);
+  const int64_t j = number(group_.rank(), seen_[leaf]++);
+  if (every_micro_batch_ && group_.size() > 1) {
+    waiting_[leaf].push_back(wide);
+  } else {
+    if (!sums_[leaf]) sums_[leaf].emplace(total_);
+    sums_[leaf]->add({j, j + 1}, wide);
+  }
   // One rank alone has all of every sum.
-  if (group_.size() > 1 && last && ++bucket.ready == bucket.layout.tensors().size()) start(bucket, seen_[leaf] - 1);
+  if (group_.size() > 1 && ready(bucket)) start(bucket);
+}
+
+/// Whether all leaves of a bucket have what its next transfer takes.
+bool GradientSums::ready(const State& bucket) const {
+  const int64_t wanted = every_micro_batch_ ? bucket.rounds + 1 : count();
+  return std::all_of(bucket.layout.tensors().begin(), bucket.layout.tensors().end(),
+                     [&](size_t leaf) { return seen_[leaf] >= wanted; });
 }
 
 void GradientSums::check_complete() const {
@@ -110,17 +121,21 @@ void GradientSums::check_complete() const {
 }
 
 /// Sends a bucket's sums to the ranks that keep them.
-void GradientSums::start(State& bucket, int64_t round) {
+void GradientSums::start(State& bucket) {
   const MemoryScope scope(MemoryCategory::communication);
   const autograd::NoGrad no_grad;
-  bucket.ready = 0;
-  const auto nodes = nodes_of_round(round);
+  const auto nodes = nodes_of_round(bucket.rounds++);
   const ShardBucket& layout = bucket.layout;
   const auto& mine = nodes[static_cast<size_t>(group_.rank())];
   std::vector<std::vector<CanonicalSum::Part>> parts;  // [leaf of the bucket][node]
   for (const size_t leaf : layout.tensors()) {
-    parts.push_back(sums_[leaf]->parts());
-    sums_[leaf].reset();
+    if (every_micro_batch_) {
+      parts.push_back({{mine.front(), waiting_[leaf].front()}});
+      waiting_[leaf].pop_front();
+    } else {
+      parts.push_back(sums_[leaf]->parts());
+      sums_[leaf].reset();
+    }
   }
   const Device device = parts.front().front().tensor.device();
   const int64_t count = layout.count(group_.rank());

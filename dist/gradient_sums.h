@@ -1,4 +1,5 @@
 #pragma once
+#include <deque>
 #include <optional>
 #include <span>
 #include <string>
@@ -69,13 +70,14 @@ class GradientSums {
     bool unrounded;
     DType dtype;                           ///< of the leaves and their gradients
     DType sum_dtype;                       ///< in which the gradients of this step are added up
-    size_t ready = 0;                      ///< leaves whose gradient of the present micro-batch is there
+    int64_t rounds = 0;                    ///< transfers that were begun
     std::optional<CanonicalSum> sum = {};  ///< of this rank's range
     std::vector<Transfer> transfers = {};
   };
 
   std::vector<std::vector<MicroBatchRange>> nodes_of_round(int64_t i) const;
-  void start(State& bucket, int64_t round);
+  bool ready(const State& bucket) const;
+  void start(State& bucket);
   Tensor joined_sums(const State& bucket);
 
   Group& group_;
@@ -87,7 +89,10 @@ class GradientSums {
   std::vector<int64_t> counts_;                    ///< micro-batches of each rank; empty between steps
   int64_t total_ = 0;                              ///< of all ranks
   std::vector<std::optional<CanonicalSum>> sums_;  ///< [leaf], over this rank's micro-batches
-  std::vector<int64_t> seen_;                      ///< [leaf], gradients so far
+  /// In place of sums_, where every micro-batch is transferred: [leaf], those whose bucket is not ready. They are
+  /// several where a pipeline puts off the gradients of some weights.
+  std::vector<std::deque<Tensor>> waiting_;
+  std::vector<int64_t> seen_;  ///< [leaf], gradients so far
 };
 
 }  // namespace weft::dist

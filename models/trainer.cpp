@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <optional>
+#include <tuple>
 
 #include "core/autograd.h"
 #include "core/backend.h"
@@ -39,12 +40,6 @@ std::optional<NotFinite> first_not_finite(const Tensor& tensor) {
 
 }  // namespace
 
-std::pair<Tensor, Tensor> to_tensors(const text::Batch& batch, Device device) {
-  const MemoryScope scope(MemoryCategory::data);
-  const Shape shape = {batch.rows, batch.context};
-  return {Tensor::from(batch.inputs, shape, device), Tensor::from(batch.targets, shape, device)};
-}
-
 Trainer::Trainer(Gpt& gpt, optim::Optimizer& optimizer, text::Loader& loader, const optim::CosineSchedule& schedule,
                  int64_t accumulate, int64_t step)
     : gpt_(gpt),
@@ -62,11 +57,6 @@ Trainer::Trainer(Gpt& gpt, optim::Optimizer& optimizer, text::Loader& loader, co
 std::string Trainer::use_graph(GraphUse use) {
   graph_ = StepGraph(use, device_);
   return graph_.reason(host_work());
-}
-
-void Trainer::parallelize(dist::DataParallel& parallel, dist::Group& group) {
-  parallel_ = &parallel;
-  group_ = &group;
 }
 
 std::string Trainer::host_work() const {
@@ -120,33 +110,32 @@ GptStep Trainer::settings(size_t i) const {
   return settings;
 }
 
-void Trainer::compute(StepTimes& times) {
+void Trainer::compute(const StepMetrics& metrics, StepTimes& times) {
   Stopwatch watch;
-  for (size_t i = 0; i < batches_.size(); ++i) {
-    std::optional<Range> range(std::in_place, "forward");
-    const Tensor loss = gpt_.loss(batches_[i].inputs, batches_[i].targets, settings(i));
-    losses_.select(0, static_cast<int64_t>(i)).copy_(loss.detach());
-    watch.lap(times.forward);
-    range.emplace("backward");
-    loss.backward(numbers_.select(0, 2).to(loss.dtype()));
-    watch.lap(times.backward);
+  Tensor losses = losses_;
+  if (parallel_ == nullptr) {
+    for (size_t i = 0; i < batches_.size(); ++i) {
+      std::optional<Range> range(std::in_place, "forward");
+      const Tensor loss = gpt_.loss(batches_[i].inputs, batches_[i].targets, settings(i));
+      losses_.select(0, static_cast<int64_t>(i)).copy_(loss.detach());
+      watch.lap(times.forward);
+      range.emplace("backward");
+      loss.backward(numbers_.select(0, 2).to(loss.dtype()));
+      watch.lap(times.backward);
+    }
+  } else {
+    const Range range("forward and backward");
+    losses = parallel_->run(batches_, [this](size_t i) { return settings(i); }, metrics.loss_scale);
+    watch.lap(times.passes);
   }
   const Range range("optimizer");
-  Tensor losses = losses_;
-  if (parallel_ != nullptr) {
-    parallel_->reduce();
-    // In the order of their numbers: ranks have ranges of them, or every n-th.
-    losses = group_->all_gather(losses_);
-    const int64_t ranks = group_->size();
-    if (parallel_->zero() == dist::Zero::kGradients) losses = losses.reshape({ranks, accumulate_}).transpose(0, 1);
-    losses = losses.contiguous();
-  }
+  if (parallel_ != nullptr) parallel_->reduce();
   fp8_counts_ = {};
   if (fp8_ && !DryRun::active()) {
     // Before anything changes: conversion hides infinities, which the counts tell. Losses that are not finite come
     // first, in step().
-    const std::vector<double> losses = losses_.to_vector<double>();
-    if (std::all_of(losses.begin(), losses.end(), [](double loss) { return std::isfinite(loss); }))
+    const std::vector<double> values = losses.to_vector<double>();
+    if (std::all_of(values.begin(), values.end(), [](double loss) { return std::isfinite(loss); }))
       fp8_counts_ = fp8_->counts();
   }
   optimizer_.queue(losses);
@@ -161,13 +150,10 @@ void Trainer::begin_step(const std::vector<text::Batch>& batches, StepMetrics& m
     rows += batch.rows;
   }
   if (parallel_ == nullptr) return;
-  parallel_->begin_step(std::vector<int64_t>(static_cast<size_t>(group_->size()), accumulate_));
+  parallel_->begin_step(accumulate_);
   for (size_t i = 0; i < batches.size(); ++i)
     first_rows_[i] = parallel_->micro_batch(static_cast<int64_t>(i)) * batches[i].rows;
-  const Tensor counts = Tensor::from(std::vector<int64_t>{metrics.tokens, metrics.valid}, {2});
-  group_->all_reduce_(counts);
-  const std::vector<int64_t> sums = counts.to_vector<int64_t>();
-  metrics.tokens = sums[0], metrics.valid = sums[1];
+  std::tie(metrics.tokens, metrics.valid) = parallel_->token_counts(metrics.tokens, metrics.valid);
 }
 
 StepMetrics Trainer::step() {
@@ -193,7 +179,7 @@ StepMetrics Trainer::step() {
   const std::string frozen = concat("micro-batches ", shapes_, gpt_.is_training() ? ", training" : ", without dropout",
                                     AllowTf32::active() ? ", tf32" : "");
   StepTimes split;
-  graph_.run(frozen, host_work(), parameters_, [&] { compute(split); });
+  graph_.run(frozen, host_work(), parameters_, [&] { compute(metrics, split); });
   // The host waits here, once: a device that waits for the host within a step idles.
   Stopwatch finishing;
   const optim::StepReport report = optimizer_.finish();
@@ -221,13 +207,16 @@ StepMetrics Trainer::step() {
 void Trainer::explain_loss(double loss) const {
   const auto failed = concat("the loss of step ", step_, " is ", loss, ": ");
   constexpr const char* kAfter = ". No weight was changed by this step. Hint: a lower learning rate or more warm-up";
-  if (parallel_ != nullptr && !first_not_finite(losses_))
-    fail(ErrorKind::kValue, "trainer", failed, "that of a micro-batch of another rank, which says why", kAfter);
   for (const Parameter& parameter : parameters_) {
     if (const auto at = first_not_finite(parameter.tensor)) {
       fail(ErrorKind::kValue, "trainer", failed, "weight ", quoted(parameter.name), " is ", at->value, " at element ",
            grouped(at->element), kAfter);
     }
+  }
+  if (parallel_ != nullptr && !parallel_->whole()) {
+    fail(ErrorKind::kValue, "trainer", failed,
+         "every weight of this rank is finite; the tensors between its layers are ",
+         "not looked at where a model is spread over ranks", kAfter);
   }
   std::string weights = "before the first weight";
   const autograd::RecordObserver observer(
@@ -251,27 +240,10 @@ void Trainer::explain_loss(double loss) const {
       });
   for (size_t i = 0; i < batches_.size(); ++i) gpt_.loss(batches_[i].inputs, batches_[i].targets, settings(i));
   fail(ErrorKind::kValue, "trainer", failed,
-       "every weight and every tensor of the forward pass is finite: the sum over the micro-batches overflowed",
+       parallel_ != nullptr && parallel_->data_ranks() > 1
+           ? "that of a micro-batch of another rank, which says why"
+           : "every weight and every tensor of the forward pass is finite: the sum over the micro-batches overflowed",
        kAfter);
-}
-
-EvaluationResult evaluate(Gpt& gpt, const text::Evaluation& data, const std::function<bool(double)>& progress) {
-  const autograd::NoGrad no_grad;
-  const bool training = gpt.is_training();
-  gpt.eval();
-  const Device device = gpt.parameters().front().tensor.device();
-  double nats = 0;
-  EvaluationResult result;
-  for (int64_t i = 0; i < data.batches(); ++i) {
-    const text::Batch batch = data.batch(i);
-    const auto [inputs, targets] = to_tensors(batch, device);
-    nats += gpt.loss(inputs, targets).item() * static_cast<double>(batch.valid);
-    result.tokens += batch.valid;
-    if (progress && !progress(static_cast<double>(i + 1) / static_cast<double>(data.batches()))) break;
-  }
-  gpt.train(training);
-  result.nats_per_token = nats / static_cast<double>(result.tokens);
-  return result;
 }
 
 }  // namespace weft::models

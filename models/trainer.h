@@ -2,8 +2,7 @@
 #include <functional>
 #include <optional>
 
-#include "dist/data_parallel.h"
-#include "models/gpt.h"
+#include "models/parallel_gpt.h"
 #include "models/step_graph.h"
 #include "models/text/loader.h"
 #include "optim/delayed_scaling.h"
@@ -18,8 +17,9 @@ namespace weft::models {
 struct StepTimes {
   double data = 0;
   double forward = 0, backward = 0, optimizer = 0;  ///< on a CPU
-  double device = 0;                                ///< of all three, elsewhere
-  double total() const { return data + forward + backward + optimizer + device; }
+  double passes = 0;  ///< in place of forward and backward, where several ranks train: schedules mix them
+  double device = 0;  ///< of all three, elsewhere
+  double total() const { return data + forward + backward + passes + optimizer + device; }
 };
 
 /// What one training step did.
@@ -53,10 +53,11 @@ class Trainer {
   void scale_fp8(std::shared_ptr<optim::DelayedScaling> scaling) { fp8_ = std::move(scaling); }
   const std::shared_ptr<optim::DelayedScaling>& fp8() const { return fp8_; }
 
-  /// From now on trains together with the other ranks of `group`: `accumulate` is this rank's share of a step, the
-  /// optimizer is over parallel.parameters(), and the loader gives this rank its micro-batches (ranges of a step, or
-  /// with Zero::kGradients every n-th). Metrics are of all ranks. Both must outlive the trainer.
-  void parallelize(dist::DataParallel& parallel, dist::Group& group);
+  /// From now on trains together with the other ranks of `parallel`, whose gpt() this trainer's model is: `accumulate`
+  /// is this rank's share of a step, the optimizer is over parallel.parameters(), and the loader gives this rank the
+  /// micro-batches of its data rank (ranges of a step, or with Zero::kGradients every n-th). Metrics are of all ranks.
+  /// It must outlive the trainer.
+  void parallelize(ParallelGpt& parallel) { parallel_ = &parallel; }
 
   /// From now on steps are recorded as graphs where that is possible (docs/cuda.md): same bits.
   /// @returns why they will not be, or "". @throws Error kUsage for GraphUse::on if they cannot.
@@ -71,15 +72,11 @@ class Trainer {
   int64_t steps() const { return step_; }
 
  private:
-  /// The step's micro-batches on the device, as views of one tensor that stays where it is while shapes are the same.
-  struct MicroBatch {
-    Tensor inputs, targets;
-  };
   /// Which rows of the step of all ranks these are, and its numbers of tokens.
   void begin_step(const std::vector<text::Batch>& batches, StepMetrics& metrics);
   void send(const std::vector<text::Batch>& batches, const StepMetrics& metrics);
   /// Forward and backward passes and the update, as device work that reads batch and numbers where send() puts them.
-  void compute(StepTimes& times);
+  void compute(const StepMetrics& metrics, StepTimes& times);
   /// Micro-batch i's part of what a forward pass is told.
   GptStep settings(size_t i) const;
   /// What in compute() needs the host, or "".
@@ -95,31 +92,18 @@ class Trainer {
   int64_t step_;
   std::optional<optim::LossScale> loss_scale_;
   std::shared_ptr<optim::DelayedScaling> fp8_;
-  dist::DataParallel* parallel_ = nullptr;
-  dist::Group* group_ = nullptr;
+  ParallelGpt* parallel_ = nullptr;
   std::vector<int64_t> first_rows_;  // of each micro-batch, in the step of all ranks
   Parameters parameters_;
   Device device_;
   StepGraph graph_;
   std::string shapes_;  // of the micro-batches, in words
   Tensor tokens_;       // i32: all inputs and targets
+  /// The step's micro-batches on the device, as views of one tensor that stays where it is while shapes are the same.
   std::vector<MicroBatch> batches_;
   Tensor numbers_;  // f64: step, valid tokens, loss scale
   Tensor losses_;   // one a micro-batch
   optim::DelayedScaling::Counts fp8_counts_;
 };
-
-/// A batch as tensors {inputs, targets}, i32 [B, T].
-std::pair<Tensor, Tensor> to_tensors(const text::Batch& batch, Device device);
-
-/// How well a model predicts held-out tokens.
-struct EvaluationResult {
-  double nats_per_token = 0;
-  int64_t tokens = 0;  ///< targets
-};
-
-/// Mean cross-entropy over every target of `data`; dropout is off meanwhile. @param progress  called with the fraction
-/// done; false stops, and the result is over what was seen.
-EvaluationResult evaluate(Gpt& gpt, const text::Evaluation& data, const std::function<bool(double)>& progress = {});
 
 }  // namespace weft::models

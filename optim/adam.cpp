@@ -164,7 +164,7 @@ void Adam::queue(const Tensor& losses) {
   {
     const Tensor squares = reduced_squares(parameters_, *norms_);
     launch(device_, "adam",
-           [&](auto on) { adam_decide(on, input, squares.data<double>(), count, loss_data, decision); });
+           [&](auto on) { adam_decide(on, input, squares.data<double>(), squares.numel(), loss_data, decision); });
   }
 
   if (stream_ && !DryRun::active()) {  // nothing is brought to the device for a step that is not taken

@@ -110,11 +110,19 @@ Tensor reduced_squares(const Parameters& parameters, NormReducer& reducer) {
   if (takes_exact(parameters, reducer)) {
     std::vector<ExactSum> sums = exact_squares(gradients.data);
     reducer.reduce(sums, parameters);
-    return Tensor::from(values_of(sums), {static_cast<int64_t>(sums.size())});
+    std::vector<double> values = values_of(sums);
+    reducer.complete(values, parameters);
+    return Tensor::from(values, {static_cast<int64_t>(values.size())});
   }
   const Tensor squares = gradient_squares(parameters, gradients);
-  reduce_on(squares, parameters, reducer);
-  return squares;
+  if (reducer.on_device() || DryRun::active()) {
+    reduce_on(squares, parameters, reducer);
+    return squares;
+  }
+  std::vector<double> values = squares.to_vector<double>();
+  reducer.reduce(values, parameters);
+  reducer.complete(values, parameters);
+  return Tensor::from(values, {static_cast<int64_t>(values.size())}, squares.device());
 }
 
 double grad_norm(const Parameters& parameters, NormReducer& reducer) {
@@ -132,13 +140,22 @@ double grad_norm(const Parameters& parameters, NormReducer& reducer) {
     own = whole = squares.to_vector<double>();
     reducer.reduce(whole, parameters);
   }
+  const std::vector<double> reduced = whole;
+  reducer.complete(whole, parameters);
   for (size_t p = 0; p < own.size(); ++p) {
     if (!std::isfinite(own[p])) report(parameters[p]);
   }
   double total = 0;
-  for (size_t p = 0; p < whole.size(); ++p) {
-    total += whole[p];
+  for (size_t p = 0; p < reduced.size(); ++p) {
+    total += reduced[p];
     if (!std::isfinite(total)) report(parameters[p]);
+  }
+  total = 0;
+  for (const double square : whole) total += square;
+  if (!std::isfinite(total)) {
+    fail(ErrorKind::kValue, "grad_norm",
+         "the squares of the gradients of layers on other ranks do not add up to a finite number; the step was not "
+         "taken. Hint: a lower learning rate, more warm-up or clipping");
   }
   return std::sqrt(total);
 }

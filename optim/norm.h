@@ -1,5 +1,6 @@
 #pragma once
 #include <span>
+#include <vector>
 
 #include "optim/exact_sum.h"
 #include "optim/parameter.h"
@@ -17,6 +18,9 @@ class NormReducer {
   /// 1,024 elements give the bits of the whole.
   virtual bool exact() const { return false; }
   virtual void reduce(std::span<ExactSum> squares, const Parameters& parameters);
+  /// Makes of the reduced squares of this process's parameters those of all parameters of the model, in its order:
+  /// what a norm over the whole model adds up where other processes have other layers.
+  virtual void complete(std::vector<double>&, const Parameters&) {}
   /// Whether queue() does the same as reduce() without the host: only then can a step be recorded as a whole.
   virtual bool on_device() const { return false; }
   /// reduce(), in place and as work queued on the device that `squares` (f64, one a parameter) is on.
@@ -35,8 +39,8 @@ class LocalNorms final : public NormReducer {
 /// Whether the reducer gets exact sums: on the CPU, outside of dry runs, if it takes them.
 bool takes_exact(const Parameters& parameters, const NormReducer& reducer);
 
-/// Where a parameter has a gradient, its sum of squares as f64, else 0: one a parameter, on their device; reduced, by
-/// the host if the reducer needs it. Device work alone if not.
+/// Where a parameter has a gradient, its sum of squares as f64, else 0: one a parameter of the model, on their device;
+/// reduced and completed, by the host if the reducer needs it. Device work alone if not.
 Tensor reduced_squares(const Parameters& parameters, NormReducer& reducer);
 /// Reduces sums that lie on a device: there, or through the host if the reducer needs it.
 void reduce_on(const Tensor& squares, const Parameters& parameters, NormReducer& reducer);

@@ -74,9 +74,9 @@ TEST(Parallel, LayoutsThatDoNotFitAreRefused) {
     EXPECT_NE((outcome.out + outcome.err).find(part), std::string::npos) << outcome.out << outcome.err;
     EXPECT_FALSE(fs::exists(workplace() / "refused"));
   };
-  refused(3, {}, "must be shared out evenly among 3 ranks, got 4");
+  refused(3, {}, "must be shared out evenly among 3 data-parallel ranks, got 4");
   refused(2, {"--mesh", "dp=4"}, "does not fit the 2 ranks of this run");
-  refused(2, {"--mesh", "tp=2"}, "may have dp only");
+  refused(2, {"--mesh", "cp=2"}, "may have dp only");
   refused(2, {"--precision", "fp8"}, "must not be fp8 where several ranks train");
 }
 

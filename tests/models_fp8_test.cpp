@@ -5,6 +5,7 @@
 
 #include "core/autograd.h"
 #include "core/thread_pool.h"
+#include "models/evaluation.h"
 #include "models/trainer.h"
 #include "optim/adam.h"
 #include "tests/error_of.h"

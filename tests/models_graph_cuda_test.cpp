@@ -10,6 +10,7 @@
 #include "core/backend.h"
 #include "core/log.h"
 #include "models/generate.h"
+#include "models/evaluation.h"
 #include "models/trainer.h"
 #include "ops/elementwise.h"
 #include "ops/matmul.h"

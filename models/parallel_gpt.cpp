@@ -1,0 +1,243 @@
+#include "models/parallel_gpt.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "core/autograd.h"
+#include "dist/mesh_norms.h"
+
+namespace weft::models {
+namespace {
+
+using dist::Axis;
+constexpr const char* kWhere = "parallel gpt";
+/// What embeds tokens and is the head's matrix too.
+constexpr const char* kTable = "wte.weight";
+
+/// FLOPs of a training step per token in each layer, those of the head with the last.
+std::vector<double> layer_costs(const GptConfig& config) {
+  GptConfig one = config, none = config;
+  one.layers = 1, none.layers = 0;
+  const double head = none.flops_per_token(), layer = one.flops_per_token() - head;
+  std::vector<double> costs(static_cast<size_t>(config.layers), layer);
+  costs.back() += head;
+  return costs;
+}
+
+/// First layer of each stage, and the number of layers.
+std::vector<int64_t> stages_of(const ParallelOptions& options, const GptConfig& config) {
+  config.check();
+  const int count = options.mesh.size(Axis::pp) * options.chunks;
+  if (count < 1) fail(ErrorKind::kValue, kWhere, "there must be at least one stage a rank, got ", options.chunks);
+  if (count > config.layers) {
+    fail(ErrorKind::kValue, kWhere, "a pipeline of ", count, " stages needs as many layers at least, got ",
+         config.layers);
+  }
+  if (options.stage_layers.empty()) {
+    const std::vector<int> cuts = dist::split_into_stages(layer_costs(config), count);
+    return {cuts.begin(), cuts.end()};
+  }
+  std::vector<int64_t> cuts = {0};
+  for (const int64_t layers : options.stage_layers) {
+    if (layers < 1) fail(ErrorKind::kValue, kWhere, "every stage needs at least one layer, got ", layers);
+    cuts.push_back(cuts.back() + layers);
+  }
+  if (options.stage_layers.size() != static_cast<size_t>(count) || cuts.back() != config.layers) {
+    fail(ErrorKind::kValue, kWhere, "layers of stages must be given for all ", count, " and add up to ", config.layers,
+         ", got ", options.stage_layers.size(), " that add up to ", cuts.back());
+  }
+  return cuts;
+}
+
+/// The layers of a rank's stages: chunk c is stage c * ranks + rank.
+GptPart part_of(const std::vector<int64_t>& stages, int rank, const ParallelOptions& options) {
+  GptPart part;
+  part.separate_head = true;
+  const int ranks = options.mesh.size(Axis::pp);
+  for (int chunk = 0; chunk < options.chunks; ++chunk) {
+    const auto stage = static_cast<size_t>(chunk * ranks + rank);
+    part.layers.push_back({stages[stage], stages[stage + 1]});
+  }
+  return part;
+}
+
+const ParallelOptions& checked(const dist::Group& world, const ParallelOptions& options) {
+  if (options.mesh.size() != world.size()) {
+    fail(ErrorKind::kValue, kWhere, "the mesh ", quoted(options.mesh.to_string()), " is for ", options.mesh.size(),
+         " ranks, there are ", world.size());
+  }
+  return options;
+}
+
+/// The place of a parameter in the whole model: its layer; embeddings come before the layers, the final norm after
+/// them.
+int64_t place_of(const std::string& name, const GptConfig& config) {
+  if (name.starts_with("h.")) return std::stoll(name.substr(2));
+  return name.starts_with("ln_f.") ? config.layers : -1;
+}
+
+constexpr std::array kData = {Axis::dp}, kPipeline = {Axis::pp};
+constexpr std::array kGradients = {Axis::dp, Axis::cp};
+
+}  // namespace
+
+ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, const GptConfig& config, Device device,
+                         uint64_t seed, DType dtype)
+    : options_(checked(world, options)),
+      stages_(stages_of(options, config)),
+      device_(device),
+      dtype_(dtype),
+      data_(world.subgroup(options.mesh, kData)),
+      pipeline_(world.subgroup(options.mesh, kPipeline)),
+      gradients_(world.subgroup(options.mesh, kGradients)),
+      gpt_(config, device, seed, dtype, part_of(stages_, pipeline_.rank(), options)) {
+  const int last = pipeline_.size() - 1;
+  dist::DataParallelOptions data_options{.zero = options.zero, .bucket_bytes = options.bucket_bytes};
+  if (gpt_.embeds() && gpt_.has_head()) {
+    data_options.second_uses = {{.parameter = kTable, .leaf = gpt_.head()}};
+  } else if (gpt_.embeds() || gpt_.has_head()) {
+    ends_.emplace(pipeline_.subgroup(std::array{0, last}, concat("ends of ", pipeline_.name())));
+    data_options.second_uses = {{.parameter = kTable, .pair = &*ends_}};
+  }
+  data_parallel_ = std::make_unique<dist::DataParallel>(gradients_, gpt_.parameters(), data_options);
+  std::vector<std::string> names;
+  std::vector<int64_t> places;
+  for (const Parameter& parameter : gpt_.parameters()) {
+    names.push_back(parameter.name);
+    places.push_back(place_of(parameter.name, config));
+  }
+  const dist::MeshNorms::Groups groups{.shards = options.zero == dist::Zero::kNone ? nullptr : &gradients_,
+                                       .tensor = nullptr,
+                                       .stages = last > 0 ? &pipeline_ : nullptr};
+  norms_ = std::make_shared<dist::MeshNorms>(groups, names, places);
+}
+
+ParallelGpt::~ParallelGpt() = default;
+
+std::vector<TensorPart> ParallelGpt::parts() const {
+  std::vector<TensorPart> parts;
+  for (const Parameter& parameter : gpt_.parameters()) {
+    const dist::ShardPiece& piece = data_parallel_->pieces()[parts.size()];
+    const TensorPart slices = parameter.part ? *parameter.part : TensorPart::all(parameter.tensor.shape());
+    parts.push_back(slices.elements(piece.begin, piece.end));
+  }
+  return parts;
+}
+
+void ParallelGpt::begin_step(int64_t micro_batches) {
+  data_parallel_->begin_step(std::vector<int64_t>(static_cast<size_t>(gradients_.size()), micro_batches));
+  micro_batches_ = micro_batches;
+}
+
+int64_t ParallelGpt::micro_batch(int64_t i) const {
+  return consecutive() ? data_.rank() * micro_batches_ + i : i * data_.size() + data_.rank();
+}
+
+std::pair<int64_t, int64_t> ParallelGpt::token_counts(int64_t tokens, int64_t valid) {
+  const Tensor counts = Tensor::from(std::vector<int64_t>{tokens, valid}, {2});
+  data_.all_reduce_(counts);
+  const std::vector<int64_t> sums = counts.to_vector<int64_t>();
+  return {sums[0], sums[1]};
+}
+
+Tensor ParallelGpt::forward(const MicroBatch& batch, const GptStep& step) {
+  const Shape shape = {batch.inputs.size(0), batch.inputs.size(1), gpt_.config().width};
+  const int rank = pipeline_.rank(), ranks = pipeline_.size();
+  GptStream stream;
+  for (int chunk = 0; chunk < options_.chunks; ++chunk) {
+    const int stage = chunk * ranks + rank;
+    if (stage == 0) {
+      stream = gpt_.begin(batch.inputs, step);
+    } else if (ranks > 1) {
+      stream = {Tensor::empty(shape, dtype_, device_), Tensor::empty(shape, dtype_, device_)};
+      pipeline_.recv_(stream.x, (rank + ranks - 1) % ranks);
+      pipeline_.recv_(stream.branch, (rank + ranks - 1) % ranks);
+    }
+    stream = gpt_.blocks(stream, stages_[static_cast<size_t>(stage)], stages_[static_cast<size_t>(stage) + 1], step);
+    if (stage == ranks * options_.chunks - 1) return gpt_.finish(stream, batch.targets, step);
+    if (ranks == 1) continue;
+    pipeline_.send(stream.x.contiguous(), (rank + 1) % ranks);
+    pipeline_.send(stream.branch.contiguous(), (rank + 1) % ranks);
+  }
+  return {};
+}
+
+void ParallelGpt::prepare_pipeline(std::span<const MicroBatch> batches) {
+  const Shape& ids = batches.front().inputs.shape();
+  for (const MicroBatch& batch : batches) {
+    if (!(batch.inputs.shape() == ids)) {
+      fail(ErrorKind::kShape, kWhere, "micro-batches of a pipeline must have one shape, got ", ids, " and ",
+           batch.inputs.shape());
+    }
+  }
+  const std::string wanted = concat(batches.size(), " of ", ids);
+  if (executor_ && executor_for_ == wanted) return;
+  const Shape shape = {ids[0], ids[1], gpt_.config().width};
+  std::vector<dist::PipelineStage> stages;
+  const int ranks = pipeline_.size(), count = ranks * options_.chunks;
+  for (int chunk = 0; chunk < options_.chunks; ++chunk) {
+    const int stage = chunk * ranks + pipeline_.rank();
+    const int64_t first = stages_[static_cast<size_t>(stage)], end = stages_[static_cast<size_t>(stage) + 1];
+    stages.push_back([this, stage, count, first, end](int micro_batch, const std::vector<Tensor>& inputs) {
+      const auto i = static_cast<size_t>(micro_batch);
+      const GptStep step = (*settings_)(i);
+      GptStream stream = stage == 0 ? gpt_.begin(batches_[i].inputs, step) : GptStream{inputs[0], inputs[1]};
+      stream = gpt_.blocks(stream, first, end, step);
+      if (stage < count - 1) return std::vector<Tensor>{stream.x, stream.branch};
+      return std::vector<Tensor>{gpt_.finish(stream, batches_[i].targets, step)};
+    });
+  }
+  const dist::PipelineShape schedule{ranks, static_cast<int>(batches.size()), options_.chunks};
+  executor_.emplace(pipeline_, dist::make_pipeline_schedule(options_.schedule, schedule), std::move(stages),
+                    std::vector<dist::BoundaryTensor>(2, {shape, dtype_}), device_);
+  executor_for_ = wanted;
+}
+
+Tensor ParallelGpt::run(std::span<const MicroBatch> batches, const std::function<GptStep(size_t)>& settings,
+                        double loss_scale) {
+  if (static_cast<int64_t>(batches.size()) != micro_batches_) {
+    fail(ErrorKind::kValue, kWhere, "the step was begun with ", micro_batches_, " micro-batches of this rank, got ",
+         batches.size());
+  }
+  std::vector<Tensor> losses;
+  if (pipeline_.size() == 1) {
+    for (size_t i = 0; i < batches.size(); ++i) {
+      const Tensor loss = gpt_.loss(batches[i].inputs, batches[i].targets, settings(i));
+      losses.push_back(loss.detach().reshape({1}));
+      loss.backward(Tensor::full({}, loss_scale, loss.dtype(), device_));
+    }
+  } else {
+    prepare_pipeline(batches);
+    batches_ = batches, settings_ = &settings;
+    for (const Tensor& loss : executor_->run(loss_scale)) losses.push_back(loss.reshape({1}));
+    batches_ = {}, settings_ = nullptr;
+  }
+  const autograd::NoGrad no_grad;
+  const DType wide = dtype_ == DType::f64 ? DType::f64 : DType::f32;
+  const Tensor own = losses.empty() ? Tensor::empty({micro_batches_}, wide, device_) : cat(losses);
+  if (pipeline_.size() > 1) pipeline_.broadcast_(own, pipeline_.size() - 1);
+  // In the order of their numbers: ranks have ranges of them, or every n-th.
+  Tensor all = data_.all_gather(own);
+  if (!consecutive()) all = all.reshape({data_.size(), micro_batches_}).transpose(0, 1);
+  return all.contiguous().reshape({-1});
+}
+
+std::vector<double> ParallelGpt::loss_sums(int64_t count,
+                                           const std::function<std::pair<MicroBatch, int64_t>(int64_t)>& batch) {
+  const autograd::NoGrad no_grad;
+  std::vector<double> sums(static_cast<size_t>(count), 0);
+  for (int64_t i = data_.rank(); i < count; i += data_.size()) {
+    const auto [rows, valid] = batch(i);
+    GptStep step;
+    step.valid_tokens = static_cast<double>(valid);
+    const Tensor mean = forward(rows, step);
+    if (mean.defined()) sums[static_cast<size_t>(i)] = mean.item() * static_cast<double>(valid);
+  }
+  const Tensor all = Tensor::from(sums, {count});
+  if (pipeline_.size() > 1) pipeline_.broadcast_(all, pipeline_.size() - 1);
+  data_.all_reduce_(all);
+  return all.to_vector<double>();
+}
+
+}  // namespace weft::models

@@ -1,0 +1,115 @@
+#pragma once
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "dist/data_parallel.h"
+#include "dist/mesh.h"
+#include "dist/pipeline_executor.h"
+#include "models/gpt.h"
+
+namespace weft::models {
+
+/// Rows of a training step that are computed at once: i32 [B, T] each.
+struct MicroBatch {
+  Tensor inputs, targets;
+};
+
+/// How a model and its training step are spread over ranks.
+struct ParallelOptions {
+  dist::Mesh mesh;  ///< of all ranks
+  dist::Zero zero = dist::Zero::kNone;
+  int64_t bucket_bytes = dist::DataParallelOptions().bucket_bytes;
+  dist::PipelineKind schedule = dist::PipelineKind::k1F1B;  ///< with pp > 1
+  int chunks = 1;                                           ///< stages a rank; kInterleaved has several
+  /// Layers of each stage, pp * chunks of them; empty: as even as can be, by the FLOPs of layers and head.
+  std::vector<int64_t> stage_layers = {};
+};
+
+/// A GPT on the ranks of a mesh: this rank's part of the model, the groups that it exchanges with, and a training step
+/// on them. With one rank it is the model with its gradients added up in the canonical order, whose bits every mesh of
+/// dp and pp has, with any `zero` and schedule (docs/parallelism).
+///
+///   ParallelGpt parallel(world, {.mesh = Mesh::parse("dp=2,pp=2", 4)}, config, device);
+///   optim::Adam optimizer(parallel.parameters(), {}, parallel.norms());
+///   parallel.begin_step(micro_batches);       // of this rank, as many on every rank
+///   losses = parallel.run(batches, settings); // forward and backward passes
+///   parallel.reduce();                        // gradients of the whole step
+///   optimizer.step(lr);
+///   parallel.gather();                        // weights that other ranks have updated
+class ParallelGpt {
+ public:
+  /// `world` must outlive this; all its ranks make one with equal arguments.
+  /// @throws Error kValue for options that do not fit each other, the mesh or the model.
+  ParallelGpt(dist::Group& world, const ParallelOptions& options, const GptConfig& config, Device device,
+              uint64_t seed = 0, DType dtype = DType::f32);
+  ~ParallelGpt();
+
+  /// This rank's part of the model.
+  Gpt& gpt() { return gpt_; }
+  /// Whether this rank has all of it.
+  bool whole() const { return options_.mesh.size(dist::Axis::pp) == 1; }
+  const ParallelOptions& options() const { return options_; }
+  /// First layer of each stage, and the number of layers.
+  const std::vector<int64_t>& stages() const { return stages_; }
+
+  /// What this rank's optimizer updates, under the model's names.
+  const Parameters& parameters() const { return data_parallel_->parameters(); }
+  /// Which part of the model's tensor each of parameters() is.
+  std::vector<TensorPart> parts() const;
+  /// For an optimizer over parameters().
+  std::shared_ptr<optim::NormReducer> norms() const { return norms_; }
+  const dist::DataParallel& data_parallel() const { return *data_parallel_; }
+
+  /// Of a step's micro-batches, the ranks with one of data_ranks() have the same.
+  int data_rank() const { return data_.rank(); }
+  int data_ranks() const { return data_.size(); }
+
+  /// Whether a data rank's micro-batches follow each other in the step, or are every data_ranks()-th.
+  bool consecutive() const { return options_.zero != dist::Zero::kGradients; }
+  /// Sums over the data ranks.
+  std::pair<int64_t, int64_t> token_counts(int64_t tokens, int64_t valid);
+
+  /// Begins a step of `micro_batches` for each data rank.
+  void begin_step(int64_t micro_batches);
+  /// The number in the whole step of this rank's i-th micro-batch.
+  int64_t micro_batch(int64_t i) const;
+  /// Forward and backward passes of this rank's micro-batches. @param settings  of each
+  /// @return the losses of all micro-batches of the step in their order, without loss_scale; the same on all ranks
+  Tensor run(std::span<const MicroBatch> batches, const std::function<GptStep(size_t)>& settings,
+             double loss_scale = 1);
+  void reduce() { data_parallel_->reduce(); }
+  void gather() { data_parallel_->gather(); }
+
+  /// Sums of the losses of the tokens of batch(i) = {rows, valid targets} for each i < count, without gradients. Data
+  /// ranks share the batches out; all ranks have the result.
+  std::vector<double> loss_sums(int64_t count, const std::function<std::pair<MicroBatch, int64_t>(int64_t)>& batch);
+
+ private:
+  /// The loss of a micro-batch, on the ranks of the last stage, from this rank's stages one after the other.
+  Tensor forward(const MicroBatch& batch, const GptStep& step);
+  void prepare_pipeline(std::span<const MicroBatch> batches);
+
+  ParallelOptions options_;
+  std::vector<int64_t> stages_;
+  Device device_;
+  DType dtype_;
+  dist::Group data_, pipeline_;
+  dist::Group gradients_;            ///< ranks whose gradients of the same parameters are added up
+  std::optional<dist::Group> ends_;  ///< first and last stage, which both have the token embedding
+  Gpt gpt_;
+  std::unique_ptr<dist::DataParallel> data_parallel_;
+  std::shared_ptr<optim::NormReducer> norms_;
+  int64_t micro_batches_ = 0;
+  // of the pipeline's present step
+  std::optional<dist::PipelineExecutor> executor_;
+  std::string executor_for_;  ///< shapes and number of micro-batches
+  std::span<const MicroBatch> batches_;
+  const std::function<GptStep(size_t)>* settings_ = nullptr;
+};
+
+}  // namespace weft::models
