@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "core/error.h"
+#include "cuda/cublaslt_library.h"
 #include "cuda/error.h"
 #include "cuda/fault.h"
 
@@ -30,7 +31,7 @@ Context::Context(int i) : index(i) {
   for (cudaStream_t& copy : copies) WEFT_CUDA(cudaStreamCreateWithFlags(&copy, cudaStreamNonBlocking));
   WEFT_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&fault), sizeof(Fault), cudaHostAllocMapped));
   *fault = Fault{};
-  if (cublasLtCreate(&blas) != CUBLAS_STATUS_SUCCESS)
+  if (cublaslt().Create(&blas) != CUBLAS_STATUS_SUCCESS)
     fail(ErrorKind::kDevice, "cuda", "cublasLtCreate failed on device ", index);
   WEFT_CUDA(cudaMalloc(&workspace, kWorkspace));
   struct {
@@ -46,7 +47,7 @@ Context::~Context() {
   contexts[static_cast<size_t>(index)] = nullptr;
   cudaFree(constants_);
   cudaFree(workspace);
-  cublasLtDestroy(blas);
+  cublaslt().Destroy(blas);
   cudaFreeHost(fault);
   for (const cudaStream_t copy : copies) cudaStreamDestroy(copy);
   cudaStreamDestroy(stream);

@@ -12,6 +12,7 @@
 
 #include "core/error.h"
 #include "cuda/context.h"
+#include "cuda/cublaslt_library.h"
 #include "cuda/error.h"
 #include "cuda/gemm_algorithm.h"
 #include "cuda/strided.h"
@@ -23,10 +24,12 @@ namespace weft {
 namespace {
 
 using cuda::Context;
+using cuda::cublaslt;
 
 void check(cublasStatus_t status, const char* call) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
-  fail(ErrorKind::kDevice, "gemm", call, ": ", cublasLtGetStatusName(status), ": ", cublasLtGetStatusString(status));
+  fail(ErrorKind::kDevice, "gemm", call, ": ", cublaslt().GetStatusName(status), ": ",
+       cublaslt().GetStatusString(status));
 }
 #define WEFT_BLAS(call) check((call), #call)
 
@@ -54,14 +57,14 @@ Columns columns_of(const MatrixRef<T>& x, int64_t rows, int64_t columns) {
 class Descriptor {
  public:
   Descriptor(cublasComputeType_t compute, cudaDataType_t scale) {
-    WEFT_BLAS(cublasLtMatmulDescCreate(&descriptor_, compute, scale));
+    WEFT_BLAS(cublaslt().MatmulDescCreate(&descriptor_, compute, scale));
   }
   Descriptor(const Descriptor&) = delete;
   Descriptor& operator=(const Descriptor&) = delete;
-  ~Descriptor() { cublasLtMatmulDescDestroy(descriptor_); }
+  ~Descriptor() { cublaslt().MatmulDescDestroy(descriptor_); }
   template <class Value>
   void set(cublasLtMatmulDescAttributes_t attribute, const Value& value) {
-    WEFT_BLAS(cublasLtMatmulDescSetAttribute(descriptor_, attribute, &value, sizeof value));
+    WEFT_BLAS(cublaslt().MatmulDescSetAttribute(descriptor_, attribute, &value, sizeof value));
   }
   cublasLtMatmulDesc_t get() const { return descriptor_; }
 
@@ -72,17 +75,17 @@ class Descriptor {
 class Layout {
  public:
   Layout(cudaDataType_t type, const Columns& x, int64_t batch, int64_t batch_stride) {
-    WEFT_BLAS(cublasLtMatrixLayoutCreate(&layout_, type, static_cast<uint64_t>(x.rows),
-                                         static_cast<uint64_t>(x.columns), x.ld));
+    WEFT_BLAS(cublaslt().MatrixLayoutCreate(&layout_, type, static_cast<uint64_t>(x.rows),
+                                            static_cast<uint64_t>(x.columns), x.ld));
     if (batch == 1) return;
     const auto count = static_cast<int32_t>(batch);
-    WEFT_BLAS(cublasLtMatrixLayoutSetAttribute(layout_, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count));
-    WEFT_BLAS(cublasLtMatrixLayoutSetAttribute(layout_, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &batch_stride,
-                                               sizeof batch_stride));
+    WEFT_BLAS(cublaslt().MatrixLayoutSetAttribute(layout_, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count));
+    WEFT_BLAS(cublaslt().MatrixLayoutSetAttribute(layout_, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &batch_stride,
+                                                  sizeof batch_stride));
   }
   Layout(const Layout&) = delete;
   Layout& operator=(const Layout&) = delete;
-  ~Layout() { cublasLtMatrixLayoutDestroy(layout_); }
+  ~Layout() { cublaslt().MatrixLayoutDestroy(layout_); }
   cublasLtMatrixLayout_t get() const { return layout_; }
 
  private:
@@ -266,9 +269,9 @@ void run(Cuda device, Gemm<TA, TB, TC> g, const GemmBatch& batch) {
        .accumulates = g.beta != Sum(0),
        .c_bytes = static_cast<size_t>((batch.count - 1) * out_step + (g.m - 1) * out.ld + g.n) * sizeof(TC),
        .flops = 2.0 * products * static_cast<double>(g.m) * static_cast<double>(g.n) * static_cast<double>(g.k)});
-  WEFT_BLAS(cublasLtMatmul(context.blas, product.get(), alpha_at, g.b.data, a.get(), g.a.data, b.get(), beta_at,
-                           written, c.get(), written, c.get(), &chosen, context.workspace, Context::kWorkspace,
-                           stream));
+  WEFT_BLAS(cublaslt().Matmul(context.blas, product.get(), alpha_at, g.b.data, a.get(), g.a.data, b.get(), beta_at,
+                              written, c.get(), written, c.get(), &chosen, context.workspace, Context::kWorkspace,
+                              stream));
 }
 
 cudaDataType_t type_of(Fp8Format format) { return format == Fp8Format::kE4M3 ? CUDA_R_8F_E4M3 : CUDA_R_8F_E5M2; }
@@ -333,9 +336,9 @@ void fp8_gemm(Cuda device, const Fp8Gemm& g) {
                  .accumulates = g.accumulate,
                  .c_bytes = static_cast<size_t>(g.m * g.n) * sizeof(uint16_t),
                  .flops = 2.0 * static_cast<double>(g.m) * static_cast<double>(g.n) * static_cast<double>(g.k)});
-  WEFT_BLAS(cublasLtMatmul(context.blas, product.get(), &alpha, g.b.data, a.get(), g.a.data, b.get(), &beta, g.c,
-                           c.get(), g.c, c.get(), &chosen, context.workspace, Context::kWorkspace,
-                           static_cast<cudaStream_t>(device.stream)));
+  WEFT_BLAS(cublaslt().Matmul(context.blas, product.get(), &alpha, g.b.data, a.get(), g.a.data, b.get(), &beta, g.c,
+                              c.get(), g.c, c.get(), &chosen, context.workspace, Context::kWorkspace,
+                              static_cast<cudaStream_t>(device.stream)));
 }
 
 template <class TA, class TB, class TC>

@@ -11,6 +11,7 @@
 
 #include "core/backend.h"
 #include "core/error.h"
+#include "cuda/cublaslt_library.h"
 #include "cuda/error.h"
 #include "cuda/event.h"
 #include "cuda/library_version.h"
@@ -26,7 +27,8 @@ constexpr int kMostCandidates = 32;
 
 void check(cublasStatus_t status, const char* call) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
-  fail(ErrorKind::kDevice, "gemm", call, ": ", cublasLtGetStatusName(status), ": ", cublasLtGetStatusString(status));
+  fail(ErrorKind::kDevice, "gemm", call, ": ", cublaslt().GetStatusName(status), ": ",
+       cublaslt().GetStatusString(status));
 }
 
 /// The choices of one device.
@@ -79,11 +81,11 @@ Algorithm from_hex(const GemmAlgorithm& given, const std::string& from) {
 /// The library's proposals, best first by its own estimate.
 std::vector<Algorithm> proposals(Context& context, const GemmCall& call, int most, uint32_t reductions) {
   cublasLtMatmulPreference_t made = nullptr;
-  check(cublasLtMatmulPreferenceCreate(&made), "cublasLtMatmulPreferenceCreate");
-  const std::unique_ptr<std::remove_pointer_t<cublasLtMatmulPreference_t>, decltype(&cublasLtMatmulPreferenceDestroy)>
-      preference(made, cublasLtMatmulPreferenceDestroy);
+  check(cublaslt().MatmulPreferenceCreate(&made), "cublasLtMatmulPreferenceCreate");
+  const std::unique_ptr<std::remove_pointer_t<cublasLtMatmulPreference_t>, decltype(CublasLt::MatmulPreferenceDestroy)>
+      preference(made, cublaslt().MatmulPreferenceDestroy);
   const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
-    check(cublasLtMatmulPreferenceSetAttribute(made, attribute, &value, sizeof value),
+    check(cublaslt().MatmulPreferenceSetAttribute(made, attribute, &value, sizeof value),
           "cublasLtMatmulPreferenceSetAttribute");
   };
   set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, size_t{Context::kWorkspace});
@@ -94,8 +96,8 @@ std::vector<Algorithm> proposals(Context& context, const GemmCall& call, int mos
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, call.alignment[2]);
   std::vector<cublasLtMatmulHeuristicResult_t> results(static_cast<size_t>(most));
   int count = 0;
-  check(cublasLtMatmulAlgoGetHeuristic(context.blas, call.product, call.a, call.b, call.c, call.c, made, most,
-                                       results.data(), &count),
+  check(cublaslt().MatmulAlgoGetHeuristic(context.blas, call.product, call.a, call.b, call.c, call.c, made, most,
+                                          results.data(), &count),
         "cublasLtMatmulAlgoGetHeuristic");
   std::vector<Algorithm> found;
   for (int i = 0; i < count; ++i) {
@@ -116,12 +118,12 @@ bool in_one_sequence(const Algorithm& algorithm) {
   uint32_t scheme = 0;
   int32_t parts = 1;
   size_t written = 0;
-  check(cublasLtMatmulAlgoConfigGetAttribute(&algorithm, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme, sizeof scheme,
-                                             &written),
+  check(cublaslt().MatmulAlgoConfigGetAttribute(&algorithm, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &scheme,
+                                                sizeof scheme, &written),
         "cublasLtMatmulAlgoConfigGetAttribute");
-  check(
-      cublasLtMatmulAlgoConfigGetAttribute(&algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &parts, sizeof parts, &written),
-      "cublasLtMatmulAlgoConfigGetAttribute");
+  check(cublaslt().MatmulAlgoConfigGetAttribute(&algorithm, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &parts, sizeof parts,
+                                                &written),
+        "cublasLtMatmulAlgoConfigGetAttribute");
   return scheme == CUBLASLT_REDUCTION_SCHEME_NONE && parts <= 1;
 }
 
@@ -149,8 +151,8 @@ double seconds_of(Context& context, const GemmCall& call, void* c, const Algorit
   const Event begin, end;
   WEFT_CUDA(cudaEventRecord(begin.get(), context.stream));
   for (int i = 0; i < calls; ++i) {
-    check(cublasLtMatmul(context.blas, call.product, call.alpha, call.a_data, call.a, call.b_data, call.b, call.beta, c,
-                         call.c, c, call.c, &algorithm, context.workspace, Context::kWorkspace, context.stream),
+    check(cublaslt().Matmul(context.blas, call.product, call.alpha, call.a_data, call.a, call.b_data, call.b, call.beta,
+                            c, call.c, c, call.c, &algorithm, context.workspace, Context::kWorkspace, context.stream),
           "cublasLtMatmul");
   }
   WEFT_CUDA(cudaEventRecord(end.get(), context.stream));
@@ -212,10 +214,10 @@ Algorithm choose_gemm_algorithm(Context& context, const std::string& name, const
   }
   cublasLtMatmulHeuristicResult_t result{};
   const cublasStatus_t status =
-      cublasLtMatmulAlgoCheck(context.blas, call.product, call.a, call.b, call.c, call.c, &found->second, &result);
+      cublaslt().MatmulAlgoCheck(context.blas, call.product, call.a, call.b, call.c, call.c, &found->second, &result);
   if (status != CUBLAS_STATUS_SUCCESS || result.workspaceSize > Context::kWorkspace) {
     fail(ErrorKind::kData, "gemm algorithms", choices.from, ": cuBLASLt does not accept the algorithm of \"", name,
-         "\" (", cublasLtGetStatusName(status), ", ", result.workspaceSize, " bytes of workspace, of ",
+         "\" (", cublaslt().GetStatusName(status), ", ", result.workspaceSize, " bytes of workspace, of ",
          Context::kWorkspace, "). Hint: tune again: weft bench gemm --tune FILE");
   }
   ++choices.use.found;

@@ -2,6 +2,8 @@
 #include <optional>
 #include <string>
 
+#include "core/shared_library.h"
+
 namespace weft::cuda {
 
 /// NVIDIA's management library, which comes with the driver and is looked for when the program runs.
@@ -19,10 +21,8 @@ class Nvml {
   std::optional<std::string> state(const std::string& pci_address) const;
 
  private:
-  template <class Function>
-  Function* find(const char* name) const;
-
-  void* library_ = nullptr;
+  SharedLibrary library_;
+  bool works_ = false;
 };
 
 }  // namespace weft::cuda

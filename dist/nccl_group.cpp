@@ -9,10 +9,48 @@
 #include <thread>
 
 #include "core/backend.h"
+#include "core/shared_library.h"
 #include "dist/process_engine.h"
 
 namespace weft::dist {
 namespace {
+
+/// The functions of NCCL that are used, each by its name without "nccl".
+#define WEFT_NCCL_FUNCTIONS(DO) \
+  DO(GetErrorString);           \
+  DO(GetUniqueId);              \
+  DO(CommInitRankConfig);       \
+  DO(CommGetAsyncError);        \
+  DO(CommAbort);                \
+  DO(CommDestroy);              \
+  DO(GroupStart);               \
+  DO(GroupEnd);                 \
+  DO(AllReduce);                \
+  DO(Reduce);                   \
+  DO(Broadcast);                \
+  DO(Send);                     \
+  DO(Recv)
+
+struct Nccl {
+#define WEFT_FUNCTION(name) decltype(&nccl##name) name = nullptr
+  WEFT_NCCL_FUNCTIONS(WEFT_FUNCTION);
+#undef WEFT_FUNCTION
+};
+
+/// NCCL, which the first call loads. @throws Error kDevice naming what was looked for if the library is not there or
+/// lacks a function.
+const Nccl& nccl() {
+  static const Nccl functions = [] {
+    // WEFT_NCCL is the path of the one that the program was built with.
+    const SharedLibrary library("NCCL", {concat("libnccl.so.", NCCL_MAJOR), WEFT_NCCL});
+    Nccl found;
+#define WEFT_FUNCTION(name) library.require(found.name, "nccl" #name)
+    WEFT_NCCL_FUNCTIONS(WEFT_FUNCTION);
+#undef WEFT_FUNCTION
+    return found;
+  }();
+  return functions;
+}
 
 void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -22,7 +60,7 @@ void check_cuda(cudaError_t status, const char* what) {
 
 void check_nccl(ncclResult_t status, const char* what) {
   if (status != ncclSuccess && status != ncclInProgress) {
-    fail(ErrorKind::kIo, "nccl", what, ": ", ncclGetErrorString(status));
+    fail(ErrorKind::kIo, "nccl", what, ": ", nccl().GetErrorString(status));
   }
 }
 
@@ -62,6 +100,7 @@ class NcclEngine : public ProcessEngine {
  public:
   NcclEngine(const ProcessOptions& options, Store& store, int device)
       : ProcessEngine(options, store), store_(store), device_(Device::cuda(device)), timeout_(options.connect_timeout) {
+    nccl();
     compute_ = static_cast<cudaStream_t>(backend(device_).use());
   }
   ~NcclEngine() override {
@@ -69,7 +108,7 @@ class NcclEngine : public ProcessEngine {
     backend(device_).use();
     for (auto& [key, lane] : lanes_) {
       if (lane.communicator != nullptr) {
-        board().failed() ? ncclCommAbort(lane.communicator) : ncclCommDestroy(lane.communicator);
+        board().failed() ? nccl().CommAbort(lane.communicator) : nccl().CommDestroy(lane.communicator);
       }
       if (lane.stream != nullptr) cudaStreamDestroy(lane.stream);
       for (const cudaEvent_t event : {lane.before, lane.after}) {
@@ -125,7 +164,7 @@ class NcclEngine : public ProcessEngine {
     check_cuda(cudaEventCreateWithFlags(&lane->after, cudaEventDisableTiming), "an event");
     ncclUniqueId id{};
     if (op.rank == 0) {
-      check_nccl(ncclGetUniqueId(&id), "an id");
+      check_nccl(nccl().GetUniqueId(&id), "an id");
       store_.set("nccl/" + key, std::string(id.internal, sizeof id.internal));
     } else {
       const std::string text = store_.get("nccl/" + key, timeout_);
@@ -134,7 +173,7 @@ class NcclEngine : public ProcessEngine {
     }
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
-    check_nccl(ncclCommInitRankConfig(&lane->communicator, op.size(), id, op.rank, &config), "a communicator");
+    check_nccl(nccl().CommInitRankConfig(&lane->communicator, op.size(), id, op.rank, &config), "a communicator");
     settle(op, *lane);
     return *lane;
   }
@@ -142,7 +181,7 @@ class NcclEngine : public ProcessEngine {
   /// Returns when NCCL has taken the calls; the failure of the world ends it.
   void settle(const Operation& op, Lane& lane) {
     for (ncclResult_t state = ncclInProgress;;) {
-      check_nccl(ncclCommGetAsyncError(lane.communicator, &state), "the state of a communicator");
+      check_nccl(nccl().CommGetAsyncError(lane.communicator, &state), "the state of a communicator");
       if (state == ncclSuccess) return;
       check_nccl(state, "a communicator");
       give_up_if_failed(op, lane);
@@ -157,7 +196,7 @@ class NcclEngine : public ProcessEngine {
       if (status == cudaSuccess) return;
       if (status != cudaErrorNotReady) check_cuda(status, "the data's transport");
       ncclResult_t state = ncclSuccess;
-      check_nccl(ncclCommGetAsyncError(lane.communicator, &state), "the state of a communicator");
+      check_nccl(nccl().CommGetAsyncError(lane.communicator, &state), "the state of a communicator");
       check_nccl(state, "the data's transport");
       give_up_if_failed(op, lane);
       std::this_thread::sleep_for(std::chrono::microseconds(20));
@@ -166,7 +205,7 @@ class NcclEngine : public ProcessEngine {
 
   void give_up_if_failed(const Operation& op, Lane& lane) {
     if (!board().failed()) return;
-    ncclCommAbort(std::exchange(lane.communicator, nullptr));
+    nccl().CommAbort(std::exchange(lane.communicator, nullptr));
     board().throw_failure(rank(), op.stamp);
   }
 
@@ -178,26 +217,28 @@ class NcclEngine : public ProcessEngine {
     // What is not added up moves as bytes.
     const auto send = [&](const std::byte* data, int64_t elements, int to) {
       if (elements == 0) return;
-      check_nccl(ncclSend(data, static_cast<size_t>(elements * each), ncclUint8, to, lane.communicator, lane.stream),
+      check_nccl(nccl().Send(data, static_cast<size_t>(elements * each), ncclUint8, to, lane.communicator, lane.stream),
                  "send");
     };
     const auto receive = [&](std::byte* data, int64_t elements, int from) {
       if (elements == 0) return;
-      check_nccl(ncclRecv(data, static_cast<size_t>(elements * each), ncclUint8, from, lane.communicator, lane.stream),
-                 "receive");
+      check_nccl(
+          nccl().Recv(data, static_cast<size_t>(elements * each), ncclUint8, from, lane.communicator, lane.stream),
+          "receive");
     };
-    check_nccl(ncclGroupStart(), "a group of calls");
+    check_nccl(nccl().GroupStart(), "a group of calls");
     switch (op.stamp.op) {
       case Collective::all_reduce:
-        check_nccl(ncclAllReduce(op.in(), op.out(), count, type_of(dtype), reduction, lane.communicator, lane.stream),
-                   "all_reduce");
+        check_nccl(
+            nccl().AllReduce(op.in(), op.out(), count, type_of(dtype), reduction, lane.communicator, lane.stream),
+            "all_reduce");
         break;
       case Collective::reduce_scatter: {
         const Pieces pieces = Pieces::rows(op.stamp.send_counts, row);
         for (int r = 0; r < op.size(); ++r) {
           if (pieces.size(r) == 0) continue;
-          check_nccl(ncclReduce(op.in() + pieces.at(r) * each, op.out(), static_cast<size_t>(pieces.size(r)),
-                                type_of(dtype), reduction, r, lane.communicator, lane.stream),
+          check_nccl(nccl().Reduce(op.in() + pieces.at(r) * each, op.out(), static_cast<size_t>(pieces.size(r)),
+                                   type_of(dtype), reduction, r, lane.communicator, lane.stream),
                      "reduce_scatter");
         }
         break;
@@ -208,15 +249,15 @@ class NcclEngine : public ProcessEngine {
         for (int r = 0; r < op.size(); ++r) {
           if (pieces.size(r) == 0) continue;
           std::byte* const to = op.out() + pieces.at(r) * each;
-          check_nccl(ncclBroadcast(r == op.rank ? mine : to, to, static_cast<size_t>(pieces.size(r) * each), ncclUint8,
-                                   r, lane.communicator, lane.stream),
+          check_nccl(nccl().Broadcast(r == op.rank ? mine : to, to, static_cast<size_t>(pieces.size(r) * each),
+                                      ncclUint8, r, lane.communicator, lane.stream),
                      "all_gather");
         }
         break;
       }
       case Collective::broadcast:
-        check_nccl(ncclBroadcast(op.in(), op.out(), count * static_cast<size_t>(each), ncclUint8, op.stamp.root,
-                                 lane.communicator, lane.stream),
+        check_nccl(nccl().Broadcast(op.in(), op.out(), count * static_cast<size_t>(each), ncclUint8, op.stamp.root,
+                                    lane.communicator, lane.stream),
                    "broadcast");
         break;
       case Collective::all_to_all: {
@@ -236,7 +277,7 @@ class NcclEngine : public ProcessEngine {
       case Collective::barrier:
         break;
     }
-    check_nccl(ncclGroupEnd(), "a group of calls");
+    check_nccl(nccl().GroupEnd(), "a group of calls");
   }
 
   Store& store_;
