@@ -68,8 +68,8 @@ uint64_t RandomStream::below(uint64_t index, uint64_t bound) const {
   return static_cast<uint64_t>(static_cast<uint128>(x) * bound >> 64);
 }
 
-void fill_normal(const Tensor& tensor, const RandomStream& stream, double mean, double deviation) {
-  fill(tensor, "fill_normal", [&](uint64_t i) { return mean + deviation * stream.normal(i); });
+void fill_normal(const Tensor& tensor, const RandomStream& stream, double mean, double deviation, uint64_t first) {
+  fill(tensor, "fill_normal", [&](uint64_t i) { return mean + deviation * stream.normal(first + i); });
 }
 
 void fill_uniform(const Tensor& tensor, const RandomStream& stream, double low, double high) {

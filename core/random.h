@@ -58,8 +58,8 @@ class RandomStream {
 };
 
 /// Fills a contiguous tensor of f32, f64, f16 or bf16 on any device, with the same bits: element i is mean + deviation
-/// * stream.normal(i) in f64, rounded once.
-void fill_normal(const Tensor& tensor, const RandomStream& stream, double mean, double deviation);
+/// * stream.normal(first + i) in f64, rounded once. `first` is for a piece of a larger tensor.
+void fill_normal(const Tensor& tensor, const RandomStream& stream, double mean, double deviation, uint64_t first = 0);
 /// Element i is low + (high - low) * stream.uniform_f64(i) in f64, rounded once (which may give `high`).
 void fill_uniform(const Tensor& tensor, const RandomStream& stream, double low, double high);
 

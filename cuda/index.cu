@@ -45,6 +45,14 @@ __global__ void report_ids(const int64_t* ids, int64_t count, int64_t limit, con
 
 cuda::Grid grid_for_rows(int64_t rows) { return grid_for(rows * kWarp, kThreads); }
 
+/// 16 bytes of memory traffic for each id.
+__global__ void make_local(const int64_t* ids, int64_t count, int64_t first, int64_t rows, int64_t* local) {
+  for (int64_t i = thread_index(); i < count; i += thread_count()) {
+    const int64_t id = ids[i] - first;
+    local[i] = is_inside(id, rows) ? id : -1;
+  }
+}
+
 /// Reads and writes each byte of a row once; rows of `words` words.
 template <class Word>
 __global__ void __launch_bounds__(kThreads)
@@ -52,9 +60,12 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int64_t i = thread_index() / kWarp; i < count; i += thread_count() / kWarp) {
     const int64_t id = ids[i];
-    if (!is_inside(id, vocabulary)) continue;
-    const Word* from = table + id * words;
     Word* to = y + i * words;
+    if (!is_inside(id, vocabulary)) {
+      for (int64_t at = lane; at < words; at += kWarp) to[at] = Word{};
+      continue;
+    }
+    const Word* from = table + id * words;
     for (int64_t at = lane; at < words; at += kFlight * kWarp) {
       Word held[kFlight];
 #pragma unroll
@@ -373,6 +384,11 @@ void add_rows(Cuda device, const EmbeddingBackward<T>& a, const Sorted& sorted, 
 void report_outside(Cuda device, const char* what, const int64_t* ids, int64_t count, int64_t limit) {
   if (count == 0) return;
   start(device, grid_for(count), report_ids, ids, count, limit, device.op, what, cuda::current_context().fault);
+}
+
+void local_ids(Cuda device, const int64_t* ids, int64_t count, int64_t first, int64_t rows, int64_t* local) {
+  if (count == 0) return;
+  start(device, grid_for(count), make_local, ids, count, first, rows, local);
 }
 
 void embedding_forward(Cuda device, const int64_t* ids, int64_t count, const void* table, int64_t vocabulary,

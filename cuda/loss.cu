@@ -28,6 +28,7 @@ using cuda::store_whole;
 using cuda::widen;
 
 constexpr int kRowThreads = 512;
+constexpr int64_t kMostBlocks = 1 << 20;
 /// Packs that a thread loads before it looks at the first.
 constexpr int kFlight = 4;
 
@@ -353,6 +354,83 @@ void start_in_place(Cuda device, const LossTargets& t, Accumulate<T>* logits, co
         held);
 }
 
+// ---- a slice of the classes ----
+
+/// Reads each logit once.
+template <class A, int kCount>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    slice_parts(LossTargets t, int64_t first, const A* logits, double* parts) {
+  __shared__ A scratch[kWarp];
+  for (int64_t n = blockIdx.x; n < t.rows; n += gridDim.x) {
+    if (t.targets[n] == t.ignored) {
+      if (threadIdx.x == 0) parts[2 * n] = parts[2 * n + 1] = 0;
+      continue;
+    }
+    const A* row = logits + n * t.classes;
+    ExpSum<A> part;
+    part.template add_row<kCount>(row, 0, t.classes / kCount);
+    part.rescale(block_reduce(part.largest, cuda::Max{}, scratch));
+    part.sum = block_reduce(part.sum, cuda::Sum{}, scratch);
+    if (threadIdx.x == 0) {
+      const int64_t here = t.targets[n] - first;
+      parts[2 * n] = static_cast<double>(part.largest) + log(static_cast<double>(part.sum));
+      parts[2 * n + 1] = is_class(t, here) ? static_cast<double>(row[here]) : 0;
+    }
+  }
+}
+
+/// A thread to a row: 16 bytes of memory traffic for each slice and 8 + sizeof(A) for what comes of them.
+template <class A>
+__global__ void join_parts(LossTargets t, int64_t slices, const double* parts, A* lse, double* loss) {
+  for (int64_t n = cuda::thread_index(); n < t.rows; n += cuda::thread_count()) {
+    const LossParts joined = t.targets[n] == t.ignored ? LossParts{} : join(parts + 2 * n, slices, 2 * t.rows);
+    lse[n] = static_cast<A>(joined.lse);
+    loss[n] = joined.lse - joined.logit;
+  }
+}
+
+/// Reads each logit and writes its gradient once. A narrower gradient is written over logits further in front: those of
+/// this step and earlier ones, which all threads must have read.
+template <class T, int kCount>
+__global__ void __launch_bounds__(kRowThreads)
+    slice_in_place(LossTargets t, int64_t first, const Accumulate<T>* lse, const double* loss, Accumulate<T>* logits,
+                   LossScale<Accumulate<T>> by) {
+  using A = Accumulate<T>;
+  const int64_t packs = t.classes / kCount;
+  const int threads = static_cast<int>(blockDim.x);
+  for (int64_t n = blockIdx.x; n < t.rows; n += gridDim.x) {
+    A* const row = logits + n * t.classes;
+    T* const out = reinterpret_cast<T*>(row);
+    const bool valid = t.targets[n] != t.ignored;
+    const double scale = valid ? value_of(by) : 0;
+    const A factor = static_cast<A>(scale), shift = valid ? lse[n] : A(0);
+    for (int64_t begin = 0; begin < packs; begin += kFlight * threads) {
+      const int64_t p = begin + threadIdx.x;
+      Pack<A, kCount> in[kFlight];
+#pragma unroll
+      for (int u = 0; u < kFlight; ++u) {
+        if (valid && p + u * threads < packs) in[u] = load_pack<kCount>(row + (p + u * threads) * kCount);
+      }
+      if constexpr (sizeof(T) < sizeof(A)) __syncthreads();
+#pragma unroll
+      for (int u = 0; u < kFlight; ++u) {
+        if (p + u * threads >= packs) break;
+        Pack<T, kCount> gradient;
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) {
+          gradient.at[e] = valid ? narrow<T>(exp(in[u].at[e] - shift) * factor) : T(0.0f);
+        }
+        store_whole(out + (p + u * threads) * kCount, gradient);
+      }
+    }
+    // The thread that wrote the target's pack writes its element again.
+    const int64_t here = t.targets[n] - first;
+    if (valid && is_class(t, here) && here / kCount % threads == threadIdx.x) {
+      out[here] = target_gradient<T>(-loss[n], scale);
+    }
+  }
+}
+
 // ---- scaling ----
 
 /// sizeof(A) + sizeof(T) bytes per element, and sizeof(T) more to add.
@@ -394,7 +472,6 @@ template void reduce_losses(Cuda, const double*, int64_t, const double*, double*
 template <class T>
 void loss_forward(Cuda device, const LossTargets& t, const T* logits, Accumulate<T>* lse, double* loss) {
   if (t.rows == 0) return;
-  constexpr int64_t kMostBlocks = 1 << 20;
   const auto rows = [&](auto kernel, int count) {
     start(device,
           {static_cast<unsigned>(std::min(t.rows, kMostBlocks)), static_cast<unsigned>(row_threads(t.classes / count))},
@@ -429,6 +506,42 @@ void loss_in_place(Cuda device, const LossTargets& t, Accumulate<T>* logits, con
   start_in_place<T, 1>(device, t, logits, scale, loss);
 }
 
+template <class A>
+void loss_parts(Cuda device, const LossTargets& t, int64_t first, const A* logits, double* parts) {
+  if (t.rows == 0) return;
+  const auto rows = [&](auto kernel, int count) {
+    start(device,
+          {static_cast<unsigned>(std::min(t.rows, kMostBlocks)), static_cast<unsigned>(row_threads(t.classes / count))},
+          kernel, t, first, logits, parts);
+  };
+  if (packs_fit<kFull<A>>(logits, t.classes)) return rows(slice_parts<A, kFull<A>>, kFull<A>);
+  rows(slice_parts<A, 1>, 1);
+}
+template void loss_parts(Cuda, const LossTargets&, int64_t, const float*, double*);
+template void loss_parts(Cuda, const LossTargets&, int64_t, const double*, double*);
+
+template <class A>
+void join_loss_parts(Cuda device, const LossTargets& t, int64_t slices, const double* parts, A* lse, double* loss) {
+  if (t.rows == 0) return;
+  start(device, cuda::grid_for(t.rows), join_parts<A>, t, slices, parts, lse, loss);
+}
+template void join_loss_parts(Cuda, const LossTargets&, int64_t, const double*, float*, double*);
+template void join_loss_parts(Cuda, const LossTargets&, int64_t, const double*, double*, double*);
+
+template <class T>
+void loss_slice_in_place(Cuda device, const LossTargets& t, int64_t first, const Accumulate<T>* lse, const double* loss,
+                         Accumulate<T>* logits, const LossScale<Accumulate<T>>& by) {
+  using A = Accumulate<T>;
+  if (t.rows == 0) return;
+  const auto rows = [&](auto kernel, int count) {
+    start(device,
+          {static_cast<unsigned>(std::min(t.rows, kMostBlocks)), static_cast<unsigned>(row_threads(t.classes / count))},
+          kernel, t, first, lse, loss, logits, by);
+  };
+  if (packs_fit<kFull<A>>(logits, t.classes)) return rows(slice_in_place<T, kFull<A>>, kFull<A>);
+  rows(slice_in_place<T, 1>, 1);
+}
+
 template <class T>
 void scale_to(Cuda device, const Accumulate<T>* x, int64_t count, const Accumulate<T>* scale, T* out, bool accumulate) {
   if (count == 0) return;
@@ -447,6 +560,8 @@ void scale_to(Cuda device, const Accumulate<T>* x, int64_t count, const Accumula
   template void loss_backward(Cuda, const LossTargets&, const T*, const Accumulate<T>*,                               \
                               const LossScale<Accumulate<T>>&, T*);                                                   \
   template void loss_in_place<T>(Cuda, const LossTargets&, Accumulate<T>*, const LossScale<Accumulate<T>>&, double*); \
+  template void loss_slice_in_place<T>(Cuda, const LossTargets&, int64_t, const Accumulate<T>*, const double*,        \
+                                       Accumulate<T>*, const LossScale<Accumulate<T>>&);                              \
   template void scale_to(Cuda, const Accumulate<T>*, int64_t, const Accumulate<T>*, T*, bool);
 WEFT_LOSS_INSTANCE(float)
 WEFT_LOSS_INSTANCE(double)

@@ -72,6 +72,7 @@ void log_softmax_backward(Cuda, const StridedView&, const StridedView&, const St
 // ---- what was not listed is a template over the dtype ----
 
 void report_outside(Cuda, const char*, const int64_t*, int64_t, int64_t) { absent(); }
+void local_ids(Cuda, const int64_t*, int64_t, int64_t, int64_t, int64_t*) { absent(); }
 void embedding_forward(Cuda, const int64_t*, int64_t, const void*, int64_t, int64_t, void*) { absent(); }
 void gather_forward(Cuda, const GatherLines&, const void*, int, void*) { absent(); }
 void loss_denominator(Cuda, const char*, const LossTargets&, const KnownDenominator&, double*) { absent(); }
@@ -107,6 +108,11 @@ void loss_in_place(Cuda, const LossTargets&, Accumulate<T>*, const LossScale<Acc
   absent();
 }
 template <class T>
+void loss_slice_in_place(Cuda, const LossTargets&, int64_t, const Accumulate<T>*, const double*, Accumulate<T>*,
+                         const LossScale<Accumulate<T>>&) {
+  absent();
+}
+template <class T>
 void scale_to(Cuda, const Accumulate<T>*, int64_t, const Accumulate<T>*, T*, bool) {
   absent();
 }
@@ -136,6 +142,8 @@ void attention_backward(Cuda, const AttentionBackward<T>&) {
   template void loss_backward(Cuda, const LossTargets&, const T*, const Accumulate<T>*,                               \
                               const LossScale<Accumulate<T>>&, T*);                                                   \
   template void loss_in_place<T>(Cuda, const LossTargets&, Accumulate<T>*, const LossScale<Accumulate<T>>&, double*); \
+  template void loss_slice_in_place<T>(Cuda, const LossTargets&, int64_t, const Accumulate<T>*, const double*,        \
+                                       Accumulate<T>*, const LossScale<Accumulate<T>>&);                              \
   template void scale_to(Cuda, const Accumulate<T>*, int64_t, const Accumulate<T>*, T*, bool);                        \
   template void norm_forward(Cuda, const NormForward<T>&);                                                            \
   template void norm_backward(Cuda, const NormBackward<T>&);                                                          \
@@ -155,6 +163,19 @@ void reduce_losses(Cuda, const double*, int64_t, const double*, A*) {
 }
 template void reduce_losses(Cuda, const double*, int64_t, const double*, float*);
 template void reduce_losses(Cuda, const double*, int64_t, const double*, double*);
+
+template <class A>
+void loss_parts(Cuda, const LossTargets&, int64_t, const A*, double*) {
+  absent();
+}
+template void loss_parts(Cuda, const LossTargets&, int64_t, const float*, double*);
+template void loss_parts(Cuda, const LossTargets&, int64_t, const double*, double*);
+template <class A>
+void join_loss_parts(Cuda, const LossTargets&, int64_t, const double*, A*, double*) {
+  absent();
+}
+template void join_loss_parts(Cuda, const LossTargets&, int64_t, const double*, float*, double*);
+template void join_loss_parts(Cuda, const LossTargets&, int64_t, const double*, double*, double*);
 
 template <class T>
 void column_sum(Cuda, const T*, int64_t, int64_t, int64_t, T*, bool) {

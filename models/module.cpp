@@ -13,6 +13,12 @@ Tensor Module::add(const std::string& name, Tensor tensor, ParameterRole role) {
   return own_.back().tensor;
 }
 
+Tensor Module::add(const std::string& name, Tensor tensor, ParameterRole role, const TensorPart& part) {
+  Tensor added = add(name, std::move(tensor), role);
+  if (!part.is_whole()) own_.back().part = part;
+  return added;
+}
+
 void Module::add(const std::string& name, Module& part) { parts_.emplace_back(name, &part); }
 
 void Module::collect(const std::string& prefix, Parameters& into) const {
@@ -89,11 +95,14 @@ Init Init::at(const std::string& part) const {
   return inner;
 }
 
-Tensor Init::normal(const std::string& name, const Shape& shape, double deviation) const {
+Tensor Init::normal(const std::string& name, const TensorPart& part, double deviation) const {
   const MemoryScope scope(MemoryCategory::parameters);
-  Tensor values = Tensor::empty(shape, dtype == DType::f64 ? DType::f64 : DType::f32);
-  fill_normal(values, RandomStream(seed, "init/" + (path.empty() ? name : path + "." + name)), 0, deviation);
-  return values.to(dtype).to(device);
+  const RandomStream stream(seed, "init/" + (path.empty() ? name : path + "." + name));
+  const Tensor values = Tensor::empty({part.count()}, dtype == DType::f64 ? DType::f64 : DType::f32);
+  part.for_each_run([&](int64_t at, int64_t from, int64_t count) {
+    fill_normal(values.narrow(0, from, count), stream, 0, deviation, static_cast<uint64_t>(at));
+  });
+  return values.reshape(part.shape()).to(dtype).to(device);
 }
 
 Tensor Init::constant(const Shape& shape, double value) const {

@@ -38,8 +38,10 @@ class Module {
 
  protected:
   Module() = default;
-  /// Adds a parameter; the tensor becomes a leaf that requires a gradient.
+  /// Adds a parameter; the tensor becomes a leaf that requires a gradient. `part`: what it is of the whole parameter,
+  /// if not all of it.
   Tensor add(const std::string& name, Tensor tensor, ParameterRole role);
+  Tensor add(const std::string& name, Tensor tensor, ParameterRole role, const TensorPart& part);
   void add(const std::string& name, Module& part);
 
  private:
@@ -58,8 +60,9 @@ struct Init {
   std::string path = {};  ///< name of the module being made
 
   Init at(const std::string& part) const;
-  /// Normal values with mean 0, drawn from the stream "init/<path>.<name>".
-  Tensor normal(const std::string& name, const Shape& shape, double deviation) const;
+  /// Normal values with mean 0, drawn from the stream "init/<path>.<name>". A part has the values that the whole tensor
+  /// has there, which is never made.
+  Tensor normal(const std::string& name, const TensorPart& part, double deviation) const;
   Tensor constant(const Shape& shape, double value) const;
 };
 

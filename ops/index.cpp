@@ -48,12 +48,20 @@ void check_range(const char*, const char* what, Cuda device, const Tensor& indic
 
 }  // namespace
 
-Tensor embedding(const Tensor& ids_, const Tensor& table_) {
+Tensor embedding(const Tensor& ids, const Tensor& table) {
+  return embedding(ids, table, 0, table.rank() == 2 ? table.size(0) : 0);
+}
+
+Tensor embedding(const Tensor& ids_, const Tensor& table_, int64_t first, int64_t all) {
   constexpr const char* kOp = "embedding";
   dispatch_float(table_.dtype(), kOp, []<class T>() {});
   if (table_.rank() != 2) fail(ErrorKind::kShape, kOp, "the table must be [V, C], got ", table_.describe());
   check_device(kOp, ids_, table_);
   const int64_t vocabulary = table_.size(0), columns = table_.size(1);
+  if (first < 0 || first > all - vocabulary) {
+    fail(ErrorKind::kShape, kOp, "the part ", table_.describe(), " from row ", first, " on is not within a table of ",
+         all, " rows");
+  }
   Shape shape = ids_.shape();
   shape.push_back(columns);
   Tensor out = Tensor::empty(shape, table_.dtype(), table_.device());
@@ -63,7 +71,15 @@ Tensor embedding(const Tensor& ids_, const Tensor& table_) {
     ids = checked_indices(kOp, "ids", ids_);
     const Tensor table = table_.contiguous();
     launch(table.device(), kOp, [&](auto device) {
-      check_range(kOp, "ids", device, ids, vocabulary, concat("the table is ", table.describe()));
+      check_range(kOp, "ids", device, ids, all,
+                  vocabulary == all
+                      ? concat("the table is ", table.describe())
+                      : concat("the table has ", all, " rows, of which ", table.describe(), " is a part"));
+      if (vocabulary < all) {
+        const Tensor local = Tensor::empty(ids.shape(), DType::i64, ids.device());
+        local_ids(device, ids.data<int64_t>(), ids.numel(), first, vocabulary, local.data<int64_t>());
+        ids = local;
+      }
       embedding_forward(device, ids.data<int64_t>(), ids.numel(), table.raw(), vocabulary,
                         columns * size_of(table.dtype()), out.raw());
     });

@@ -17,6 +17,14 @@ namespace weft {
 /// its gradient: with one there already, rows that no id names are not touched.
 Tensor embedding(const Tensor& ids, const Tensor& table);
 
+/// The same for a part of a table of `all` rows: `table` has those from number `first` on.
+///
+///   y[..., c] = table[ids[...] - first, c] if the part has that row, else 0
+///
+/// So the results for the parts of a table add up to that for all of it. Each id is in [0, all).
+/// @throws Error  also kShape if the part is not within `all` rows.
+Tensor embedding(const Tensor& ids, const Tensor& table, int64_t first, int64_t all);
+
 /// Elements of x by an index along one dimension. For three dimensions and dim = 1:
 ///
 ///   y[i, j, k] = x[i, index[i, j, k], k]

@@ -19,7 +19,7 @@ using EmbeddingRows = void (*)(const EmbeddingBackward<T>&, int64_t begin, int64
 using EmbeddingTable =
     std::tuple<EmbeddingRows<float>, EmbeddingRows<double>, EmbeddingRows<Half>, EmbeddingRows<BFloat16>>;
 
-/// Rows of bytes: y[i] = table[ids[i]] for i in [begin, end) of `count`.
+/// Rows of bytes: y[i] = table[ids[i]], or 0 for id -1, for i in [begin, end) of `count`.
 struct RowCopy {
   const int64_t* ids;
   const uint8_t* table;
@@ -62,9 +62,13 @@ void copy_rows_as(const RowCopy& a, int64_t begin, int64_t end) {
   // for a burst of requests would hold up the copy.
   constexpr int64_t kAhead = 3, kLine = 64;
   for (int64_t i = begin; i < end; ++i) {
-    const uint8_t* from = a.table + a.ids[i] * a.bytes;
-    const uint8_t* ahead = a.table + a.ids[std::min(i + kAhead, end - 1)] * a.bytes;
     uint8_t* to = a.y + i * a.bytes;
+    if (a.ids[i] < 0) {
+      std::memset(to, 0, static_cast<size_t>(a.bytes));
+      continue;
+    }
+    const uint8_t* from = a.table + a.ids[i] * a.bytes;
+    const uint8_t* ahead = a.table + std::max<int64_t>(0, a.ids[std::min(i + kAhead, end - 1)]) * a.bytes;
     int64_t line = 0;
     for (; line + kLine <= a.bytes; line += kLine) {
       __builtin_prefetch(ahead + line, 0, 2);
@@ -112,6 +116,13 @@ int64_t first_outside(Cpu, const int64_t* ids, int64_t count, int64_t limit) {
   return found == ids + count ? -1 : found - ids;
 }
 
+void local_ids(Cpu, const int64_t* ids, int64_t count, int64_t first, int64_t rows, int64_t* local) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t id = ids[i] - first;
+    local[i] = id >= 0 && id < rows ? id : -1;
+  }
+}
+
 void embedding_forward(Cpu, const int64_t* ids, int64_t count, const void* table, int64_t, int64_t bytes, void* y) {
   if (bytes == 0) return;
   const detail::RowCopy rows{ids, static_cast<const uint8_t*>(table), static_cast<uint8_t*>(y), count, bytes};
@@ -130,9 +141,13 @@ void embedding_backward(Cpu, const EmbeddingBackward<T>& a) {
   // are handed out starts[v] moves to where starts[v + 1] was, so the counts go in one further on.
   int64_t *starts = a.workspace, *order = starts + a.vocabulary + 1;
   std::fill(starts, order, int64_t{0});
-  for (int64_t i = 0; i < a.count; ++i) ++starts[a.ids[i] + 1];
+  for (int64_t i = 0; i < a.count; ++i) {
+    if (a.ids[i] >= 0) ++starts[a.ids[i] + 1];
+  }
   for (int64_t v = 0; v < a.vocabulary; ++v) starts[v + 1] += starts[v];
-  for (int64_t i = 0; i < a.count; ++i) order[starts[a.ids[i]]++] = i;
+  for (int64_t i = 0; i < a.count; ++i) {
+    if (a.ids[i] >= 0) order[starts[a.ids[i]]++] = i;
+  }
   for (int64_t v = a.vocabulary; v > 0; --v) starts[v] = starts[v - 1];
   starts[0] = 0;
   const auto rows = std::get<detail::EmbeddingRows<T>>(*HWY_DYNAMIC_DISPATCH(detail::embedding_table)());

@@ -12,18 +12,23 @@ int64_t first_outside(Cpu, const int64_t* ids, int64_t count, int64_t limit);
 /// Reports it (core/backend.h) if there is one; `what` is a string literal.
 void report_outside(Cuda, const char* what, const int64_t* ids, int64_t count, int64_t limit);
 
-/// y[i] = table[ids[i]]; rows of `bytes` bytes. CUDA leaves y[i] alone where ids[i] is not in [0, vocabulary).
+/// local[i] = ids[i] - first where that is in [0, rows), else -1.
+void local_ids(Cpu, const int64_t* ids, int64_t count, int64_t first, int64_t rows, int64_t* local);
+void local_ids(Cuda, const int64_t* ids, int64_t count, int64_t first, int64_t rows, int64_t* local);
+
+/// y[i] = table[ids[i]], or 0 where ids[i] is -1; rows of `bytes` bytes. CUDA writes 0 for every id that is not in
+/// [0, vocabulary).
 void embedding_forward(Cpu, const int64_t* ids, int64_t count, const void* table, int64_t vocabulary, int64_t bytes,
                        void* y);
 void embedding_forward(Cuda, const int64_t* ids, int64_t count, const void* table, int64_t vocabulary, int64_t bytes,
                        void* y);
 
-/// Gradient of a table [vocabulary, columns]. The order of the sums is a function of the ids alone. CUDA leaves out the
-/// rows whose id is not in [0, vocabulary).
+/// Gradient of a table [vocabulary, columns]. The order of the sums is a function of the ids alone. Rows whose id is
+/// -1, on CUDA all whose id is not in [0, vocabulary), are left out.
 template <class T>
 struct EmbeddingBackward {
   const T* dy;         ///< [count, columns]
-  const int64_t* ids;  ///< [count], each in [0, vocabulary)
+  const int64_t* ids;  ///< [count], each in [0, vocabulary) or -1
   T* dtable;           ///< [vocabulary, columns]
   int64_t* workspace;  ///< embedding_workspace<T>() elements
   int64_t count, vocabulary, columns;

@@ -1,4 +1,7 @@
 #pragma once
+#include <functional>
+#include <optional>
+
 #include "core/tensor.h"
 
 namespace weft {
@@ -32,9 +35,22 @@ struct CrossEntropyOptions {
 /// Saved for backward: logits, targets and the logarithm of the sum per row; probabilities are computed again.
 Tensor cross_entropy(const Tensor& logits, const Tensor& targets, const CrossEntropyOptions& options = {});
 
+/// Which classes the rows of a head's weight are, where other processes have the others.
+struct ClassSlice {
+  int64_t first = 0;  ///< number of the weight's row 0
+  int64_t all = 0;    ///< number of classes of all processes
+  int64_t most = 0;   ///< largest number of classes that a process has
+  /// f64 [n, 2] of every process, joined along dimension 0 in the same order on each. Called once for each chunk.
+  std::function<Tensor(const Tensor&)> gather = {};
+};
+
 struct LinearCrossEntropyOptions : CrossEntropyOptions {
   /// Rows whose logits are held at a time; 0: linear_cross_entropy_rows(). Values agree to rounding whatever it is.
   int64_t chunk_rows = 0;
+  /// If given, the weight has some of the classes only. The loss is that of all, equal on every process; the gradient
+  /// of the weight is that of its rows; the gradient of x is what these classes contribute, which the caller adds up
+  /// over the processes. Targets are numbers among all classes.
+  std::optional<ClassSlice> slice = {};
 };
 
 /// The language-model head: cross_entropy(x W^T, targets) without a tensor of all logits.
@@ -52,6 +68,11 @@ struct LinearCrossEntropyOptions : CrossEntropyOptions {
 /// @throws Error   as cross_entropy(); kValue for a negative chunk_rows.
 /// Saved for backward: one chunk: x, weight and the gradient of the logits [N, V]; several: dx [N, C] and dW [V, C] in
 /// f32 (f64 for f64).
+///
+/// With a slice of the classes, each process makes ln(sum exp) of its logits of a row and, if it has the row's target,
+/// that logit; these two numbers of every row and process are all that they exchange, and each takes the same logarithm
+/// of the same sum of them. All call it with equal rows, targets and chunk_rows (which by default goes by the most
+/// classes that a process has).
 Tensor linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& targets,
                             const LinearCrossEntropyOptions& options = {});
 

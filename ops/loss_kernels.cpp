@@ -24,6 +24,7 @@ struct LossKernels {
   double (*log_sum)(const T* logits, int64_t classes);
   void (*gradient)(const T* logits, int64_t classes, A lse, A scale, T* out);
   double (*in_place)(A* logits, int64_t classes, A scale, T* out);
+  void (*slice_in_place)(A* logits, int64_t classes, A lse, A scale, T* out);
   void (*scale)(const A* x, int64_t count, A scale, T* out, bool accumulate);
 };
 using LossTable = std::tuple<LossKernels<float>, LossKernels<double>, LossKernels<Half>, LossKernels<BFloat16>>;
@@ -90,6 +91,17 @@ double in_place(Accumulate<T>* logits, int64_t classes, Accumulate<T> scale, T* 
 }
 
 template <class T>
+void slice_in_place(Accumulate<T>* logits, int64_t classes, Accumulate<T> lse, Accumulate<T> scale, T* out) {
+  using A = Accumulate<T>;
+  const Tag<T> d;
+  const auto shift = hn::Set(d, lse), factor = hn::Set(d, scale);
+  // Memory is shared as in in_place().
+  for_lanes(d, classes, [&](auto, int64_t i, auto which) HWY_ATTR {
+    store<T>(d, hn::Mul(fast_exp(d, hn::Sub(load<A>(d, logits + i, which), shift)), factor), out + i, which);
+  });
+}
+
+template <class T>
 void scale(const Accumulate<T>* x, int64_t count, Accumulate<T> by, T* out, bool accumulate) {
   using A = Accumulate<T>;
   const Tag<T> d;
@@ -102,7 +114,7 @@ void scale(const Accumulate<T>* x, int64_t count, Accumulate<T> by, T* out, bool
 }
 
 template <class T>
-constexpr LossKernels<T> kKernels = {log_sum<T>, gradient<T>, in_place<T>, scale<T>};
+constexpr LossKernels<T> kKernels = {log_sum<T>, gradient<T>, in_place<T>, slice_in_place<T>, scale<T>};
 
 const LossTable* loss_table() {
   static constexpr LossTable kTable{kKernels<float>, kKernels<double>, kKernels<Half>, kKernels<BFloat16>};
@@ -205,6 +217,52 @@ void loss_in_place(Cpu, const LossTargets& t, Accumulate<T>* logits, const LossS
       });
 }
 
+template <class A>
+void loss_parts(Cpu, const LossTargets& t, int64_t first, const A* logits, double* parts) {
+  const auto& kernels = detail::loss_kernels<A>();
+  for_rows(
+      t,
+      [&](int64_t n, int64_t target) {
+        const A* row = logits + n * t.classes;
+        const int64_t here = target - first;
+        parts[2 * n] = kernels.log_sum(row, t.classes);
+        parts[2 * n + 1] = here >= 0 && here < t.classes ? static_cast<double>(row[here]) : 0;
+      },
+      [&](int64_t n) { parts[2 * n] = parts[2 * n + 1] = 0; });
+}
+
+template <class A>
+void join_loss_parts(Cpu, const LossTargets& t, int64_t slices, const double* parts, A* lse, double* loss) {
+  for (int64_t n = 0; n < t.rows; ++n) {
+    const LossParts joined = t.targets[n] == t.ignored ? LossParts{} : join(parts + 2 * n, slices, 2 * t.rows);
+    lse[n] = static_cast<A>(joined.lse);
+    loss[n] = joined.lse - joined.logit;
+  }
+}
+
+template <class T>
+void loss_slice_in_place(Cpu, const LossTargets& t, int64_t first, const Accumulate<T>* lse, const double* loss,
+                         Accumulate<T>* logits, const LossScale<Accumulate<T>>& by) {
+  using A = Accumulate<T>;
+  const double scale = value_of(by);
+  const auto& kernels = detail::loss_kernels<T>();
+  const A factor = static_cast<A>(scale);
+  for_rows(
+      t,
+      [&](int64_t n, int64_t target) {
+        A* row = logits + n * t.classes;
+        T* out = reinterpret_cast<T*>(row);
+        const int64_t here = target - first;
+        kernels.slice_in_place(row, t.classes, lse[n], factor, out);
+        if (here >= 0 && here < t.classes) out[here] = target_gradient<T>(-loss[n], scale);
+      },
+      [&](int64_t n) { std::fill_n(reinterpret_cast<T*>(logits + n * t.classes), t.classes, T(0.0f)); });
+}
+template void loss_parts(Cpu, const LossTargets&, int64_t, const float*, double*);
+template void loss_parts(Cpu, const LossTargets&, int64_t, const double*, double*);
+template void join_loss_parts(Cpu, const LossTargets&, int64_t, const double*, float*, double*);
+template void join_loss_parts(Cpu, const LossTargets&, int64_t, const double*, double*, double*);
+
 template <class T>
 void scale_to(Cpu, const Accumulate<T>* x, int64_t count, const Accumulate<T>* scale, T* out, bool accumulate) {
   const auto kernel = detail::loss_kernels<T>().scale;
@@ -217,6 +275,8 @@ void scale_to(Cpu, const Accumulate<T>* x, int64_t count, const Accumulate<T>* s
   template void loss_backward(Cpu, const LossTargets&, const T*, const Accumulate<T>*,                               \
                               const LossScale<Accumulate<T>>&, T*);                                                  \
   template void loss_in_place<T>(Cpu, const LossTargets&, Accumulate<T>*, const LossScale<Accumulate<T>>&, double*); \
+  template void loss_slice_in_place<T>(Cpu, const LossTargets&, int64_t, const Accumulate<T>*, const double*,        \
+                                       Accumulate<T>*, const LossScale<Accumulate<T>>&);                             \
   template void scale_to(Cpu, const Accumulate<T>*, int64_t, const Accumulate<T>*, T*, bool);
 WEFT_LOSS_INSTANCE(float)
 WEFT_LOSS_INSTANCE(double)

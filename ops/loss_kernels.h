@@ -1,4 +1,5 @@
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "core/dtype.h"
@@ -25,6 +26,24 @@ struct KnownDenominator {
   double value;
   const double* at = nullptr;  ///< on the device
 };
+
+/// What one row's classes come to.
+struct LossParts {
+  double lse = 0;    ///< ln(sum of exp(logits))
+  double logit = 0;  ///< of the target
+};
+/// The parts of a row, [slices] pairs that are `stride` numbers apart, in their order.
+WEFT_HD inline LossParts join(const double* parts, int64_t slices, int64_t stride) {
+  LossParts joined = {parts[0], parts[1]};
+  for (int64_t s = 1; s < slices; ++s) {
+    // ln(e^a + e^b), taken from the larger; of two that are -inf it is -inf, and a NaN on either side stays.
+    const double a = joined.lse, b = parts[s * stride], most = a > b || a != a ? a : b;
+    const double least = a > b || a != a ? b : a;
+    joined.lse = least == most ? most + std::log(2.0) : most + std::log1p(std::exp(least - most));
+    joined.logit += parts[s * stride + 1];
+  }
+  return joined;
+}
 
 /// *denominator = the known one, or else the number of targets that are not ignored. CPU: @throws Error kIndex for a
 /// target that is no class; kValue for a mean over no valid target; CUDA: reports them (core/backend.h).
@@ -62,6 +81,30 @@ void loss_in_place(Cpu, const LossTargets& targets, Accumulate<T>* logits, const
 template <class T>
 void loss_in_place(Cuda, const LossTargets& targets, Accumulate<T>* logits, const LossScale<Accumulate<T>>& scale,
                    double* loss);
+
+/// Of logits [rows, classes] of the classes [first, first + classes) among more, with targets among all of them:
+/// parts[2 n] = ln(sum_v exp(logits[n, v])), parts[2 n + 1] = logits[n, target - first] if that is one of these
+/// classes, else 0; both 0 for ignored rows.
+template <class A>
+void loss_parts(Cpu, const LossTargets& targets, int64_t first, const A* logits, double* parts);
+template <class A>
+void loss_parts(Cuda, const LossTargets& targets, int64_t first, const A* logits, double* parts);
+
+/// The parts [slices, rows, 2] of all classes, put together in their order: lse[n] and loss[n] as loss_forward() gives
+/// them; 0 for ignored rows.
+template <class A>
+void join_loss_parts(Cpu, const LossTargets& targets, int64_t slices, const double* parts, A* lse, double* loss);
+template <class A>
+void join_loss_parts(Cuda, const LossTargets& targets, int64_t slices, const double* parts, A* lse, double* loss);
+
+/// The gradient of loss_backward() for the classes [first, first + classes) among more, in place as in
+/// loss_in_place(). `loss` as join_loss_parts() gives it.
+template <class T>
+void loss_slice_in_place(Cpu, const LossTargets& targets, int64_t first, const Accumulate<T>* lse, const double* loss,
+                         Accumulate<T>* logits, const LossScale<Accumulate<T>>& scale);
+template <class T>
+void loss_slice_in_place(Cuda, const LossTargets& targets, int64_t first, const Accumulate<T>* lse, const double* loss,
+                         Accumulate<T>* logits, const LossScale<Accumulate<T>>& scale);
 
 /// out = *scale * x (+ out), rounded once.
 template <class T>

@@ -60,6 +60,33 @@ struct Head {
   }
 };
 
+/// @throws Error unless the weight's classes are a slice as it is said.
+void check_slice(const ClassSlice& slice, const Tensor& weight) {
+  if (slice.first < 0 || slice.first > slice.all - weight.size(0) || slice.most < weight.size(0) || !slice.gather) {
+    fail(ErrorKind::kValue, kOp,
+         "a slice needs a function that gathers, must lie within all classes and have no more than the largest; the "
+         "weight is ",
+         weight.describe(), " from class ", slice.first, " on, of ", slice.all, ", and the largest has ", slice.most);
+  }
+}
+
+/// The losses of a chunk `held` whose classes are a slice, and if `scale` is given the gradient of its logits in their
+/// place.
+template <class T, class OnDevice>
+void slice_losses(OnDevice device, const ClassSlice& slice, const LossTargets& targets, const Tensor& held,
+                  const LossScale<Accumulate<T>>* scale, double* losses) {
+  using A = Accumulate<T>;
+  const MemoryScope scope(MemoryCategory::workspace);
+  A* const logits = held.data<A>();
+  const Tensor own = Tensor::empty({targets.rows, 2}, DType::f64, held.device()),
+               lse = Tensor::empty({targets.rows}, held.dtype(), held.device());
+  loss_parts(device, targets, slice.first, logits, own.data<double>());
+  const Tensor parts = slice.gather(own);
+  const int64_t slices = parts.numel() / own.numel();
+  join_loss_parts(device, targets, slices, parts.data<double>(), lse.data<A>(), losses);
+  if (scale != nullptr) loss_slice_in_place<T>(device, targets, slice.first, lse.data<A>(), losses, logits, *scale);
+}
+
 /// The gradient of the logits was kept: both products go straight to where they belong.
 void backward_of_one_chunk(BackwardContext& context) {
   const Tensor x = context.saved(0).contiguous(), weight = context.saved(1).contiguous(), dlogits = context.saved(2);
@@ -122,6 +149,7 @@ Tensor linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tenso
          " and weight ", weight_.describe());
   }
   if (options.chunk_rows < 0) fail(ErrorKind::kValue, kOp, "chunk_rows must not be negative, got ", options.chunk_rows);
+  if (options.slice) check_slice(*options.slice, weight_);
   if (gemm_widens(x_.dtype(), x_.device().kind)) {
     return linear_cross_entropy(x_.to(DType::f32), weight_.to(DType::f32), targets_, options);
   }
@@ -137,9 +165,9 @@ Tensor linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tenso
     const autograd::NoGrad no_grad;
     targets = checked_targets(kOp, x_, targets_, options);
     const Tensor x = x_.contiguous(), weight = weight_.contiguous();
-    const int64_t rows = targets.numel();
-    const int64_t chunk = std::min(
-        rows, options.chunk_rows > 0 ? options.chunk_rows : linear_cross_entropy_rows(rows, channels, classes));
+    const int64_t rows = targets.numel(), most = options.slice ? options.slice->most : classes;
+    const int64_t chunk =
+        std::min(rows, options.chunk_rows > 0 ? options.chunk_rows : linear_cross_entropy_rows(rows, channels, most));
     one_chunk = chunk == rows;
     const bool form_gradients = training && !one_chunk;
     if (form_gradients && needs_dx) dx = Tensor::empty(x.shape(), wide, device);
@@ -154,7 +182,8 @@ Tensor linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tenso
       denominator = Tensor::empty({}, DType::f64, device);
     }
     launch(device, kOp, [&](auto on) {
-      const LossTargets all{targets.data<int64_t>(), rows, classes, options.ignore_index};
+      const LossTargets all{targets.data<int64_t>(), rows, options.slice ? options.slice->all : classes,
+                            options.ignore_index};
       loss_denominator(on, kOp, all, known_denominator(options), denominator.data<double>());
       dispatch_gemm(on, x.dtype(), [&]<class T>() {
         using A = Accumulate<T>;
@@ -166,11 +195,14 @@ Tensor linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tenso
           const LossTargets some{all.targets + begin, count, classes, all.ignored};
           double* some_losses = losses.data<double>() + begin;
           head.forward(part, count, held);
-          if (!training) {
+          const LossScale<A> scale{denominator.data<double>()};
+          if (options.slice) {
+            slice_losses<T>(on, *options.slice, some, logits, training ? &scale : nullptr, some_losses);
+          } else if (!training) {
             loss_forward(on, some, held, static_cast<A*>(nullptr), some_losses);
-            continue;
+          } else {
+            loss_in_place<T>(on, some, held, scale, some_losses);
           }
-          loss_in_place<T>(on, some, held, LossScale<A>{denominator.data<double>()}, some_losses);
           if (dx.defined()) head.input_gradient(held, count, nullptr, dx.data<A>() + begin * channels);
           if (dw.defined()) head.weight_gradient(held, part, count, nullptr, dw.data<A>(), begin > 0);
         }

@@ -23,6 +23,18 @@ OpCase embedding_case(const char* name, const Shape& ids, const Shape& table) {
           .reason = "rows are copied"};
 }
 
+/// Rows [first, first + table rows) of a table of `all` rows.
+OpCase embedding_part_case(const char* name, const Shape& ids, const Shape& table, int64_t first, int64_t all) {
+  OpCase part = embedding_case(name, ids, table);
+  part.arguments[0] = {ids, 0, static_cast<double>(all), true};
+  part.run = [first, all](const Tensors& in) -> Tensors { return {embedding(in[0], in[1], first, all)}; };
+  part.composed = [first, all](const Tensors& in) -> Tensors {
+    const Tensor here = one_hot(in[0], all).narrow(-1, first, in[1].size(0));
+    return {sum(here.unsqueeze(-1) * in[1], {-2})};
+  };
+  return part;
+}
+
 /// Column j of the one-hot index against x moved so that `dim` is last: sum_v [index = v] x[..., v, ...].
 Tensor composed_gather(const Tensor& x, int dim, const Tensor& index) {
   Tensor part = x;
@@ -74,6 +86,8 @@ std::vector<OpCase> index_cases() {
       embedding_case("one_id", {1}, {1, 1}),
       embedding_case("number", {}, {3, 4}),
       embedding_case("no_ids", {0}, {3, 4}),
+      embedding_part_case("first_part_of_a_table", {13}, {5, 3}, 0, 8),
+      embedding_part_case("middle_part_of_a_table", {3, 7}, {4, 17}, 5, 11),
       gather_case("last_dimension", {3, 5}, 1, {3, 7}),
       gather_case("first_dimension", {5, 3}, 0, {2, 2}),
       gather_case("middle_dimension", {2, 4, 3}, 1, {2, 5, 3}),

@@ -1,3 +1,8 @@
+#include <algorithm>
+#include <numeric>
+#include <optional>
+
+#include "core/autograd.h"
 #include "ops/elementwise.h"
 #include "ops/loss.h"
 #include "ops/reduce.h"
@@ -53,6 +58,49 @@ OpCase head_case(const char* name, const Shape& x, int64_t classes, int64_t chun
           .reason = kReason};
 }
 
+/// The head with its classes cut into slices, as processes have them, one after the other. A first run gathers what
+/// each contributes to the chunks; the second gives every slice all of it. The result has the loss's value once and the
+/// gradients of all slices.
+Tensor head_in_slices(const Tensor& x, const Tensor& weight, const Tensor& targets, const std::vector<int64_t>& counts,
+                      const LinearCrossEntropyOptions& options) {
+  std::vector<std::vector<Tensor>> parts(counts.size());  // [slice][chunk]
+  const auto run = [&](size_t number, int64_t first, const std::function<Tensor(const Tensor&)>& gather) {
+    LinearCrossEntropyOptions with = options;
+    with.slice = {first, weight.size(0), *std::max_element(counts.begin(), counts.end()), gather};
+    return linear_cross_entropy(x, weight.narrow(0, first, counts[number]), targets, with);
+  };
+  Tensor loss;
+  for (const bool first_run : {true, false}) {
+    int64_t first = 0;
+    for (size_t i = 0; i < counts.size(); first += counts[i++]) {
+      std::optional<autograd::NoGrad> no_grad;
+      if (first_run) no_grad.emplace();
+      size_t chunk = 0;
+      const Tensor of_slice = run(i, first, [&](const Tensor& own) {
+        if (first_run) parts[i].push_back(own.clone());
+        const Tensor all =
+            Tensor::empty({static_cast<int64_t>(counts.size()) * own.size(0), 2}, DType::f64, own.device());
+        for (size_t s = 0; s < counts.size(); ++s) {
+          all.narrow(0, static_cast<int64_t>(s) * own.size(0), own.size(0)).copy_(first_run ? own : parts[s][chunk]);
+        }
+        ++chunk;
+        return all;
+      });
+      if (!first_run) loss = i == 0 ? of_slice : loss + (of_slice - of_slice.detach());
+    }
+  }
+  return loss;
+}
+
+OpCase sliced_case(const char* name, const Shape& x, const std::vector<int64_t>& counts, int64_t chunk_rows,
+                   const CrossEntropyOptions& options = kMeanOptions) {
+  OpCase sliced = head_case(name, x, std::accumulate(counts.begin(), counts.end(), int64_t{0}), chunk_rows, options);
+  sliced.run = [=](const Tensors& in) -> Tensors {
+    return {head_in_slices(in[0], in[1], in[2], counts, {options, chunk_rows})};
+  };
+  return sliced;
+}
+
 }  // namespace
 
 std::vector<OpCase> loss_cases() {
@@ -71,6 +119,11 @@ std::vector<OpCase> loss_cases() {
       head_case("sum", {7, 3}, 5, 2, kSumOptions),
       head_case("given_valid_tokens", {7, 3}, 5, 2, kGivenOptions),
       head_case("sum_of_no_rows", {0, 3}, 5, 0, kSumOptions),
+      sliced_case("one_chunk_of_slices", {7, 3}, {2, 3}, 0),
+      sliced_case("chunks_of_slices", {7, 3}, {3, 1, 1}, 3),
+      sliced_case("uneven_slices", {13, 17}, {13, 12, 12}, 0),
+      sliced_case("slices_of_whole_packs", {5, 8}, {16, 8}, 2, kGivenOptions),
+      sliced_case("sum_of_slices_of_no_rows", {0, 3}, {2, 3}, 0, kSumOptions),
   };
 }
 
