@@ -115,7 +115,7 @@ class Run {
                               .rank = world.rank(),
                               .world_size = world.size(),
                               .prefetch = options.prefetch,
-                              .consecutive = options.zero == dist::Zero::kGradients ? 1 : micro_batches()}),
+                              .shares = loader_shares()}),
         run_id_(run_id()) {
     int64_t step = 0;
     NamedTensors fp8_state;
@@ -132,8 +132,8 @@ class Run {
              " steps already; steps counts those of the whole run");
       }
     }
-    trainer_.emplace(gpt_, optimizer_, loader_, options.schedule(), micro_batches(), step);
-    if (parallel_) trainer_->parallelize(*parallel_, world_.group());
+    trainer_.emplace(gpt_, optimizer_, loader_, options.schedule(), shares()[static_cast<size_t>(world.rank())], step);
+    if (parallel_) trainer_->parallelize(*parallel_, world_.group(), shares());
     if (options.precision == Precision::f16) {
       optim::LossScale scale;
       if (from) {
@@ -244,8 +244,12 @@ class Run {
   }
 
  private:
-  /// Micro-batches of a step that this rank computes.
-  int64_t micro_batches() const { return o_.accumulate / world_.size(); }
+  /// Micro-batches of a step that each rank computes.
+  std::vector<int64_t> shares() const { return dist::micro_batch_shares(o_.accumulate, world_.size()); }
+  /// Ranks have ranges of a step; where each micro-batch is reduced by itself, those of all ranks follow each other.
+  std::vector<int64_t> loader_shares() const {
+    return o_.zero == dist::Zero::kGradients ? std::vector<int64_t>() : shares();
+  }
 
   std::unique_ptr<dist::DataParallel> make_parallel() {
     if (world_.size() == 1 && !o_.deterministic && o_.zero == dist::Zero::kNone) return nullptr;
@@ -398,6 +402,14 @@ void refuse_later_checkpoints(const TrainOptions& o, const std::optional<Checkpo
   }
 }
 
+/// An elastic run that has other ranks than its mesh says.
+void say_if_adapted(const TrainOptions& o, const dist::Mesh& mesh) {
+  if (o.mesh.empty() || dist::Mesh::parse(o.mesh) == mesh) return;
+  const std::string now = mesh.to_string();
+  log::info("elastic: mesh = ", o.mesh, " is ", now.empty() ? "one rank" : now,
+            " in this start; a step still has accumulate = ", o.accumulate, " micro-batches of batch = ", o.batch);
+}
+
 }  // namespace
 
 int run_train(std::span<const std::string> args) {
@@ -432,7 +444,7 @@ int run_train(std::span<const std::string> args) {
   }
   const Options& options = second ? *second : first;
   o.check(options);
-  const dist::Mesh mesh = o.check_ranks(options, world.size());
+  const dist::Mesh mesh = o.check_ranks(options, world.size(), launched.elastic);
   const Device device = o.dry_run ? o.device.planned(options) : o.device.device(options);
   DataDirectory data = DataDirectory::open(o.data);
   refuse_too_large(o, data.tokenizer.vocab_size());
@@ -445,6 +457,7 @@ int run_train(std::span<const std::string> args) {
   bool complete = false;
   // All ranks have looked at the options and at what is in the directory before any writes there.
   world.connect();
+  if (world.speaks()) say_if_adapted(o, mesh);
   if (world.size() > 1) {
     world.group().barrier();
     if (world.speaks()) log::info("mesh ", mesh.to_string(), ", ZeRO ", static_cast<int>(o.zero));

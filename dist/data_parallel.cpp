@@ -63,6 +63,15 @@ std::optional<MicroBatchRange> joined(const std::vector<std::vector<MicroBatchRa
 
 }  // namespace
 
+std::vector<int64_t> micro_batch_shares(int64_t total, int ranks) {
+  if (ranks < 1 || total < ranks)
+    fail(ErrorKind::kValue, kWhere, total, " micro-batches cannot be shared out among ", ranks,
+         " ranks: each needs at least one");
+  std::vector<int64_t> shares(static_cast<size_t>(ranks), total / ranks);
+  for (int64_t rank = 0; rank < total % ranks; ++rank) ++shares[static_cast<size_t>(rank)];
+  return shares;
+}
+
 struct DataParallel::State {
   /// Gradients that travel together.
   struct Bucket {

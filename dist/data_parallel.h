@@ -21,6 +21,10 @@ struct DataParallelOptions {
   int64_t bucket_bytes = int64_t{25} << 20;  ///< gradients travel in buckets of this size as they become ready
 };
 
+/// Micro-batches of each rank where a step of `total` is shared out among `ranks`: as evenly as can be, the first ranks
+/// have one more. @throws Error kValue for more ranks than micro-batches.
+std::vector<int64_t> micro_batch_shares(int64_t total, int ranks);
+
 /// Trains copies of one model on the ranks of a group, each on its own micro-batches. A step:
 ///
 ///   parallel.begin_step(micro_batches of each rank);

@@ -64,9 +64,13 @@ std::string Trainer::use_graph(GraphUse use) {
   return graph_.reason(host_work());
 }
 
-void Trainer::parallelize(dist::DataParallel& parallel, dist::Group& group) {
+void Trainer::parallelize(dist::DataParallel& parallel, dist::Group& group, std::vector<int64_t> shares) {
+  if (shares.size() != static_cast<size_t>(group.size()) || shares[static_cast<size_t>(group.rank())] != accumulate_)
+    fail(ErrorKind::kValue, "trainer", "the shares must be those of the group's ", group.size(), " ranks, this one's ",
+         accumulate_);
   parallel_ = &parallel;
   group_ = &group;
+  shares_ = std::move(shares);
 }
 
 std::string Trainer::host_work() const {
@@ -136,7 +140,7 @@ void Trainer::compute(StepTimes& times) {
   if (parallel_ != nullptr) {
     parallel_->reduce();
     // In the order of their numbers: ranks have ranges of them, or every n-th.
-    losses = group_->all_gather(losses_);
+    losses = group_->all_gather(losses_, shares_);
     const int64_t ranks = group_->size();
     if (parallel_->zero() == dist::Zero::kGradients) losses = losses.reshape({ranks, accumulate_}).transpose(0, 1);
     losses = losses.contiguous();
@@ -161,7 +165,7 @@ void Trainer::begin_step(const std::vector<text::Batch>& batches, StepMetrics& m
     rows += batch.rows;
   }
   if (parallel_ == nullptr) return;
-  parallel_->begin_step(std::vector<int64_t>(static_cast<size_t>(group_->size()), accumulate_));
+  parallel_->begin_step(shares_);
   for (size_t i = 0; i < batches.size(); ++i)
     first_rows_[i] = parallel_->micro_batch(static_cast<int64_t>(i)) * batches[i].rows;
   const Tensor counts = Tensor::from(std::vector<int64_t>{metrics.tokens, metrics.valid}, {2});

@@ -53,10 +53,11 @@ class Trainer {
   void scale_fp8(std::shared_ptr<optim::DelayedScaling> scaling) { fp8_ = std::move(scaling); }
   const std::shared_ptr<optim::DelayedScaling>& fp8() const { return fp8_; }
 
-  /// From now on trains together with the other ranks of `group`: `accumulate` is this rank's share of a step, the
-  /// optimizer is over parallel.parameters(), and the loader gives this rank its micro-batches (ranges of a step, or
-  /// with Zero::kGradients every n-th). Metrics are of all ranks. Both must outlive the trainer.
-  void parallelize(dist::DataParallel& parallel, dist::Group& group);
+  /// From now on trains together with the other ranks of `group`: rank r has shares[r] micro-batches of a step, of
+  /// which this rank's is `accumulate`, the optimizer is over parallel.parameters(), and the loader gives this rank its
+  /// micro-batches (ranges of a step, or with Zero::kGradients every n-th). Metrics are of all ranks. Both must outlive
+  /// the trainer.
+  void parallelize(dist::DataParallel& parallel, dist::Group& group, std::vector<int64_t> shares);
 
   /// From now on steps are recorded as graphs where that is possible (docs/cuda.md): same bits.
   /// @returns why they will not be, or "". @throws Error kUsage for GraphUse::on if they cannot.
@@ -97,6 +98,7 @@ class Trainer {
   std::shared_ptr<optim::DelayedScaling> fp8_;
   dist::DataParallel* parallel_ = nullptr;
   dist::Group* group_ = nullptr;
+  std::vector<int64_t> shares_;      // micro-batches of each rank
   std::vector<int64_t> first_rows_;  // of each micro-batch, in the step of all ranks
   Parameters parameters_;
   Device device_;
