@@ -9,6 +9,8 @@ namespace {
 
 constexpr ProcessVariable kProcessVariables[] = {
     {"WEFT_CACHE_DIR", "directory for files that can be made again"},
+    {"WEFT_ELASTIC",
+     "1 where another start of the run may have another number of ranks; weft launch --elastic sets it"},
     {"WEFT_KEYS", "file with the keys of the run's control plane; weft launch sets it"},
     {"WEFT_LOCAL_RANK", "which of its machine's processes this is; weft launch sets it"},
     {"WEFT_LOG_LEVEL", "debug, info (default), warn, error or off"},

@@ -41,9 +41,10 @@ struct LaunchOptions {
         "keys that the launchers share, made with --make-keys; needed with several nodes, else made for the run");
     options.add("restarts", &restarts, {.min = 0, .max = 1'000'000},
                 "how often the run is started again after a rank has failed; weft train then resumes");
-    options.add("elastic", &elastic, {.placeholder = "MIN:MAX"},
-                "ranks of the whole run: a (re)start goes without nodes that are gone if MIN ranks are left, and uses "
-                "at most MAX");
+    options.add(
+        "elastic", &elastic, {.placeholder = "MIN:MAX"},
+        "ranks of the whole run: a restart goes without machines that are gone, and with one rank fewer for each "
+        "that was killed or fell silent, if MIN are left; it uses at most MAX");
     options.add("heartbeat", &heartbeat, {.min = 0.1, .max = 86400, .unit = "seconds"},
                 "a rank that joined the control plane and is silent for so long is lost");
     options.add("grace", &grace, {.min = 0, .max = 86400, .unit = "seconds"},
@@ -72,7 +73,7 @@ struct LaunchOptions {
     if (!good || low < 1 || high < low) {
       options.reject("elastic", weft::quoted(elastic), " must be MIN:MAX with 1 <= MIN <= MAX");
     }
-    if (nodes == 1) options.reject("elastic", "is for several nodes: one machine either runs its ranks or it does not");
+    if (nodes == 1 && ranks < low) options.reject("elastic", "asks for at least ", low, " ranks, got ranks = ", ranks);
     return std::pair(low, high);
   }
 
@@ -181,6 +182,8 @@ std::vector<Environment> environments_of(const LaunchOptions& o, const LaunchPla
   set(common, "WEFT_KEYS", keys_file);
   std::erase_if(common, [](const Variable& each) { return each.name == "WEFT_RESTART"; });
   if (o.restarts > 0) set(common, "WEFT_RESTART", std::to_string(plan.attempt));
+  std::erase_if(common, [](const Variable& each) { return each.name == "WEFT_ELASTIC"; });
+  if (!o.elastic.empty()) set(common, "WEFT_ELASTIC", "1");
   if (find_variable(common, "WEFT_NUM_THREADS") == nullptr) {
     set(common, "WEFT_NUM_THREADS", std::to_string(std::max(1, available_processors() / plan.ranks)));
   }
@@ -207,7 +210,10 @@ void run_once(const LaunchOptions& o, const LaunchPlan& plan, const RankCommand&
     ranks.send(killed ? SIGKILL : signal);
   };
   for (auto look_at = Clock::now(); ranks.running() > 0;) {
-    for (const RankEnd& end : ranks.wait(kTick, signals)) nodes.ended(end);
+    std::vector<RankEnd> ends = ranks.wait(kTick, signals);
+    // Of those that are seen together, one that a signal ended came before those that end because of it.
+    std::stable_partition(ends.begin(), ends.end(), [](const RankEnd& end) { return end.signalled(); });
+    for (const RankEnd& end : ends) nodes.ended(end);
     while (const int signal = signals.take()) forward(signal);
     if (output.broken() && asked == 0) forward(SIGHUP);
     const auto now = Clock::now();

@@ -69,10 +69,16 @@ class FirstNode final : public LaunchNodes {
     plan.attempt = attempt_;
     Json first = Json::object(), ranks = Json::object();
     plan_nodes_.clear();
+    first_rank_.clear();
     plan.world_size = 0;
+    // A machine that went away and comes back has all its places again.
+    std::erase_if(given_up_, [&](const auto& each) { return !ranks_of.contains(each.first); });
+    places_ = 0;
     for (auto [node, count] : ranks_of) {
+      if (const auto given_up = given_up_.find(node); given_up != given_up_.end()) count -= given_up->second;
+      places_ += count;
       if (o_.elastic) count = std::min(count, o_.elastic->second - plan.world_size);
-      first[std::to_string(node)] = plan.world_size;
+      first[std::to_string(node)] = first_rank_[node] = plan.world_size;
       ranks[std::to_string(node)] = count;
       plan.world_size += count;
       plan_nodes_.insert(node);
@@ -99,6 +105,7 @@ class FirstNode final : public LaunchNodes {
     world_size_ = plan.world_size;
     seen_.clear();
     failed_ = false;
+    dead_ = -1;
     return plan;
   }
 
@@ -150,6 +157,7 @@ class FirstNode final : public LaunchNodes {
     if (asked_ != 0 || attempt_ >= o_.restarts) return finish(code_);
     ++attempt_;
     output_.note(concat("restart ", attempt_, " of ", o_.restarts));
+    if (o_.elastic && dead_ >= 0) give_up_place();
   }
 
   int code() const override { return code_; }
@@ -158,6 +166,22 @@ class FirstNode final : public LaunchNodes {
   void finish(int code) {
     over_ = true;
     code_ = code;
+  }
+
+  /// An elastic run goes on without the place of a rank that was killed or fell silent.
+  void give_up_place() {
+    if (places_ - 1 < o_.elastic->first) {
+      output_.note(concat("elastic asks for at least ", o_.elastic->first, " ranks: the place of rank ", dead_,
+                          " is used again"));
+      return;
+    }
+    int node = 0;
+    for (const auto& [each, first] : first_rank_) {
+      if (first <= dead_) node = each;
+    }
+    ++given_up_[node];
+    output_.note(
+        concat("elastic: the place of rank ", dead_, " on node ", node, " is given up, ", places_ - 1, " are left"));
   }
 
   std::set<int> joined_nodes() const {
@@ -226,6 +250,7 @@ class FirstNode final : public LaunchNodes {
     if (end.code == 0) return;
     char seconds[32];
     std::snprintf(seconds, sizeof seconds, "%.1f", end.seconds);
+    if (!failed_ && end.signalled()) dead_ = end.rank;
     set_failure(end.code,
                 concat("rank ", end.rank, " of ", world_size_, " (pid ", end.pid, ", ", where,
                        ") failed first: ", end.how(), ", after ", seconds, " s"),
@@ -235,7 +260,9 @@ class FirstNode final : public LaunchNodes {
   void note_silence() {
     if (failed_) return;
     for (const dist::Member& member : ranks_->members()) {
-      if (member.state == dist::MemberState::lost) set_failure(1, member.describe(), member.rank);
+      if (member.state != dist::MemberState::lost || failed_) continue;
+      dead_ = member.rank;
+      set_failure(1, member.describe(), member.rank);
     }
   }
 
@@ -256,6 +283,10 @@ class FirstNode final : public LaunchNodes {
   std::atomic<bool> metrics_failed_ = false;
   std::unique_ptr<dist::ControlServer> launchers_, ranks_;
   std::set<int> plan_nodes_, seen_;
+  std::map<int, int> first_rank_;  ///< of each node in this start
+  std::map<int, int> given_up_;    ///< places of a node that are no longer used
+  int places_ = 0;                 ///< for ranks, in this start
+  int dead_ = -1;                  ///< the rank that this start failed with, if it was killed or fell silent
   int attempt_ = 0, world_size_ = 0, asked_ = 0, code_ = 0;
   bool failed_ = false, over_ = false;
 };

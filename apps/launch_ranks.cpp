@@ -93,7 +93,7 @@ bool open_terminal(int (&ends)[2]) {
 }  // namespace
 
 std::string RankEnd::how() const {
-  if (code <= 128) return concat("exit code ", code);
+  if (!signalled()) return concat("exit code ", code);
   const char* const name = sigabbrev_np(code - 128);
   return concat("killed by signal ", code - 128, name != nullptr ? concat(" (SIG", name, ")") : "");
 }

@@ -25,6 +25,7 @@ struct RankEnd {
   pid_t pid = 0;
   int code = 0;        ///< exit code; 128 + signal for one that a signal ended
   double seconds = 0;  ///< that it ran
+  bool signalled() const { return code > 128; }
   /// "exit code 3", "killed by signal 9 (SIGKILL)".
   std::string how() const;
 };

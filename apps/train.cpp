@@ -117,7 +117,7 @@ class Run {
                               .rank = parallel_ ? parallel_->data_rank() : 0,
                               .world_size = parallel_ ? parallel_->data_ranks() : 1,
                               .prefetch = options.prefetch,
-                              .consecutive = parallel_ && !parallel_->consecutive() ? 1 : micro_batches()}),
+                              .shares = loader_shares()}),
         run_id_(run_id()) {
     int64_t step = 0;
     NamedTensors fp8_state;
@@ -135,7 +135,7 @@ class Run {
       }
     }
     trainer_.emplace(gpt_, optimizer_, loader_, options.schedule(), micro_batches(), step);
-    if (parallel_) trainer_->parallelize(*parallel_);
+    if (parallel_) trainer_->parallelize(*parallel_, options.accumulate);
     if (options.precision == Precision::f16) {
       optim::LossScale scale;
       if (from) {
@@ -251,7 +251,13 @@ class Run {
 
  private:
   /// Micro-batches of a step that this rank computes.
-  int64_t micro_batches() const { return o_.accumulate / (parallel_ ? parallel_->data_ranks() : 1); }
+  int64_t micro_batches() const {
+    return parallel_ ? parallel_->shares(o_.accumulate)[static_cast<size_t>(parallel_->data_rank())] : o_.accumulate;
+  }
+  /// Ranks have ranges of a step; where each micro-batch is reduced by itself, those of all ranks follow each other.
+  std::vector<int64_t> loader_shares() const {
+    return parallel_ && parallel_->consecutive() ? parallel_->shares(o_.accumulate) : std::vector<int64_t>();
+  }
 
   std::unique_ptr<models::ParallelGpt> make_parallel(const dist::Mesh& mesh) {
     if (world_.size() == 1 && !o_.deterministic && o_.zero == dist::Zero::kNone) return nullptr;
@@ -413,6 +419,14 @@ void refuse_later_checkpoints(const TrainOptions& o, const std::optional<Checkpo
   }
 }
 
+/// An elastic run that has other ranks than its mesh says.
+void say_if_adapted(const TrainOptions& o, const dist::Mesh& mesh) {
+  if (o.mesh.empty() || dist::Mesh::parse(o.mesh) == mesh) return;
+  const std::string now = mesh.to_string();
+  log::info("elastic: mesh = ", o.mesh, " is ", now.empty() ? "one rank" : now,
+            " in this start; a step still has accumulate = ", o.accumulate, " micro-batches of batch = ", o.batch);
+}
+
 }  // namespace
 
 int run_train(std::span<const std::string> args) {
@@ -447,7 +461,7 @@ int run_train(std::span<const std::string> args) {
   }
   const Options& options = second ? *second : first;
   o.check(options);
-  const dist::Mesh mesh = o.check_ranks(options, world.size());
+  const dist::Mesh mesh = o.check_ranks(options, world.size(), launched.elastic);
   const Device device = o.dry_run ? o.device.planned(options) : o.device.device(options);
   DataDirectory data = DataDirectory::open(o.data);
   refuse_too_large(o, data.tokenizer.vocab_size());
@@ -460,6 +474,7 @@ int run_train(std::span<const std::string> args) {
   bool complete = false;
   // All ranks have looked at the options and at what is in the directory before any writes there.
   world.connect();
+  if (world.speaks()) say_if_adapted(o, mesh);
   if (world.size() > 1) {
     world.group().barrier();
     if (world.speaks()) log::info("mesh ", mesh.to_string(), ", ZeRO ", static_cast<int>(o.zero));

@@ -118,10 +118,24 @@ void TrainOptions::check(const Options& options) const {
   if (warmup >= steps && warmup > 0) options.reject("warmup", "must be below steps = ", steps, ", got ", warmup);
 }
 
-dist::Mesh TrainOptions::check_ranks(const Options& options, int ranks) const {
+dist::Mesh TrainOptions::adapted_mesh(const Options& options, int ranks) const {
+  const dist::Mesh given = dist::Mesh::parse(mesh);
+  const int copy = given.size() / given.size(dist::Axis::dp);
+  if (ranks % copy != 0) {
+    options.reject("mesh", weft::quoted(mesh), " cannot adapt to ", ranks, " ranks: each copy of the model takes ",
+                   copy, ". Hint: weft launch --elastic with numbers of ranks that are multiples of ", copy);
+  }
+  return dist::Mesh({ranks / copy, given.size(dist::Axis::pp), given.size(dist::Axis::cp), given.size(dist::Axis::tp)});
+}
+
+dist::Mesh TrainOptions::check_ranks(const Options& options, int ranks, bool elastic) const {
   dist::Mesh layout;
   try {
-    layout = mesh.empty() ? dist::Mesh({ranks, 1, 1, 1}) : dist::Mesh::parse(mesh, ranks);
+    if (mesh.empty()) {
+      layout = dist::Mesh({ranks, 1, 1, 1});
+    } else {
+      layout = elastic ? adapted_mesh(options, ranks) : dist::Mesh::parse(mesh, ranks);
+    }
   } catch (const Error& error) {
     options.reject("mesh", "does not fit the ", ranks,
                    ranks == 1 ? " rank of this run: " : " ranks of this run: ", error.what());
@@ -131,10 +145,15 @@ dist::Mesh TrainOptions::check_ranks(const Options& options, int ranks) const {
       options.reject("mesh", "may have dp only: the trainer does not cut models along ", dist::name(axis), " yet, got ",
                      weft::quoted(mesh));
   }
-  if (const int copies = layout.size(dist::Axis::dp); accumulate % copies != 0) {
+  const int copies = layout.size(dist::Axis::dp);
+  if (accumulate < copies) {
+    options.reject("accumulate", "every one of the ", copies, " copies needs a micro-batch of each step, got ",
+                   accumulate, ". Hint: a smaller --batch and as many more micro-batches are the same step");
+  }
+  if (zero == dist::Zero::kGradients && accumulate % copies != 0) {
     options.reject("accumulate", "micro-batches of a step must be shared out evenly among ", copies,
-                   " data-parallel ranks, got ", accumulate,
-                   ". Hint: a smaller --batch and as many more micro-batches are the same step");
+                   " copies with zero = 2, which adds up those of all at once; got ", accumulate,
+                   ". Hint: --zero 1 shares out any number");
   }
   check_pipeline(options, layout);
   if (ranks > 1) {

@@ -68,7 +68,8 @@ struct TrainOptions {
   void check(const Options& options) const;
 
   /// Rules between options and the ranks of the run; how they are laid out. @throws Error kUsage.
-  dist::Mesh check_ranks(const Options& options, int ranks) const;
+  /// @param elastic  the launcher may change the number of ranks: the mesh gets as much dp as makes it fit them
+  dist::Mesh check_ranks(const Options& options, int ranks, bool elastic) const;
 
   void check_pipeline(const Options& options, const dist::Mesh& layout) const;
 
@@ -80,6 +81,10 @@ struct TrainOptions {
   }
   optim::AdamOptions adam() const;
   optim::CosineSchedule schedule() const;
+
+ private:
+  /// The mesh of `ranks` ranks that differs from the given one in dp only. @throws Error kUsage if there is none.
+  dist::Mesh adapted_mesh(const Options& options, int ranks) const;
 };
 
 /// The kinds of pipeline schedules under their names.

@@ -21,6 +21,15 @@ bool is_trained_leaf(const Tensor& tensor) {
 
 }  // namespace
 
+std::vector<int64_t> micro_batch_shares(int64_t total, int ranks) {
+  if (ranks < 1 || total < ranks)
+    fail(ErrorKind::kValue, kWhere, total, " micro-batches cannot be shared out among ", ranks,
+         " ranks: each needs at least one");
+  std::vector<int64_t> shares(static_cast<size_t>(ranks), total / ranks);
+  for (int64_t rank = 0; rank < total % ranks; ++rank) ++shares[static_cast<size_t>(rank)];
+  return shares;
+}
+
 struct DataParallel::State {
   struct Use {
     size_t parameter;

@@ -36,6 +36,10 @@ struct DataParallelOptions {
   std::vector<SecondUse> second_uses = {};   ///< at most one for a parameter
 };
 
+/// Micro-batches of each rank where a step of `total` is shared out among `ranks`: as evenly as can be, the first ranks
+/// have one more. @throws Error kValue for more ranks than micro-batches.
+std::vector<int64_t> micro_batch_shares(int64_t total, int ranks);
+
 /// Trains copies of one model on the ranks of a group, each on its own micro-batches. A step:
 ///
 ///   parallel.begin_step(micro_batches of each rank);

@@ -308,6 +308,7 @@ LaunchInfo discover(const Environment& environment) {
   const Variables variables(environment, info.launcher);
   info.keys_file = variables.text("WEFT_KEYS");
   info.restart = variables.number_or("WEFT_RESTART", 0, kMaxRanks, info.restart);
+  info.elastic = variables.number_or("WEFT_ELASTIC", 0, 1, 0) == 1;
   return info;
 }
 

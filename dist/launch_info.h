@@ -35,6 +35,7 @@ struct LaunchInfo {
   std::string run_id;      ///< 32 hexadecimal digits, or "": that of the keys, derived with `job`
   std::string keys_file;   ///< WEFT_KEYS; needed to connect
   int restart = 0;         ///< how often the launcher has started the run again
+  bool elastic = false;    ///< whether another start may have another number of ranks
 
   /// Whether rank 0 serves the control plane itself: every launcher but weft launch, which serves it.
   bool hosts_server() const { return rank == 0 && launcher != Launcher::weft && launcher != Launcher::none; }

@@ -125,13 +125,26 @@ std::vector<TensorPart> ParallelGpt::parts() const {
   return parts;
 }
 
+std::vector<int64_t> ParallelGpt::shares(int64_t micro_batches) const {
+  if (micro_batches < data_.size() || (!consecutive() && micro_batches % data_.size() != 0)) {
+    fail(ErrorKind::kValue, kWhere, "a step needs ",
+         consecutive() ? "at least one micro-batch for each of " : "as many micro-batches for each of ", data_.size(),
+         " data ranks, got ", micro_batches);
+  }
+  return dist::micro_batch_shares(micro_batches, data_.size());
+}
+
 void ParallelGpt::begin_step(int64_t micro_batches) {
-  data_parallel_->begin_step(std::vector<int64_t>(static_cast<size_t>(gradients_.size()), micro_batches));
-  micro_batches_ = micro_batches;
+  shares_ = shares(micro_batches);
+  std::vector<int64_t> counts;
+  for (const int64_t share : shares_)
+    counts.insert(counts.end(), static_cast<size_t>(gradients_.size() / data_.size()), share);
+  data_parallel_->begin_step(counts);
 }
 
 int64_t ParallelGpt::micro_batch(int64_t i) const {
-  return consecutive() ? data_.rank() * micro_batches_ + i : i * data_.size() + data_.rank();
+  if (!consecutive()) return i * data_.size() + data_.rank();
+  return std::accumulate(shares_.begin(), shares_.begin() + data_.rank(), i);
 }
 
 std::pair<int64_t, int64_t> ParallelGpt::token_counts(int64_t tokens, int64_t valid) {
@@ -196,8 +209,9 @@ void ParallelGpt::prepare_pipeline(std::span<const MicroBatch> batches) {
 
 Tensor ParallelGpt::run(std::span<const MicroBatch> batches, const std::function<GptStep(size_t)>& settings,
                         double loss_scale) {
-  if (static_cast<int64_t>(batches.size()) != micro_batches_) {
-    fail(ErrorKind::kValue, kWhere, "the step was begun with ", micro_batches_, " micro-batches of this rank, got ",
+  const int64_t share = shares_.empty() ? 0 : shares_[static_cast<size_t>(data_.rank())];
+  if (static_cast<int64_t>(batches.size()) != share) {
+    fail(ErrorKind::kValue, kWhere, "the step was begun with ", share, " micro-batches of this rank, got ",
          batches.size());
   }
   std::vector<Tensor> losses;
@@ -215,11 +229,11 @@ Tensor ParallelGpt::run(std::span<const MicroBatch> batches, const std::function
   }
   const autograd::NoGrad no_grad;
   const DType wide = dtype_ == DType::f64 ? DType::f64 : DType::f32;
-  const Tensor own = losses.empty() ? Tensor::empty({micro_batches_}, wide, device_) : cat(losses);
+  const Tensor own = losses.empty() ? Tensor::empty({share}, wide, device_) : cat(losses);
   if (pipeline_.size() > 1) pipeline_.broadcast_(own, pipeline_.size() - 1);
   // In the order of their numbers: ranks have ranges of them, or every n-th.
-  Tensor all = data_.all_gather(own);
-  if (!consecutive()) all = all.reshape({data_.size(), micro_batches_}).transpose(0, 1);
+  Tensor all = data_.all_gather(own, shares_);
+  if (!consecutive()) all = all.reshape({data_.size(), share}).transpose(0, 1);
   return all.contiguous().reshape({-1});
 }
 

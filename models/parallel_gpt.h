@@ -36,7 +36,7 @@ struct ParallelOptions {
 ///
 ///   ParallelGpt parallel(world, {.mesh = Mesh::parse("dp=2,pp=2", 4)}, config, device);
 ///   optim::Adam optimizer(parallel.parameters(), {}, parallel.norms());
-///   parallel.begin_step(micro_batches);       // of this rank, as many on every rank
+///   parallel.begin_step(micro_batches);       // of all ranks
 ///   losses = parallel.run(batches, settings); // forward and backward passes
 ///   parallel.reduce();                        // gradients of the whole step
 ///   optimizer.step(lr);
@@ -74,7 +74,10 @@ class ParallelGpt {
   /// Sums over the data ranks.
   std::pair<int64_t, int64_t> token_counts(int64_t tokens, int64_t valid);
 
-  /// Begins a step of `micro_batches` for each data rank.
+  /// How many of a step's micro-batches each data rank has. @throws Error kValue if there are fewer than data ranks, or
+  /// with Zero::kGradients no multiple of their number.
+  std::vector<int64_t> shares(int64_t micro_batches) const;
+  /// Begins a step of `micro_batches` on all ranks together.
   void begin_step(int64_t micro_batches);
   /// The number in the whole step of this rank's i-th micro-batch.
   int64_t micro_batch(int64_t i) const;
@@ -104,7 +107,7 @@ class ParallelGpt {
   Gpt gpt_;
   std::unique_ptr<dist::DataParallel> data_parallel_;
   std::shared_ptr<optim::NormReducer> norms_;
-  int64_t micro_batches_ = 0;
+  std::vector<int64_t> shares_;  ///< of the present step
   // of the pipeline's present step
   std::optional<dist::PipelineExecutor> executor_;
   std::string executor_for_;  ///< shapes and number of micro-batches

@@ -59,6 +59,16 @@ std::string Trainer::use_graph(GraphUse use) {
   return graph_.reason(host_work());
 }
 
+void Trainer::parallelize(ParallelGpt& parallel, int64_t micro_batches) {
+  const int64_t share = parallel.shares(micro_batches)[static_cast<size_t>(parallel.data_rank())];
+  if (share != accumulate_) {
+    fail(ErrorKind::kValue, "trainer", "of a step's ", micro_batches, " micro-batches this rank has ", share,
+         "; the trainer was made for ", accumulate_);
+  }
+  parallel_ = &parallel;
+  micro_batches_ = micro_batches;
+}
+
 std::string Trainer::host_work() const {
   if (parallel_ != nullptr) return "gradients are exchanged with other ranks";
   if (const std::string work = optimizer_.host_work(); !work.empty()) return work;
@@ -150,7 +160,7 @@ void Trainer::begin_step(const std::vector<text::Batch>& batches, StepMetrics& m
     rows += batch.rows;
   }
   if (parallel_ == nullptr) return;
-  parallel_->begin_step(accumulate_);
+  parallel_->begin_step(micro_batches_);
   for (size_t i = 0; i < batches.size(); ++i)
     first_rows_[i] = parallel_->micro_batch(static_cast<int64_t>(i)) * batches[i].rows;
   std::tie(metrics.tokens, metrics.valid) = parallel_->token_counts(metrics.tokens, metrics.valid);

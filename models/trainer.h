@@ -53,11 +53,11 @@ class Trainer {
   void scale_fp8(std::shared_ptr<optim::DelayedScaling> scaling) { fp8_ = std::move(scaling); }
   const std::shared_ptr<optim::DelayedScaling>& fp8() const { return fp8_; }
 
-  /// From now on trains together with the other ranks of `parallel`, whose gpt() this trainer's model is: `accumulate`
-  /// is this rank's share of a step, the optimizer is over parallel.parameters(), and the loader gives this rank the
-  /// micro-batches of its data rank (ranges of a step, or with Zero::kGradients every n-th). Metrics are of all ranks.
-  /// It must outlive the trainer.
-  void parallelize(ParallelGpt& parallel) { parallel_ = &parallel; }
+  /// From now on trains together with the other ranks of `parallel`, whose gpt() this trainer's model is: a step has
+  /// `micro_batches`, of which parallel.shares() gives this rank `accumulate`; the optimizer is over
+  /// parallel.parameters(), and the loader gives this rank the micro-batches of its data rank (ranges of a step, or
+  /// with Zero::kGradients every n-th). Metrics are of all ranks. It must outlive the trainer.
+  void parallelize(ParallelGpt& parallel, int64_t micro_batches);
 
   /// From now on steps are recorded as graphs where that is possible (docs/cuda.md): same bits.
   /// @returns why they will not be, or "". @throws Error kUsage for GraphUse::on if they cannot.
@@ -93,6 +93,7 @@ class Trainer {
   std::optional<optim::LossScale> loss_scale_;
   std::shared_ptr<optim::DelayedScaling> fp8_;
   ParallelGpt* parallel_ = nullptr;
+  int64_t micro_batches_ = 0;        // of a step of all ranks
   std::vector<int64_t> first_rows_;  // of each micro-batch, in the step of all ranks
   Parameters parameters_;
   Device device_;

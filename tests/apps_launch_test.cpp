@@ -282,20 +282,29 @@ TEST(Launch, TheOthersLearnAtOnceWhoDied) {
   EXPECT_HAS(outcome.err, "rank 1 of 2");
 }
 
-TEST(Launch, ManyAtOnceOnOneHostDoNotCollide) {
+/// Launches of two ranks each, all at once.
+void launch_at_once(int launches) {
   const Scratch scratch;
-  constexpr int kLaunches = 20;
   std::vector<std::unique_ptr<Process>> all;
-  for (int i = 0; i < kLaunches; ++i) {
-    all.push_back(std::make_unique<Process>(scratch.path(), launch(2, {}, {WEFT_LAUNCH_RANK}), in(scratch)));
+  for (int i = 0; i < launches; ++i) {
+    all.push_back(std::make_unique<Process>(
+        scratch.path(), launch(2, {}, {WEFT_LAUNCH_RANK, "sleep=" + std::to_string(0.5 + 0.02 * launches)}),
+        in(scratch)));
   }
+  std::set<std::string> rendezvous;
   for (auto& each : all) {
-    const Outcome outcome = each->wait(120);
+    const Outcome outcome = each->wait(300);
     EXPECT_EQ(outcome.code, 0) << outcome.out << outcome.err;
     EXPECT_EQ(std::count(outcome.out.begin(), outcome.out.end(), '\n'), 4) << outcome.out;
+    const auto lines = lines_of(outcome.out, 0);
+    if (!lines.empty()) rendezvous.insert(lines[0].substr(lines[0].find("rendezvous ")));
   }
+  std::printf("%d launches at once, %zu ports\n", launches, rendezvous.size());
   EXPECT_EQ(files_in(scratch.path(), "weft-launch"), 0u);
 }
+
+TEST(Launch, FortyAtOnceOnOneHostDoNotCollide) { launch_at_once(40); }
+TEST(SlowLaunch, TwoHundredAtOnceOnOneHostDoNotCollide) { launch_at_once(200); }
 
 TEST(Launch, StartsAgainAtMostAsOftenAsItMay) {
   const Scratch scratch;
@@ -410,6 +419,25 @@ TEST(Launch, AnElasticRunGoesOnWithoutANodeThatIsGone) {
   EXPECT_HAS(first.out, "[1] rank 1 of 2 (local rank 1, node 0), started by weft launch, restart 1");
 }
 
+TEST(Launch, AnElasticRunGivesUpThePlaceOfARankThatWasKilledUntilTheFewestAreLeft) {
+  const Scratch scratch;
+  const std::string script =
+      "echo start $WEFT_RESTART of $WEFT_WORLD_SIZE elastic $WEFT_ELASTIC; "
+      "if [ $WEFT_RESTART -lt 3 ]; then if [ $WEFT_RANK = 1 ]; then kill -9 $$; fi; sleep 100; fi";
+  const Outcome outcome = run(scratch, launch(4, {"--restarts", "4", "--elastic", "2:3"}, shell(script)));
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  EXPECT_EQ(lines_of(outcome.out, 0), (std::vector<std::string>{"start 0 of 3 elastic 1", "start 1 of 3 elastic 1",
+                                                                "start 2 of 2 elastic 1", "start 3 of 2 elastic 1"}));
+  EXPECT_HAS(outcome.err, "elastic: the place of rank 1 on node 0 is given up, 2 are left");
+  EXPECT_HAS(outcome.err, "elastic asks for at least 2 ranks: the place of rank 1 is used again");
+  // An error of the program's own is no reason to give up its place.
+  const Outcome failing = run(scratch, launch(2, {"--restarts", "1", "--elastic", "1:2"},
+                                              shell("echo $WEFT_WORLD_SIZE; if [ $WEFT_RANK = 1 ]; then exit 6; fi; "
+                                                    "sleep 100")));
+  EXPECT_EQ(failing.code, 6) << failing.err;
+  EXPECT_EQ(lines_of(failing.out, 1), (std::vector<std::string>{"2", "2"}));
+}
+
 TEST(Launch, ANodeThatDoesNotComeIsNamed) {
   Nodes nodes;
   nodes.start(3, 0, 1, {"--join", "0.5"}, {WEFT_LAUNCH_RANK});
@@ -466,7 +494,7 @@ TEST(Launch, RefusesWhatItCannotDo) {
       {launch(1, {"--nodes", "2", "--rendezvous", "a:1"}, {"true"}), "weft launch --make-keys FILE"},
       {launch(1, {"--nodes", "2", "--node-rank", "2"}, {"true"}), "must be below nodes = 2"},
       {launch(1, {"--rendezvous", "a:1"}, {"true"}), "is for several nodes"},
-      {launch(1, {"--elastic", "1:2"}, {"true"}), "is for several nodes"},
+      {launch(1, {"--elastic", "2:4"}, {"true"}), "asks for at least 2 ranks, got ranks = 1"},
       {launch(1, {"--elastic", "2:1"}, {"true"}), "must be MIN:MAX"},
       {launch(1, {"--elastic", "2"}, {"true"}), "must be MIN:MAX"}};
   for (const auto& [args, part] : cases) {

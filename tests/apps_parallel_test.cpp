@@ -36,7 +36,7 @@ void expect_same_as_alone(const std::string& run) {
 }
 
 TEST(Parallel, RanksWriteTheCheckpointThatOneProcessWrites) {
-  for (const auto& [n, zero] : {std::pair(2, "0"), {2, "1"}, {2, "2"}, {4, "1"}}) {
+  for (const auto& [n, zero] : {std::pair(2, "0"), {2, "1"}, {2, "2"}, {3, "0"}, {3, "1"}, {4, "1"}}) {
     const std::string out = "ranks" + std::to_string(n) + "zero" + zero;
     must_run(workplace(), ranks(n, train(out, {"--zero", zero})));
     expect_same_as_alone(out);
@@ -74,7 +74,8 @@ TEST(Parallel, LayoutsThatDoNotFitAreRefused) {
     EXPECT_NE((outcome.out + outcome.err).find(part), std::string::npos) << outcome.out << outcome.err;
     EXPECT_FALSE(fs::exists(workplace() / "refused"));
   };
-  refused(3, {}, "must be shared out evenly among 3 data-parallel ranks, got 4");
+  refused(5, {}, "every one of the 5 copies needs a micro-batch of each step, got 4");
+  refused(3, {"--zero", "2"}, "must be shared out evenly among 3 copies with zero = 2");
   refused(2, {"--mesh", "dp=4"}, "does not fit the 2 ranks of this run");
   refused(2, {"--mesh", "cp=2"}, "may have dp only");
   refused(2, {"--precision", "fp8"}, "must not be fp8 where several ranks train");

@@ -102,6 +102,7 @@ class Process {
     if (pid_ > 0 && waitpid(pid_, &status_, WNOHANG) == pid_) pid_ = 0;
     return pid_ > 0;
   }
+  pid_t pid() const { return pid_; }
   std::string err() const { return content_of(io_.path() / "err"); }
 
   /// Waits for the end; ends the process if that takes longer.

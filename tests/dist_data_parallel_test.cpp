@@ -114,6 +114,16 @@ void expect_same(const Case& alone, const std::vector<Case>& others) {
   }
 }
 
+TEST(DataParallel, MicroBatchesAreSharedOutAsEvenlyAsCanBe) {
+  using Shares = std::vector<int64_t>;
+  EXPECT_EQ(micro_batch_shares(4, 1), Shares{4});
+  EXPECT_EQ(micro_batch_shares(4, 3), (Shares{2, 1, 1}));
+  EXPECT_EQ(micro_batch_shares(11, 4), (Shares{3, 3, 3, 2}));
+  EXPECT_EQ(micro_batch_shares(12, 4), (Shares{3, 3, 3, 3}));
+  EXPECT_ERROR(ErrorKind::kValue, "3 micro-batches cannot be shared out among 4 ranks", micro_batch_shares(3, 4));
+  EXPECT_ERROR(ErrorKind::kValue, "among 0 ranks", micro_batch_shares(3, 0));
+}
+
 TEST(DataParallel, HasTheBitsOfOneProcessOnAnyNumberOfRanks) {
   for (const Zero zero : {Zero::kNone, Zero::kOptimizer, Zero::kGradients}) {
     expect_same({{12}}, {{{6, 6}, zero}, {{4, 4, 4}, zero}, {{3, 3, 3, 3}, zero}, {{2, 2, 2, 2, 2, 2}, zero}});

@@ -88,10 +88,10 @@ Outcome train(const Case& c) {
     optim::AdamOptions adam;
     adam.weight_decay = 0.1, adam.clip_norm = 0.5, adam.trust_ratio = c.trust_ratio;
     optim::Adam optimizer(parallel.parameters(), adam, parallel.norms());
-    const int64_t share = kMicroBatches / parallel.data_ranks();
+    const int64_t share = parallel.shares(kMicroBatches)[static_cast<size_t>(parallel.data_rank())];
     std::vector<double> losses, norms;
     for (int64_t step = 0; step < kSteps; ++step) {
-      parallel.begin_step(share);
+      parallel.begin_step(kMicroBatches);
       std::vector<MicroBatch> batches;
       for (int64_t i = 0; i < share; ++i) batches.push_back(data_of(step, parallel.micro_batch(i)));
       const auto settings = [&](size_t i) {
@@ -155,6 +155,11 @@ TEST(ParallelGpt, DataAndPipelineParallelismComposeWithEveryZeroStage) {
   }
   expect_equal_to_one_rank(
       {.mesh = "dp=2,pp=2", .zero = Zero::kGradients, .schedule = PipelineKind::kInterleaved, .chunks = 2});
+}
+
+TEST(ParallelGpt, CopiesNeedNotHaveAsManyMicroBatches) {
+  expect_equal_to_one_rank({.mesh = "dp=3"});
+  expect_equal_to_one_rank({.mesh = "dp=3,pp=2", .zero = Zero::kOptimizer});
 }
 
 TEST(ParallelGpt, LambMixedPrecisionAndRecomputationChangeNothingOfThat) {

@@ -3,6 +3,7 @@
 # passed, failed and skipped (with reasons), and exits non-zero on a failure.
 #   bash tests/run.sh                 release build, all tests
 #   WEFT_SANITIZE=1 bash tests/run.sh the same under AddressSanitizer and UndefinedBehaviorSanitizer as well
+#   WEFT_SLOW=1 bash tests/run.sh     tests with the label slow as well
 #   WEFT_ALL_GPUS=1 bash tests/run.sh device code is compiled for compute capabilities 8.0 and 10.0 beside 9.0 as well
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +11,9 @@ source cmake/install_dependencies.sh
 install_dependencies with-tests
 
 sanitize=${WEFT_SANITIZE:-0} all_gpus=${WEFT_ALL_GPUS:-0}
-unset WEFT_SANITIZE WEFT_ALL_GPUS  # weft itself refuses variables that it does not know
+which=(-LE '^slow$')
+[ "${WEFT_SLOW:-0}" = 0 ] || which=()
+unset WEFT_SANITIZE WEFT_ALL_GPUS WEFT_SLOW  # weft itself refuses variables that it does not know
 jobs=$(nproc)
 failures=0
 
@@ -29,7 +32,7 @@ suite() {
   cmake --build "$directory" -j "$jobs"
   echo "== $title: test"
   local log=$directory/tests.log status=0
-  (cd "$directory" && ctest --output-on-failure --no-tests=error -j "$jobs" --output-junit tests.xml) > "$log" 2>&1 || status=$?
+  (cd "$directory" && ctest --output-on-failure --no-tests=error "${which[@]}" -j "$jobs" --output-junit tests.xml) > "$log" 2>&1 || status=$?
   python3 tests/summary.py "$title" "$directory" || status=1
   [ "$status" -eq 0 ] || failures=1
 }

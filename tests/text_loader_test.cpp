@@ -45,29 +45,29 @@ Ids starts(Loader& loader, int64_t samples) {
   return result;
 }
 
-TEST(Loader, RanksTakeRangesOfEveryRoundWhereTheyTakeConsecutiveBatches) {
-  for (const int64_t prefetch : {0, 3}) {
-    for (const int64_t ranks : {1, 2, 3}) {
-      for (const int64_t consecutive : {1, 2, 5}) {
-        Loader all(positions(5000), {.batch = 2, .context = 8, .seed = 4, .prefetch = prefetch});
-        std::vector<Loader> own;
-        for (int64_t rank = 0; rank < ranks; ++rank) {
-          own.emplace_back(positions(5000), LoaderOptions{.batch = 2,
-                                                          .context = 8,
-                                                          .seed = 4,
-                                                          .rank = rank,
-                                                          .world_size = ranks,
-                                                          .prefetch = prefetch,
-                                                          .consecutive = consecutive});
+TEST(Loader, RanksTakeTheirSharesOfEveryRound) {
+  const std::vector<std::vector<int64_t>> cases = {{1},       {5},       {1, 1}, {2, 2},
+                                                   {5, 5, 5}, {2, 1, 1}, {1, 4}, {3, 2, 2, 1}};
+  for (const std::vector<int64_t>& shares : cases) {
+    for (const int64_t prefetch : {0, 3}) {
+      Loader all(positions(5000), {.batch = 2, .context = 8, .seed = 4, .prefetch = prefetch});
+      std::vector<Loader> own;
+      for (size_t rank = 0; rank < shares.size(); ++rank) {
+        own.emplace_back(positions(5000), LoaderOptions{.batch = 2,
+                                                        .context = 8,
+                                                        .seed = 4,
+                                                        .rank = static_cast<int64_t>(rank),
+                                                        .world_size = static_cast<int64_t>(shares.size()),
+                                                        .prefetch = prefetch,
+                                                        .shares = shares});
+      }
+      for (int round = 0; round < 4; ++round) {
+        for (const Loader& loader : own) EXPECT_EQ(loader.position(), all.position());
+        if (round == 2) {  // a resumed run
+          for (Loader& loader : own) loader.seek(all.position());
         }
-        for (int round = 0; round < 4; ++round) {
-          if (round == 2) {  // a resumed run
-            const int64_t position = own.front().position();
-            EXPECT_EQ(position, all.position());
-            for (Loader& loader : own) loader.seek(position);
-          }
-          for (Loader& loader : own) EXPECT_EQ(starts(loader, 2 * consecutive), starts(all, 2 * consecutive));
-        }
+        for (size_t rank = 0; rank < shares.size(); ++rank)
+          EXPECT_EQ(starts(own[rank], 2 * shares[rank]), starts(all, 2 * shares[rank]));
       }
     }
   }
@@ -256,7 +256,9 @@ TEST(Loader, RefusesBadOptions) {
   refused(100, {.batch = 1, .context = 8, .rank = 1});
   refused(100, {.batch = 1, .context = 8, .rank = -1});
   refused(100, {.batch = 1, .context = 8, .world_size = 0});
-  refused(100, {.batch = 1, .context = 8, .consecutive = 0});
+  refused(100, {.batch = 1, .context = 8, .shares = {0}});
+  refused(100, {.batch = 1, .context = 8, .world_size = 2, .shares = {1, 1, 1}});
+  refused(100, {.batch = 2, .context = 8, .world_size = 2, .shares = {int64_t{1} << 29, int64_t{1} << 29}});
   refused(100, {.batch = 1, .context = 8, .world_size = INT64_MAX});
   refused(100, {.batch = 1, .context = 8, .prefetch = -1});
   message_of(ErrorKind::kValue, [] { Loader(std::shared_ptr<const TokenSource>(), {.context = 8}); });

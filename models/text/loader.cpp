@@ -103,7 +103,6 @@ struct Loader::Impl {
     check_batch_size("Loader", options.batch, options.context);
     check_at_least("Loader", "world_size", options.world_size, 1);
     check_at_least("Loader", "prefetch", options.prefetch, 0);
-    check_at_least("Loader", "consecutive", options.consecutive, 1);
     if (options.rank < 0 || options.rank >= options.world_size) {
       fail(ErrorKind::kValue, "Loader", "rank must be in [0, world_size), got rank ", options.rank, " of ",
            options.world_size);
@@ -112,6 +111,7 @@ struct Loader::Impl {
       fail(ErrorKind::kValue, "Loader", "batch * world_size must be below 2^31, got ", options.batch, " * ",
            options.world_size);
     }
+    share_out();
     if (options.prefetch > 0) thread = std::thread([this] { produce(); });
   }
 
@@ -125,14 +125,35 @@ struct Loader::Impl {
     thread.join();
   }
 
-  int64_t step() const { return options.batch * options.world_size; }
+  /// Which batches of a round are this rank's.
+  void share_out() {
+    const std::vector<int64_t>& shares = options.shares;
+    if (shares.empty()) {
+      in_round = options.world_size, before = options.rank, own = 1;
+      return;
+    }
+    if (static_cast<int64_t>(shares.size()) != options.world_size) {
+      fail(ErrorKind::kValue, "Loader", "there must be a share for each of the ", options.world_size, " ranks, got ",
+           shares.size());
+    }
+    for (size_t rank = 0; rank < shares.size(); ++rank) {
+      check_at_least("Loader", "a share", shares[rank], 1);
+      if (shares[rank] > std::numeric_limits<int32_t>::max() / options.batch - in_round)
+        fail(ErrorKind::kValue, "Loader", "a round must be of fewer than 2^31 samples");
+      if (static_cast<int64_t>(rank) < options.rank) before += shares[rank];
+      in_round += shares[rank];
+    }
+    own = shares[static_cast<size_t>(options.rank)];
+  }
 
-  /// This rank's batch when `position` samples have been consumed, and rounds began at `anchor`.
-  Batch make(int64_t position, int64_t anchor) const {
-    const int64_t number = (position - anchor) / step(), round = number / options.consecutive;
-    const int64_t before =
-        (round * options.world_size + options.rank) * options.consecutive + number % options.consecutive;
-    const int64_t first = anchor + before * options.batch;
+  /// Samples that all ranks have consumed when this one has taken `number` batches since `anchor`.
+  int64_t position_at(int64_t number) const {
+    return anchor + (number / own * in_round + number % own * in_round / own) * options.batch;
+  }
+
+  /// This rank's batch `number` since `from`.
+  Batch make(int64_t number, int64_t from) const {
+    const int64_t first = from + (number / own * in_round + before + number % own) * options.batch;
     Batch batch = empty_batch(options.batch, options.context);
     std::vector<int32_t> window(static_cast<size_t>(options.context) + 1);
     for (int64_t row = 0; row < options.batch; ++row) {
@@ -147,18 +168,18 @@ struct Loader::Impl {
     for (;;) {
       room.wait(lock, [&] { return stop || (!failed && static_cast<int64_t>(ready.size()) < options.prefetch); });
       if (stop) return;
-      const int64_t first = upcoming, from = anchor, started = seeks;
+      const int64_t number = upcoming, from = anchor, started = seeks;
       lock.unlock();
       Item item;
       try {
-        item.batch = make(first, from);
+        item.batch = make(number, from);
       } catch (...) {
         item.error = std::current_exception();
       }
       lock.lock();
       if (seeks != started) continue;  // prepared for a place that is no longer wanted
       failed = item.error != nullptr;
-      if (!failed) upcoming += step();
+      if (!failed) ++upcoming;
       ready.push_back(std::move(item));
       filled.notify_one();
     }
@@ -184,13 +205,14 @@ struct Loader::Impl {
   const std::shared_ptr<const TokenSource> source;
   const LoaderOptions options;
   const SampleOrder order;
-  int64_t position = 0;
-  int64_t anchor = 0;  ///< where the first round began
+  int64_t in_round = 0, before = 0, own = 0;  ///< batches of a round, those of the ranks before, and this one's
+  int64_t taken = 0;                          ///< batches since the anchor
+  int64_t anchor = 0;                         ///< position where the first round began
 
   std::mutex mutex;
   std::condition_variable room, filled;
   std::deque<Item> ready;
-  int64_t upcoming = 0;  ///< position of the batch that is prepared next
+  int64_t upcoming = 0;  ///< number, since the anchor, of the batch that is prepared next
   int64_t seeks = 0;
   bool failed = false;  ///< the last item in `ready` is an error
   bool stop = false;
@@ -207,12 +229,12 @@ Loader& Loader::operator=(Loader&&) noexcept = default;
 Loader::~Loader() = default;
 
 Batch Loader::next() {
-  Batch batch = impl_->options.prefetch > 0 ? impl_->take() : impl_->make(impl_->position, impl_->anchor);
-  impl_->position += impl_->step();
+  Batch batch = impl_->options.prefetch > 0 ? impl_->take() : impl_->make(impl_->taken, impl_->anchor);
+  ++impl_->taken;
   return batch;
 }
 
-int64_t Loader::position() const { return impl_->position; }
+int64_t Loader::position() const { return impl_->position_at(impl_->taken); }
 
 void Loader::seek(int64_t position) {
   // The upper half of the numbers is out of reach of any run, and left free so that no sum of positions overflows.
@@ -221,9 +243,9 @@ void Loader::seek(int64_t position) {
   }
   {
     const std::lock_guard lock(impl_->mutex);
-    impl_->position = position;
     impl_->anchor = position;
-    impl_->upcoming = position;
+    impl_->taken = 0;
+    impl_->upcoming = 0;
     impl_->ready.clear();
     impl_->failed = false;
     ++impl_->seeks;
@@ -231,7 +253,7 @@ void Loader::seek(int64_t position) {
   impl_->room.notify_one();
 }
 
-int64_t Loader::epoch() const { return impl_->order.epoch_of(impl_->position); }
+int64_t Loader::epoch() const { return impl_->order.epoch_of(position()); }
 int64_t Loader::samples_per_epoch() const { return impl_->order.per_epoch(); }
 const TokenSource& Loader::source() const { return *impl_->source; }
 const LoaderOptions& Loader::options() const { return impl_->options; }

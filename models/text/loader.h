@@ -45,12 +45,12 @@ struct LoaderOptions {
   int64_t batch = 1;       ///< B, rows of every batch of this rank
   int64_t context = 0;     ///< T; must be given
   uint64_t seed = 0;       ///< of the order
-  int64_t rank = 0;        ///< this process takes rows [rank * batch, (rank + 1) * batch) of each global batch
+  int64_t rank = 0;        ///< which of them this process is
   int64_t world_size = 1;  ///< processes that share the data
-  int64_t prefetch = 2;  ///< batches prepared ahead on a thread; 0: none and no thread
-  /// Batches of this rank that follow each other: a round is consecutive * world_size batches, of which rank r takes
-  /// those from r * consecutive on. With as many as the rank's micro-batches of a step, a rank has a range of the step.
-  int64_t consecutive = 1;
+  int64_t prefetch = 2;    ///< batches prepared ahead on a thread; 0: none and no thread
+  /// Batches of each rank in a round; empty: one each. Rank 0 takes the first shares[0] batches of a round, rank 1 the
+  /// next shares[1], and so on. With the ranks' micro-batches of a step, a round is a step.
+  std::vector<int64_t> shares = {};
 };
 
 /// Endless batches for training in the order of SampleOrder.
@@ -69,10 +69,11 @@ class Loader {
   Loader& operator=(Loader&&) noexcept;
   ~Loader();  ///< waits for the batch that is being prepared, no longer
 
-  /// The next batch; position() grows by batch * world_size. An Error of the source, wherever it arose, is thrown here
-  /// and leaves position() as it was: the next call tries the same batch again.
+  /// The next batch. An Error of the source, wherever it arose, is thrown here and leaves position() as it was: the
+  /// next call tries the same batch again.
   Batch next();
 
+  /// Within a round it grows by as much with each batch of this rank, rounded down.
   int64_t position() const;
   /// @throws Error  kValue if position is not in [0, 2^62).
   void seek(int64_t position);

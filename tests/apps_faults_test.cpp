@@ -1,0 +1,140 @@
+// Training runs that lose ranks again and again, and what they end with: the bits of a run that nothing disturbed.
+#include <random>
+
+#include "models/checkpoint.h"
+#include "tests/apps_ranks.h"
+
+namespace {
+
+using namespace weft::apps_test;
+
+/// A step of four micro-batches, with dropout and clipping.
+Args train(const std::string& out, int steps, const Args& more) {
+  return Args{"train", "--data", "data", "--out", out, "--steps", std::to_string(steps), "--warmup", "2"} +
+         kSmallModel + Args{"--device",     "cpu", "--save-every", "3",   "--keep",         "2",
+                            "--accumulate", "4",   "--clip",       "0.1", "--deterministic"} +
+         more;
+}
+
+std::string checkpoint(const fs::path& run, const char* file, int step) {
+  char name[32];
+  std::snprintf(name, sizeof name, "step_%08d", step);
+  return content_of(run / name / file);
+}
+
+/// Weights, optimizer and every loss, those of one process that nobody disturbed.
+void expect_same_as_alone(const std::string& run, int steps) {
+  const fs::path& place = workplace();
+  const std::string alone = "alone" + std::to_string(steps);
+  if (!fs::exists(place / alone)) must_run(place, train(alone, steps, {}));
+  for (const char* file : {"model.safetensors", "optimizer.safetensors"}) {
+    ASSERT_FALSE(checkpoint(place / alone, file, steps).empty());
+    EXPECT_TRUE(checkpoint(place / run, file, steps) == checkpoint(place / alone, file, steps)) << run << ": " << file;
+  }
+  EXPECT_EQ(losses_of(place / run), losses_of(place / alone));
+}
+
+/// No process, no file.
+void expect_nothing_left(const Scratch& temporary) {
+  EXPECT_TRUE(eventually([&] { return processes_with(temporary.path()).empty(); }, 10));
+  EXPECT_TRUE(fs::is_empty(temporary.path())) << fs::directory_iterator(temporary.path())->path();
+}
+
+bool being_saved(const fs::path& run) {
+  std::error_code ignored;
+  for (const auto& entry : fs::directory_iterator(run, ignored)) {
+    if (entry.path().filename().string().starts_with(".tmp-step_")) return true;
+  }
+  return false;
+}
+
+/// The step of the newest checkpoint that is whole; none that has its name may be broken.
+int64_t newest_checkpoint(const fs::path& run) {
+  const weft::LatestCheckpoint latest = weft::find_latest_checkpoint(run.string());
+  EXPECT_TRUE(latest.rejected.empty()) << latest.rejected[0].path << ": " << latest.rejected[0].reason;
+  return latest.path ? weft::read_checkpoint_manifest(*latest.path).step : 0;
+}
+
+/// Trains on four ranks and kills one of them with SIGKILL `kills` times: while a checkpoint is written, while a start
+/// begins, in any step.
+void train_with_kills(int kills, int steps) {
+  constexpr int kRanks = 4;
+  const fs::path& place = workplace();
+  const std::string out = "killed" + std::to_string(kills);
+  const Scratch temporary;
+  Process run(place,
+              Args{"launch", "-n", std::to_string(kRanks), "--restarts", std::to_string(kills), "--"} +
+                  train(out, steps, {"--mesh", "dp=4", "--zero", "2"}),
+              {"TMPDIR=" + temporary.path().string(), "WEFT_NUM_THREADS=1"});
+  std::mt19937 random(static_cast<uint32_t>(20 + kills));
+  std::vector<int64_t> points;  // steps after which a rank is killed
+  for (int kill = 0; kill < kills; ++kill) points.push_back(1 + static_cast<int64_t>(random()) % (steps - 6));
+  std::sort(points.begin(), points.end());
+  int saves_cut = 0;
+  int64_t saved = 0;
+  for (int start = 0; start < kills; ++start) {
+    enum { in_save, in_start, anywhere } moment = start % 3 == 0 ? in_save : start % 3 == 1 ? in_start : anywhere;
+    auto victim = static_cast<size_t>(moment == in_save ? 0 : random() % kRanks);
+    std::vector<pid_t> pids;
+    ASSERT_TRUE(eventually([&] {
+      pids = ranks_of_start(temporary.path(), kRanks, start);
+      return std::count(pids.begin(), pids.end(), -1) == 0 || !run.running();
+    })) << run.err();
+    ASSERT_TRUE(run.running()) << run.err();
+    if (moment == in_start) sleep_seconds(static_cast<double>(random() % 300) * 1e-3);
+    if (moment == anywhere) {
+      ASSERT_TRUE(eventually([&] { return last_step(place / out) >= points[static_cast<size_t>(start)]; }));
+      sleep_seconds(static_cast<double>(random() % 30) * 1e-3);
+    }
+    if (moment == in_save) {
+      ASSERT_TRUE(eventually([&] { return last_step(place / out) >= points[static_cast<size_t>(start)]; }));
+      ASSERT_TRUE(eventually([&] { return being_saved(place / out); }, 60, 1e-5));
+    }
+    ASSERT_EQ(kill(pids[victim], SIGKILL), 0);
+    ASSERT_TRUE(eventually([&] { return variable_of(pids[victim], "WEFT_RANK") == std::nullopt; }));
+    saves_cut += moment == in_save && being_saved(place / out);
+    const int64_t newest = newest_checkpoint(place / out);
+    EXPECT_GE(newest, saved) << "a checkpoint that was complete is lost";
+    saved = newest;
+  }
+  const Outcome outcome = run.wait(120);
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  EXPECT_NE(outcome.err.find("restart " + std::to_string(kills) + " of " + std::to_string(kills)), std::string::npos);
+  EXPECT_GE(saves_cut, 1) << "no kill met a checkpoint that was being written";
+  std::printf("%d kills, %d of them while a checkpoint was being written\n", kills, saves_cut);
+  EXPECT_EQ(newest_checkpoint(place / out), steps);
+  EXPECT_FALSE(being_saved(place / out)) << "what cut saves left behind is still there";
+  expect_same_as_alone(out, steps);
+  expect_nothing_left(temporary);
+}
+
+TEST(Faults, ARunThatLosesARankFourTimesEndsWithTheBitsOfOneThatLostNone) { train_with_kills(4, 60); }
+TEST(SlowFaults, ARunThatLosesARankTwentyTimesEndsWithTheBitsOfOneThatLostNone) { train_with_kills(20, 200); }
+
+TEST(Faults, AnElasticRunThatLosesRanksGoesOnWithFewerAndTheSameBits) {
+  constexpr int kSteps = 40;
+  const fs::path& place = workplace();
+  const Scratch temporary;
+  Process run(place,
+              Args{"launch", "-n", "4", "--restarts", "2", "--elastic", "2:4", "--"} +
+                  train("elastic", kSteps, {"--mesh", "dp=4", "--zero", "1"}),
+              {"TMPDIR=" + temporary.path().string(), "WEFT_NUM_THREADS=1"});
+  for (int start = 0; start < 2; ++start) {
+    const int ranks = 4 - start;
+    ASSERT_TRUE(eventually([&] { return last_step(place / "elastic") >= 10 + 13 * start; })) << run.err();
+    const std::vector<pid_t> pids = ranks_of_start(temporary.path(), 4, start);
+    ASSERT_EQ(std::count(pids.begin(), pids.end(), -1), start);
+    ASSERT_EQ(kill(pids[static_cast<size_t>(ranks - 1 - start)], SIGKILL), 0);
+    ASSERT_TRUE(eventually([&] { return ranks_of_start(temporary.path(), 4, start + 1)[0] != -1; })) << run.err();
+  }
+  const Outcome outcome = run.wait(120);
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  for (const char* part :
+       {"rank 0 of 4", "rank 0 of 3", "rank 0 of 2", "elastic: mesh = dp=4 is dp=3 in this start",
+        "elastic: mesh = dp=4 is dp=2 in this start; a step still has accumulate = 4 micro-batches of batch = 4"})
+    EXPECT_NE((outcome.out + outcome.err).find(part), std::string::npos) << part << outcome.out << outcome.err;
+  expect_same_as_alone("elastic", kSteps);
+  expect_nothing_left(temporary);
+}
+
+}  // namespace
