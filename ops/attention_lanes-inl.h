@@ -290,7 +290,7 @@ struct TileMask {
   /// Lanes of the queries from `lane` on that see `key`.
   template <class D>
   HWY_INLINE hn::Mask<D> lanes(D d, int64_t lane, int64_t key) const {
-    return hn::Not(hn::FirstN(d, static_cast<size_t>(key - reach - lane + 1)));
+    return hn::Not(hn::FirstN(d, static_cast<size_t>(std::max<int64_t>(0, key - reach - lane + 1))));
   }
 };
 
