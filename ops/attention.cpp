@@ -213,4 +213,108 @@ Tensor attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Att
                         : out.reshape({shape.batch, shape.queries, shape.heads * shape.head_size});
 }
 
+namespace {
+
+/// What the kernels need to know of a part; checks the tensors that both directions have.
+AttentionShape check_part(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const AttentionPart& part,
+                          const Tensor& lse) {
+  check_same(op, {&q, &k, &v});
+  check_float(op, q);
+  const bool fits = q.rank() == 4 && k.rank() == 4 && v.shape() == k.shape() && k.size(0) == q.size(0) &&
+                    k.size(3) == q.size(3) && q.size(2) > 0 && k.size(2) > 0 && q.size(2) % k.size(2) == 0;
+  if (!fits) {
+    fail(ErrorKind::kShape, op,
+         "q must be [B, Tq, H, D], k and v [B, Tk, kv_heads, D] with kv_heads dividing H, got q ", q.describe(), ", k ",
+         k.describe(), ", v ", v.describe());
+  }
+  if (part.query_offset < 0) fail(ErrorKind::kValue, op, "query_offset must not be negative, got ", part.query_offset);
+  if (!(lse.shape() == Shape{q.size(0), q.size(2), q.size(1)}) || lse.dtype() != sum_dtype(q.dtype()) ||
+      !lse.is_contiguous() || lse.device() != q.device()) {
+    fail(ErrorKind::kShape, op, "lse must be row-major ", sum_dtype(q.dtype()), " [B, H, Tq], got ", lse.describe(),
+         " for q ", q.describe());
+  }
+  for (const Tensor* x : {&q, &k, &v}) {
+    if (x->strides().back() != 1 && x->size(-1) != 1)
+      fail(ErrorKind::kShape, op, "the last dimension must have unit stride, got ", x->describe());
+  }
+  return {.batch = q.size(0),
+          .heads = q.size(2),
+          .kv_heads = k.size(2),
+          .queries = q.size(1),
+          .keys = k.size(1),
+          .head_size = q.size(3),
+          .causal = part.causal,
+          .query_offset = part.query_offset,
+          .scale = part.scale};
+}
+
+/// @throws Error unless `x` is like `like` in shape and place, of `dtype`, with unit stride in its last dimension.
+void check_like(const char* op, const char* name, const Tensor& x, const Tensor& like, DType dtype) {
+  if (x.shape() == like.shape() && x.dtype() == dtype && x.device() == like.device() &&
+      (x.strides().back() == 1 || x.size(-1) == 1)) {
+    return;
+  }
+  fail(ErrorKind::kShape, op, name, " must be ", dtype, " ", like.shape(), " on ", like.device(),
+       " with unit stride in its last dimension, got ", x.describe(), " on ", x.device());
+}
+
+}  // namespace
+
+void attention_part(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionPart& part, const Tensor& out,
+                    const Tensor& lse) {
+  constexpr const char* kOp = "attention_part";
+  const AttentionShape shape = check_part(kOp, q, k, v, part, lse);
+  check_like(kOp, "out", out, q, sum_dtype(q.dtype()));
+  if (shape.keys == 0 && shape.queries > 0 && !part.resume)
+    fail(ErrorKind::kShape, kOp, "the first part must have a key to attend to: k is ", k.describe());
+  if (shape.keys == 0) return;
+  for (const Tensor* written : {&out, &lse}) written->begin_change(kOp);
+  launch(q.device(), kOp, [&](auto device) {
+    dispatch_float(q.dtype(), kOp, [&]<class T>() {
+      attention_forward<T>(device, {.shape = shape,
+                                    .q = heads_of<const T>(q),
+                                    .k = heads_of<const T>(k),
+                                    .v = heads_of<const T>(v),
+                                    .out = {},
+                                    .lse = lse.data<Accumulate<T>>(),
+                                    .so_far = heads_of<Accumulate<T>>(out),
+                                    .resume = part.resume});
+    });
+  });
+}
+
+void attention_part_backward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionPart& part,
+                             const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dq,
+                             const Tensor& dk, const Tensor& dv) {
+  constexpr const char* kOp = "attention_part_backward";
+  const AttentionShape shape = check_part(kOp, q, k, v, part, lse);
+  check_like(kOp, "out", out, q, q.dtype());
+  check_like(kOp, "dout", dout, q, q.dtype());
+  const DType wide = sum_dtype(q.dtype());
+  check_like(kOp, "dq", dq, q, wide);
+  check_like(kOp, "dk", dk, k, wide);
+  check_like(kOp, "dv", dv, v, wide);
+  if (shape.keys == 0 || shape.queries == 0) return;
+  for (const Tensor* sum : {&dq, &dk, &dv}) sum->begin_change(kOp);
+  const Tensor workspace = empty_workspace(shape, q);
+  launch(q.device(), kOp, [&](auto device) {
+    dispatch_float(q.dtype(), kOp, [&]<class T>() {
+      attention_backward<T>(device, {.shape = shape,
+                                     .q = heads_of<const T>(q),
+                                     .k = heads_of<const T>(k),
+                                     .v = heads_of<const T>(v),
+                                     .out = heads_of<const T>(out),
+                                     .dout = heads_of<const T>(dout),
+                                     .lse = lse.data<Accumulate<T>>(),
+                                     .dq = {},
+                                     .dk = {},
+                                     .dv = {},
+                                     .workspace = data_or_null<T>(workspace),
+                                     .dq_sum = heads_of<Accumulate<T>>(dq),
+                                     .dk_sum = heads_of<Accumulate<T>>(dk),
+                                     .dv_sum = heads_of<Accumulate<T>>(dv)});
+    });
+  });
+}
+
 }  // namespace weft

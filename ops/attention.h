@@ -51,6 +51,36 @@ Tensor causal_attention(const Tensor& qkv, int64_t heads, autograd::Keep keep = 
 /// Saved for backward: q, k, v, y and the logarithm of each softmax's sum [B, H, Tq].
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);
 
+/// One part of the keys of an attention whose keys come in parts.
+struct AttentionPart {
+  double scale = 1;          ///< of the scores
+  bool causal = false;       ///< a query sees the part's keys up to query_offset + its place; else all of them
+  int64_t query_offset = 0;  ///< causal only
+  bool resume = false;       ///< parts came before this one; the first part must have a key for every query
+};
+
+/// Takes a part of the keys into an attention: after all parts `out` is attention() over all keys, but for the order of
+/// sums, and `lse` the logarithm of each softmax's sum. Not differentiable; for rules that know how the parts come.
+///
+///   lse' = ln(exp(lse) + exp(lse_part)),   out' = exp(lse - lse') out + exp(lse_part - lse') out_part
+///
+/// @param q    [B, Tq, H, D]; f32, f64, f16 or bf16; the last dimension with unit stride, as of all that follow
+/// @param k,v  [B, Tk, kv_heads, D], dtype of q; kv_heads divides H
+/// @param out  [B, Tq, H, D] in f32 (f64 for f64): read with part.resume, and written; nothing is rounded between parts
+/// @param lse  [B, H, Tq], row-major, dtype of out: read with part.resume, and written
+/// @throws Error  kShape, kDType, kDevice; kValue if part.query_offset is negative.
+void attention_part(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionPart& part, const Tensor& out,
+                    const Tensor& lse);
+
+/// Adds a part's share to the gradients of q and of the part's keys and values, given the result of all parts.
+///
+/// @param out, dout  [B, Tq, H, D], dtype of q: attention over all keys, rounded, and its gradient
+/// @param lse        as the last attention_part() left it
+/// @param dq,dk,dv   shapes of q, k, v in f32 (f64 for f64); added to. part.resume has no meaning here
+void attention_part_backward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionPart& part,
+                             const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dq,
+                             const Tensor& dk, const Tensor& dv);
+
 /// The definition of attention(), from basic functions that hold whole score matrices: the oracle of its tests.
 Tensor attention_composed(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);
 

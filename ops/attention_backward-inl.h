@@ -146,12 +146,12 @@ void backward_chunk(const AttentionBackward<S>& a, const AttentionUnits& units, 
       product<false>(queries, padded, ds, kQ, k_across.data, k_across.stride, scale, key > 0 ? T(1) : T(0), dq, padded,
                      keys_of);
     }
-    for (int64_t i = 0; i < queries; ++i) store_row<T>(dq + i * padded, T(1), head_size, a.dq.at(b, head, first + i));
+    for (int64_t i = 0; i < queries; ++i) put_gradient(dq + i * padded, head_size, a.dq, a.dq_sum, b, head, first + i);
   }
   if (partial != nullptr) return;
   for (int64_t key = 0; key < shape.keys; ++key) {
-    store_row<T>(dk + key * padded, T(1), head_size, a.dk.at(b, kv_head, key));
-    store_row<T>(dv + key * padded, T(1), head_size, a.dv.at(b, kv_head, key));
+    put_gradient(dk + key * padded, head_size, a.dk, a.dk_sum, b, kv_head, key);
+    put_gradient(dv + key * padded, head_size, a.dv, a.dv_sum, b, kv_head, key);
   }
 }
 
@@ -170,7 +170,7 @@ void add_partials(const AttentionBackward<S>& a, int64_t chunks, int64_t b, int6
       hn::StoreU(sum, d, total + i);
     }
     for (int64_t key = begin; key < end; ++key) {
-      store_row<T>(total + key * padded, T(1), head_size, (is_v ? a.dv : a.dk).at(b, kv_head, key));
+      put_gradient(total + key * padded, head_size, is_v ? a.dv : a.dk, is_v ? a.dv_sum : a.dk_sum, b, kv_head, key);
     }
   }
 }

@@ -67,6 +67,25 @@ void finish_softmax(int64_t count, const T* max, T* sum, T* lse) {
   }
 }
 
+/// One query's softmax over the keys of the parts before: as if they were one key with their lse as its score.
+template <class T, class S>
+void resume_row(const AttentionForward<S>& a, int64_t b, int64_t head, int64_t query, int64_t padded, T& max, T& sum,
+                T* out) {
+  max = a.lse[(b * a.shape.heads + head) * a.shape.queries + query] * static_cast<T>(kLog2E);
+  sum = T(1);
+  load_row<T>(a.so_far.at(b, head, query), a.shape.head_size, padded, out);
+}
+
+/// factor * row, rounded to the result or, where keys come in parts, not.
+template <class T, class S>
+void put_row(const AttentionForward<S>& a, int64_t b, int64_t head, int64_t query, const T* row, T factor) {
+  if (a.so_far.data != nullptr) {
+    store_row<T>(row, factor, a.shape.head_size, a.so_far.at(b, head, query));
+  } else {
+    store_row<T>(row, factor, a.shape.head_size, a.out.at(b, head, query));
+  }
+}
+
 /// One task: every chunks-th unit of a (batch, key head).
 template <class P, class S>
 void forward_chunk(const AttentionForward<S>& a, const AttentionUnits& units, int64_t b, int64_t kv_head,
@@ -94,22 +113,24 @@ void forward_chunk(const AttentionForward<S>& a, const AttentionUnits& units, in
     transpose(a.q.at(b, head, first), a.q.token, queries, shape.head_size, q_rows, qt);
     std::fill_n(max, kQ, -std::numeric_limits<T>::infinity());
     std::fill_n(sum, kQ, T(0));
+    for (int64_t i = 0; a.resume && i < queries; ++i) {
+      resume_row(a, b, head, first + i, padded, max[i], sum[i], out + i * padded);
+    }
     for (int64_t key = 0; key < keys; key += kK) {
+      const bool goes_on = key > 0 || a.resume;
       const TileMask mask = {std::min(kK, keys - key), queries, seen - key};
       const Rows<P> k = rows_along(a.k.at(b, kv_head, key), a.k.token, mask.keys, shape.head_size, k_rows);
       product<true>(mask.keys, columns, k.data, k.stride, qt, kQ, static_cast<T>(shape.scale * kLog2E), T(0), s, kQ,
                     [&](int64_t row, int64_t) { return mask.scores(row, shape.head_size, kLanes<T>); });
       softmax_tile<P>(mask, s, max, sum, factors);
-      if (key > 0) scale_rows(out, queries, padded, factors);
+      if (goes_on) scale_rows(out, queries, padded, factors);
       const Rows<P> v = rows_across(a.v.at(b, kv_head, key), a.v.token, mask.keys, shape.head_size, v_rows);
-      product<false>(queries, padded, reinterpret_cast<const P*>(s), kQ, v.data, v.stride, T(1), key > 0 ? T(1) : T(0),
+      product<false>(queries, padded, reinterpret_cast<const P*>(s), kQ, v.data, v.stride, T(1), goes_on ? T(1) : T(0),
                      out, padded, [&](int64_t row, int64_t rows) { return mask.keys_of(row, rows); });
     }
     finish_softmax(queries, max, sum, lse);
     std::copy_n(lse, queries, a.lse + (b * shape.heads + head) * shape.queries + first);
-    for (int64_t i = 0; i < queries; ++i) {
-      store_row<T>(out + i * padded, sum[i], shape.head_size, a.out.at(b, head, first + i));
-    }
+    for (int64_t i = 0; i < queries; ++i) put_row(a, b, head, first + i, out + i * padded, sum[i]);
   }
 }
 
@@ -187,6 +208,9 @@ void forward_few(const AttentionForward<S>& a, int64_t b, int64_t kv_head) {
   std::fill_n(out, rows * padded, T(0));
   std::fill_n(max, whole, -std::numeric_limits<T>::infinity());
   std::fill_n(sum, whole, T(0));
+  for (int64_t row = 0; a.resume && row < rows; ++row) {
+    resume_row(a, b, head(row), query(row), padded, max[row], sum[row], out + row * padded);
+  }
   const int64_t keys = std::min(shape.keys, keys_seen(shape, shape.queries - 1));
   for (int64_t key = 0; key < keys; key += kK) {
     const int64_t count = std::min(kK, keys - key);
@@ -203,7 +227,7 @@ void forward_few(const AttentionForward<S>& a, int64_t b, int64_t kv_head) {
   }
   finish_softmax(rows, max, sum, lse);
   for (int64_t row = 0; row < rows; ++row) {
-    store_row<T>(out + row * padded, sum[row], shape.head_size, a.out.at(b, head(row), query(row)));
+    put_row(a, b, head(row), query(row), out + row * padded, sum[row]);
     a.lse[(b * shape.heads + head(row)) * shape.queries + query(row)] = lse[row];
   }
 }

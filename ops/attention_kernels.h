@@ -28,6 +28,11 @@ struct AttentionForward {
   HeadView<const T> q, k, v;
   HeadView<T> out;
   Accumulate<T>* lse;  ///< [B, H, Tq]: ln(sum_j exp(score))
+  /// If it has data, the result is written here, unrounded, instead of to `out`: for keys that come in parts, the
+  /// result over those so far. With `resume`, it and lse are read first, as the result over the parts before (Milakov &
+  /// Gimelshein 2018); without, these keys are the first part, of which every query must see one.
+  HeadView<Accumulate<T>> so_far = {};
+  bool resume = false;
 };
 
 template <class T>
@@ -37,6 +42,9 @@ struct AttentionBackward {
   const Accumulate<T>* lse;
   HeadView<T> dq, dk, dv;
   Accumulate<T>* workspace;  ///< attention_workspace(device, shape) elements; null if that is 0
+  /// If they have data, the gradients are added to these, unrounded, instead of written to dq, dk and dv: where keys
+  /// come in parts. `out` and `lse` are those over all keys.
+  HeadView<Accumulate<T>> dq_sum = {}, dk_sum = {}, dv_sum = {};
 };
 
 /// Elements of workspace that the backward pass needs, a function of the shape alone. On the CPU, with few heads, the

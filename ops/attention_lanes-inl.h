@@ -109,6 +109,27 @@ void store_row(const T* from, T factor, int64_t count, S* to) {
   }
 }
 
+/// to[i] += from[i].
+template <class T>
+void add_row(const T* from, int64_t count, T* to) {
+  const Tag<T> d;
+  constexpr int64_t n = kLanes<T>;
+  int64_t i = 0;
+  for (; i + n <= count; i += n) hn::StoreU(hn::Add(hn::LoadU(d, to + i), hn::LoadU(d, from + i)), d, to + i);
+  for (; i < count; ++i) to[i] += from[i];
+}
+
+/// Row `token` of a gradient: added to `sum` if that has data, else rounded and written to `out`.
+template <class T, class S>
+void put_gradient(const T* row, int64_t head_size, const HeadView<S>& out, const HeadView<T>& sum, int64_t b,
+                  int64_t head, int64_t token) {
+  if (sum.data != nullptr) {
+    add_row(row, head_size, sum.at(b, head, token));
+  } else {
+    store_row<T>(row, T(1), head_size, out.at(b, head, token));
+  }
+}
+
 /// Rows of operands of the products: row i is at data + i * stride. Of T, a row has a whole number of vectors.
 template <class P>
 struct Rows {
@@ -290,7 +311,7 @@ struct TileMask {
   /// Lanes of the queries from `lane` on that see `key`.
   template <class D>
   HWY_INLINE hn::Mask<D> lanes(D d, int64_t lane, int64_t key) const {
-    return hn::Not(hn::FirstN(d, static_cast<size_t>(key - reach - lane + 1)));
+    return hn::Not(hn::FirstN(d, static_cast<size_t>(std::max<int64_t>(0, key - reach - lane + 1))));
   }
 };
 
