@@ -4,6 +4,7 @@
 
 #include "core/autograd.h"
 #include "core/offload.h"
+#include "dist/group.h"
 #include "ops/attention.h"
 #include "ops/dropout.h"
 #include "ops/elementwise.h"
@@ -21,24 +22,47 @@ double residual_deviation(const GptConfig& config) {
 
 autograd::Keep keep(bool recompute) { return recompute ? autograd::Keep::kRecipe : autograd::Keep::kValue; }
 
-/// Dropout on rows [B, T, C] of a step's batch.
-Tensor apply_dropout(const Tensor& x, double p, const RandomStream& stream, bool training, const GptStep& step) {
-  const int64_t row = x.numel() / std::max<int64_t>(x.size(0), 1);
-  return dropout(x, p, stream.at_step(step.step), training, static_cast<uint64_t>(step.first_row * row), step.step_at);
+/// Dropout on the stream of a step's rows of ids [B, T], or this rank's share of it.
+Tensor apply_dropout(const Tensor& x, double p, const RandomStream& stream, bool training, const GptStep& step,
+                     const Shape& ids, const Split& split) {
+  const int64_t here = split.sequence() ? split.share(ids[0] * ids[1]).begin : 0;
+  const int64_t first = (step.first_row * ids[1] + here) * x.size(-1);
+  return dropout(x, p, stream.at_step(step.step), training, static_cast<uint64_t>(first), step.step_at);
+}
+
+/// Of the queries, keys and values [3 C] of all heads those of some.
+std::vector<IndexRange> outputs_of_heads(const IndexRange& heads, const GptConfig& config) {
+  const int64_t size = config.width / config.heads;
+  std::vector<IndexRange> outputs;
+  for (const int64_t first : {int64_t{0}, config.width, 2 * config.width})
+    outputs.push_back({first + heads.begin * size, first + heads.end * size});
+  return outputs;
+}
+
+IndexRange inputs_of_heads(const IndexRange& heads, const GptConfig& config) {
+  return outputs_of_heads(heads, config).front();
 }
 
 class Attention : public Module {
  public:
-  Attention(const GptConfig& config, const Init& init)
-      : heads_(config.heads),
+  Attention(const GptConfig& config, const Init& init, const Split& split)
+      : split_(split),
+        heads_(split.share(config.heads)),
         keep_(keep(config.recompute.attention)),
-        qkv_(config.width, 3 * config.width, kDeviation, init.at("qkv")),
-        proj_(config.width, config.width, residual_deviation(config), init.at("proj")) {
+        qkv_(config.width, 3 * config.width, outputs_of_heads(heads_, config), kDeviation, init.at("qkv"), split),
+        proj_(config.width, config.width, inputs_of_heads(heads_, config), residual_deviation(config), init.at("proj"),
+              split) {
     add("qkv", qkv_);
     add("proj", proj_);
   }
 
-  Tensor operator()(const Tensor& x) const { return proj_(causal_attention(qkv_(x), heads_, keep_)); }
+  /// @param ids  [B, T]: what x belongs to
+  Tensor operator()(const Tensor& x, const Shape& ids) const {
+    const Tensor qkv = qkv_(x, ids[0] * ids[1]);
+    if (!split_.sequence()) return proj_(causal_attention(qkv, heads_.count(), keep_));
+    const Tensor y = causal_attention(qkv.reshape({ids[0], ids[1], qkv.size(-1)}), heads_.count(), keep_);
+    return proj_(y.reshape({ids[0] * ids[1], y.size(-1)}));
+  }
 
   /// The same for positions that follow the `seen` first ones of `keys` and `values` [B, T, C], which are filled.
   Tensor extend(const Tensor& x, int64_t seen, const Tensor& keys, const Tensor& values) const {
@@ -46,29 +70,33 @@ class Attention : public Module {
     keys.narrow(1, seen, x.size(1)).copy_(qkv[1]);
     values.narrow(1, seen, x.size(1)).copy_(qkv[2]);
     AttentionOptions options;
-    options.heads = heads_;
+    options.heads = heads_.count();
     options.query_offset = seen;
     const int64_t length = seen + x.size(1);
     return proj_(attention(qkv[0], keys.narrow(1, 0, length), values.narrow(1, 0, length), options));
   }
 
  private:
-  int64_t heads_;
+  Split split_;
+  IndexRange heads_;
   autograd::Keep keep_;
-  Linear qkv_, proj_;
+  ColumnLinear qkv_;
+  RowLinear proj_;
 };
 
 class Mlp : public Module {
  public:
-  Mlp(const GptConfig& config, const Init& init)
+  Mlp(const GptConfig& config, const Init& init, const Split& split)
       : recompute_(config.recompute.activation),
-        fc_(config.width, 4 * config.width, kDeviation, init.at("fc")),
-        proj_(4 * config.width, config.width, residual_deviation(config), init.at("proj")) {
+        fc_(config.width, 4 * config.width, {split.share(4 * config.width)}, kDeviation, init.at("fc"), split),
+        proj_(4 * config.width, config.width, split.share(4 * config.width), residual_deviation(config),
+              init.at("proj"), split) {
     add("fc", fc_);
     add("proj", proj_);
   }
-  Tensor operator()(const Tensor& x) const {
-    const Tensor before = fc_(x), after = gelu(before);
+  /// @param ids  [B, T]: what x belongs to
+  Tensor operator()(const Tensor& x, const Shape& ids) const {
+    const Tensor before = fc_(x, ids[0] * ids[1]), after = gelu(before);
     if (recompute_) {
       autograd::remade("gelu", after, [](const std::vector<Tensor>& in) { return gelu(in[0]); }, {before});
     }
@@ -77,7 +105,8 @@ class Mlp : public Module {
 
  private:
   bool recompute_;
-  Linear fc_, proj_;
+  ColumnLinear fc_;
+  RowLinear proj_;
 };
 
 }  // namespace
@@ -112,15 +141,16 @@ double GptConfig::flops_per_token() const {
 /// addition is fused with the norm behind it.
 class Gpt::Block : public Module {
  public:
-  Block(const GptConfig& config, uint64_t seed, const Init& init)
-      : dropout_(config.dropout),
+  Block(const GptConfig& config, uint64_t seed, const Init& init, const Split& split)
+      : split_(split),
+        dropout_(config.dropout),
         keep_norm_(keep(config.recompute.norm)),
         attention_stream_(seed, "dropout/" + init.path + ".attn"),
         mlp_stream_(seed, "dropout/" + init.path + ".mlp"),
-        ln_1_(config.width, config.norm_eps, init.at("ln_1")),
-        attn_(config, init.at("attn")),
-        ln_2_(config.width, config.norm_eps, init.at("ln_2")),
-        mlp_(config, init.at("mlp")) {
+        ln_1_(config.width, config.norm_eps, init.at("ln_1"), split),
+        attn_(config, init.at("attn"), split),
+        ln_2_(config.width, config.norm_eps, init.at("ln_2"), split),
+        mlp_(config, init.at("mlp"), split) {
     add("ln_1", ln_1_);
     add("attn", attn_);
     add("ln_2", ln_2_);
@@ -128,25 +158,27 @@ class Gpt::Block : public Module {
   }
 
   /// {residual stream, MLP branch}.
-  std::pair<Tensor, Tensor> operator()(const Tensor& x, const Tensor& branch, const GptStep& step) const {
+  std::pair<Tensor, Tensor> operator()(const Tensor& x, const Tensor& branch, const Shape& ids,
+                                       const GptStep& step) const {
     const auto [before, normed] = ln_1_.add_and_norm(x, branch, keep_norm_);
-    const Tensor attended = drop(attn_(normed), attention_stream_, step);
+    const Tensor attended = drop(attn_(normed, ids), attention_stream_, ids, step);
     const auto [after, normed_again] = ln_2_.add_and_norm(before, attended, keep_norm_);
-    return {after, drop(mlp_(normed_again), mlp_stream_, step)};
+    return {after, drop(mlp_(normed_again, ids), mlp_stream_, ids, step)};
   }
 
   std::pair<Tensor, Tensor> extend(const Tensor& x, const Tensor& branch, int64_t seen, const Tensor& keys,
                                    const Tensor& values) const {
     const auto [before, normed] = ln_1_.add_and_norm(x, branch);
     const auto [after, normed_again] = ln_2_.add_and_norm(before, attn_.extend(normed, seen, keys, values));
-    return {after, mlp_(normed_again)};
+    return {after, mlp_(normed_again, {x.size(0), x.size(1)})};
   }
 
  private:
-  Tensor drop(const Tensor& x, const RandomStream& stream, const GptStep& step) const {
-    return apply_dropout(x, dropout_, stream, is_training(), step);
+  Tensor drop(const Tensor& x, const RandomStream& stream, const Shape& ids, const GptStep& step) const {
+    return apply_dropout(x, dropout_, stream, is_training(), step, ids, split_);
   }
 
+  Split split_;
   double dropout_;
   autograd::Keep keep_norm_;
   RandomStream attention_stream_, mlp_stream_;
@@ -157,7 +189,19 @@ class Gpt::Block : public Module {
 };
 
 Gpt::Gpt(const GptConfig& config, Device device, uint64_t seed, DType dtype, const GptPart& part)
-    : config_((config.check(), config)), part_(part), seed_(seed), blocks_(static_cast<size_t>(config.layers)) {
+    : config_((config.check(), config)),
+      part_(part),
+      split_(part.tensor, part.sequence),
+      seed_(seed),
+      dtype_(dtype),
+      blocks_(static_cast<size_t>(config.layers)) {
+  if (config.heads < split_.ranks() || config.vocab < split_.ranks()) {
+    fail(ErrorKind::kValue, "gpt", "each of the ranks that share a layer needs a head and a word; there are ",
+         split_.ranks(), " ranks, ", config.heads, " heads and ", config.vocab, " words");
+  }
+  if (part.sequence && part.tensor == nullptr)
+    fail(ErrorKind::kValue, "gpt",
+         "sequence parallelism is a part of tensor parallelism, and no group is given for that");
   if (config.offload_from && device.kind == DeviceKind::cpu) {
     fail(ErrorKind::kValue, "gpt", "offload_from is for models on a CUDA device; on ", device,
          " the memory is the host's already");
@@ -175,7 +219,7 @@ Gpt::Gpt(const GptConfig& config, Device device, uint64_t seed, DType dtype, con
   const bool embeds = part_.layers.front().begin == 0, has_head = part_.layers.back().end == config.layers;
   const Init init{seed, dtype, device};
   if (embeds || has_head) {
-    wte_ = std::make_unique<Embedding>(config.vocab, config.width, kDeviation, init.at("wte"));
+    wte_ = std::make_unique<Embedding>(config.vocab, config.width, kDeviation, init.at("wte"), split_);
     add("wte", *wte_);
   }
   if (embeds) {
@@ -186,12 +230,12 @@ Gpt::Gpt(const GptConfig& config, Device device, uint64_t seed, DType dtype, con
     for (int64_t i = range.begin; i < range.end; ++i) {
       const std::string name = "h." + std::to_string(i);
       std::unique_ptr<Block>& block = blocks_[static_cast<size_t>(i)];
-      block = std::make_unique<Block>(config, seed, init.at(name));
+      block = std::make_unique<Block>(config, seed, init.at(name), split_);
       add(name, *block);
     }
   }
   if (!has_head) return;
-  ln_f_ = std::make_unique<LayerNorm>(config.width, config.norm_eps, init.at("ln_f"));
+  ln_f_ = std::make_unique<LayerNorm>(config.width, config.norm_eps, init.at("ln_f"), split_);
   add("ln_f", *ln_f_);
   head_ = wte_->weight();
   if (part_.separate_head && embeds) head_ = head_.detach().requires_grad_();
@@ -200,6 +244,7 @@ Gpt::Gpt(const GptConfig& config, Device device, uint64_t seed, DType dtype, con
 Gpt::~Gpt() = default;
 
 std::shared_ptr<optim::DelayedScaling> Gpt::use_fp8() {
+  require_uncut("fp8");
   const Tensor table = parameters().front().tensor;
   if (table.dtype() != DType::bf16) {
     fail(ErrorKind::kDType, "gpt", "fp8 products are of bf16 weights and activations, got ", table.dtype());
@@ -224,7 +269,26 @@ Tensor Gpt::embed(const Tensor& ids, int64_t first_position) const {
   }
   const int64_t count = ids.size(1);
   const Tensor& table = wpe_->weight();
-  return (*wte_)(ids) + (count == config_.context ? table : table.narrow(0, first_position, count));
+  const Tensor positions = split_.shared(count == config_.context ? table : table.narrow(0, first_position, count));
+  if (!split_.sequence()) return (*wte_)(ids) + positions;
+  // Those of the sequences that this rank has rows of.
+  const IndexRange rows = split_.share(ids.numel());
+  const int64_t first = rows.begin / count, sequences = (rows.end + count - 1) / count - first;
+  const Tensor repeated = positions.expand({sequences, count, config_.width}).reshape({-1, config_.width});
+  return (*wte_)(ids) + repeated.narrow(0, rows.begin - first * count, rows.count());
+}
+
+Shape Gpt::stream_shape(const Shape& ids) const {
+  if (ids.rank() != 2) fail(ErrorKind::kShape, "gpt", "ids must be [B, T], got ", ids);
+  if (!split_.sequence()) return {ids[0], ids[1], config_.width};
+  return {split_.share(ids[0] * ids[1]).count(), config_.width};
+}
+
+void Gpt::require_uncut(const char* what) const {
+  if (split_.active()) {
+    fail(ErrorKind::kState, "gpt", what, " needs whole layers; those of this model are cut over ", split_.ranks(),
+         " ranks");
+  }
 }
 
 void Gpt::require_whole(const char* what) const {
@@ -237,11 +301,17 @@ void Gpt::require_whole(const char* what) const {
 GptStream Gpt::begin(const Tensor& ids, const GptStep& step) const {
   if (!embeds()) fail(ErrorKind::kState, "gpt", "this process does not hold the embeddings");
   const RandomStream stream(seed_, "dropout/embedding");
-  return {apply_dropout(embed(ids, 0), config_.dropout, stream, is_training(), step), {}};
+  const Tensor x = embed(ids, 0);
+  return {apply_dropout(x, config_.dropout, stream, is_training(), step, ids.shape(), split_), {}, ids.shape()};
 }
 
 GptStream Gpt::blocks(GptStream stream, int64_t first, int64_t end, const GptStep& step) const {
   const bool training = autograd::grad_mode();
+  if (!split_.sequence()) stream.ids = {stream.x.size(0), stream.x.size(1)};
+  if (!(stream.x.shape() == stream_shape(stream.ids))) {
+    fail(ErrorKind::kShape, "gpt", "the stream of ids ", stream.ids, " has tensors ", stream_shape(stream.ids),
+         " here, got ", stream.x.describe());
+  }
   autograd::Offload offload(config_.offload_from.value_or(0));
   for (int64_t i = first; i < end; ++i) {
     if (i < 0 || i >= config_.layers || blocks_[static_cast<size_t>(i)] == nullptr)
@@ -250,17 +320,17 @@ GptStream Gpt::blocks(GptStream stream, int64_t first, int64_t end, const GptSte
     std::optional<autograd::Offload::Group> group;
     if (config_.offload_from && training) group.emplace(offload, i + 2 < config_.layers);
     if (!config_.recompute.block || !training) {
-      std::tie(stream.x, stream.branch) = block(stream.x, stream.branch, step);
+      std::tie(stream.x, stream.branch) = block(stream.x, stream.branch, stream.ids, step);
       continue;
     }
-    const auto run = [&block, step](const std::vector<Tensor>& inputs) {
-      const auto [sum, next] = block(inputs[0], inputs.size() > 1 ? inputs[1] : Tensor(), step);
+    const auto run = [&block, step, ids = stream.ids](const std::vector<Tensor>& inputs) {
+      const auto [sum, next] = block(inputs[0], inputs.size() > 1 ? inputs[1] : Tensor(), ids, step);
       return std::vector<Tensor>{sum, next};
     };
     std::vector<Tensor> inputs = {stream.x};
     if (stream.branch.defined()) inputs.push_back(stream.branch);
     const std::vector<Tensor> outputs = autograd::checkpoint(run, inputs);
-    stream = {outputs[0], outputs[1]};
+    stream.x = outputs[0], stream.branch = outputs[1];
   }
   return stream;
 }
@@ -272,12 +342,19 @@ Tensor Gpt::finish(const GptStream& stream, const Tensor& targets, const GptStep
   options.ignore_index = -1;
   options.valid_tokens = step.valid_tokens;
   options.valid_tokens_at = step.valid_tokens_at;
-  return linear_cross_entropy(x.reshape({targets.numel(), config_.width}), head_, targets.reshape({targets.numel()}),
-                              options);
+  const int64_t rows = targets.numel();
+  if (split_.active()) {
+    const auto gather = [group = part_.tensor](const Tensor& parts) { return group->all_gather(parts); };
+    options.slice = {split_.share(config_.vocab).begin, config_.vocab,
+                     (config_.vocab + split_.ranks() - 1) / split_.ranks(), gather};
+  }
+  const Tensor all = split_.enter(split_.sequence() ? x : x.reshape({rows, config_.width}), rows);
+  return linear_cross_entropy(all, head_, targets.reshape({rows}), options);
 }
 
 Tensor Gpt::logits(const Tensor& ids) const {
   require_whole("logits");
+  require_uncut("logits");
   const GptStream stream = blocks(begin(ids), 0, config_.layers);
   return linear(ln_f_->add_and_norm(stream.x, stream.branch, keep(config_.recompute.norm)).normed, head_);
 }
@@ -293,6 +370,7 @@ Tensor Gpt::loss(const Tensor& ids, const Tensor& targets, const GptStep& step) 
 
 Tensor Gpt::next_logits(const Tensor& ids, KvCache& cache) const {
   require_whole("generation");
+  require_uncut("generation");
   const autograd::NoGrad no_grad;
   Tensor x = embed(ids, cache.positions_), branch;
   while (cache.keys_.size() < blocks_.size()) {

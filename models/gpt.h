@@ -63,10 +63,11 @@ struct GptStep {
   Tensor step_at = {}, valid_tokens_at = {};
 };
 
-/// What goes from block to block, [B, T, C] each: the residual stream, and the branch that is yet to be added to it
-/// (undefined before the first block).
+/// What goes from block to block, each of the shape that Gpt::stream_shape() says: the residual stream, and the branch
+/// that is yet to be added to it (undefined before the first block).
 struct GptStream {
   Tensor x, branch;
+  Shape ids = {};  ///< [B, T]: must be said where the tensors have some rows of it only (GptPart::sequence)
 };
 
 /// Which part of a model a process holds. The default is all of it.
@@ -76,6 +77,12 @@ struct GptPart {
   std::vector<IndexRange> layers = {};
   /// Gives the head's use of the token embedding a gradient of its own: see Gpt::head().
   bool separate_head = false;
+  /// Ranks that share each layer (models/split.h, docs/parallelism/tensor.md): heads, hidden channels and words are cut
+  /// over them as evenly as can be. They make the same calls with equal arguments, and each has the whole loss; when a
+  /// backward pass ends, the gradients of what a rank holds are complete. Must outlive the model and its graphs.
+  dist::Group* tensor = nullptr;
+  /// Whether they also share the rows of the activations between those layers.
+  bool sequence = false;
 };
 
 /// Decoder-only transformer with GPT-2's architecture: learned positions, pre-layer-norm blocks, tanh GELU, the head
@@ -83,11 +90,12 @@ struct GptPart {
 /// projections that end a residual branch, biases 0.
 class Gpt : public Module {
  public:
-  /// @throws Error kValue for a field of the configuration or of the part that makes no sense.
+  /// @throws Error kValue for a field of the configuration or of the part that makes no sense, or if there are fewer
+  /// heads or words than ranks that share them.
   Gpt(const GptConfig& config, Device device, uint64_t seed = 0, DType dtype = DType::f32, const GptPart& part = {});
   ~Gpt() override;
 
-  /// Logits [B, T, V] of ids [B, T] (i32 or i64), T <= context.
+  /// Logits [B, T, V] of ids [B, T] (i32 or i64), T <= context. As for generation and fp8, layers must not be cut.
   Tensor logits(const Tensor& ids) const;
 
   /// Mean cross-entropy in nats over the targets that are not -1. The logits are never held whole (ops/loss.h).
@@ -99,6 +107,11 @@ class Gpt : public Module {
   GptStream begin(const Tensor& ids, const GptStep& step = {}) const;
   GptStream blocks(GptStream stream, int64_t first, int64_t end, const GptStep& step = {}) const;
   Tensor finish(const GptStream& stream, const Tensor& targets, const GptStep& step = {}) const;
+
+  /// Shape of a stream's tensors for ids [B, T], on every stage of a pipeline: [B, T, C], or with sequence parallelism
+  /// [this rank's share of the B T rows, C]. Their dtype is dtype().
+  Shape stream_shape(const Shape& ids) const;
+  DType dtype() const { return dtype_; }
 
   bool embeds() const { return wpe_ != nullptr; }
   bool has_head() const { return ln_f_ != nullptr; }
@@ -123,10 +136,13 @@ class Gpt : public Module {
   class Block;
   Tensor embed(const Tensor& ids, int64_t first_position) const;
   void require_whole(const char* what) const;
+  void require_uncut(const char* what) const;
 
   GptConfig config_;
   GptPart part_;
+  Split split_;
   uint64_t seed_;
+  DType dtype_;
   std::unique_ptr<Embedding> wte_, wpe_;        // where this process has them
   std::vector<std::unique_ptr<Block>> blocks_;  // [layer], null where it has not
   std::unique_ptr<LayerNorm> ln_f_;

@@ -51,9 +51,9 @@ std::vector<int64_t> stages_of(const ParallelOptions& options, const GptConfig& 
 }
 
 /// The layers of a rank's stages: chunk c is stage c * ranks + rank.
-GptPart part_of(const std::vector<int64_t>& stages, int rank, const ParallelOptions& options) {
+GptPart part_of(const std::vector<int64_t>& stages, int rank, const ParallelOptions& options, dist::Group& tensor) {
   GptPart part;
-  part.separate_head = true;
+  part.separate_head = true, part.tensor = &tensor, part.sequence = options.sequence;
   const int ranks = options.mesh.size(Axis::pp);
   for (int chunk = 0; chunk < options.chunks; ++chunk) {
     const auto stage = static_cast<size_t>(chunk * ranks + rank);
@@ -77,7 +77,7 @@ int64_t place_of(const std::string& name, const GptConfig& config) {
   return name.starts_with("ln_f.") ? config.layers : -1;
 }
 
-constexpr std::array kData = {Axis::dp}, kPipeline = {Axis::pp};
+constexpr std::array kData = {Axis::dp}, kPipeline = {Axis::pp}, kTensor = {Axis::tp};
 constexpr std::array kGradients = {Axis::dp, Axis::cp};
 
 }  // namespace
@@ -90,8 +90,9 @@ ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, con
       dtype_(dtype),
       data_(world.subgroup(options.mesh, kData)),
       pipeline_(world.subgroup(options.mesh, kPipeline)),
+      tensor_(world.subgroup(options.mesh, kTensor)),
       gradients_(world.subgroup(options.mesh, kGradients)),
-      gpt_(config, device, seed, dtype, part_of(stages_, pipeline_.rank(), options)) {
+      gpt_(config, device, seed, dtype, part_of(stages_, pipeline_.rank(), options, tensor_)) {
   const int last = pipeline_.size() - 1;
   dist::DataParallelOptions data_options{.zero = options.zero, .bucket_bytes = options.bucket_bytes};
   if (gpt_.embeds() && gpt_.has_head()) {
@@ -108,7 +109,7 @@ ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, con
     places.push_back(place_of(parameter.name, config));
   }
   const dist::MeshNorms::Groups groups{.shards = options.zero == dist::Zero::kNone ? nullptr : &gradients_,
-                                       .tensor = nullptr,
+                                       .tensor = &tensor_,
                                        .stages = last > 0 ? &pipeline_ : nullptr};
   norms_ = std::make_shared<dist::MeshNorms>(groups, names, places);
 }
@@ -155,7 +156,8 @@ std::pair<int64_t, int64_t> ParallelGpt::token_counts(int64_t tokens, int64_t va
 }
 
 Tensor ParallelGpt::forward(const MicroBatch& batch, const GptStep& step) {
-  const Shape shape = {batch.inputs.size(0), batch.inputs.size(1), gpt_.config().width};
+  const Shape& ids = batch.inputs.shape();
+  const Shape shape = gpt_.stream_shape(ids);
   const int rank = pipeline_.rank(), ranks = pipeline_.size();
   GptStream stream;
   for (int chunk = 0; chunk < options_.chunks; ++chunk) {
@@ -163,7 +165,7 @@ Tensor ParallelGpt::forward(const MicroBatch& batch, const GptStep& step) {
     if (stage == 0) {
       stream = gpt_.begin(batch.inputs, step);
     } else if (ranks > 1) {
-      stream = {Tensor::empty(shape, dtype_, device_), Tensor::empty(shape, dtype_, device_)};
+      stream = {Tensor::empty(shape, dtype_, device_), Tensor::empty(shape, dtype_, device_), ids};
       pipeline_.recv_(stream.x, (rank + ranks - 1) % ranks);
       pipeline_.recv_(stream.branch, (rank + ranks - 1) % ranks);
     }
@@ -186,7 +188,6 @@ void ParallelGpt::prepare_pipeline(std::span<const MicroBatch> batches) {
   }
   const std::string wanted = concat(batches.size(), " of ", ids);
   if (executor_ && executor_for_ == wanted) return;
-  const Shape shape = {ids[0], ids[1], gpt_.config().width};
   std::vector<dist::PipelineStage> stages;
   const int ranks = pipeline_.size(), count = ranks * options_.chunks;
   for (int chunk = 0; chunk < options_.chunks; ++chunk) {
@@ -195,7 +196,8 @@ void ParallelGpt::prepare_pipeline(std::span<const MicroBatch> batches) {
     stages.push_back([this, stage, count, first, end](int micro_batch, const std::vector<Tensor>& inputs) {
       const auto i = static_cast<size_t>(micro_batch);
       const GptStep step = (*settings_)(i);
-      GptStream stream = stage == 0 ? gpt_.begin(batches_[i].inputs, step) : GptStream{inputs[0], inputs[1]};
+      const Tensor& ids = batches_[i].inputs;
+      GptStream stream = stage == 0 ? gpt_.begin(ids, step) : GptStream{inputs[0], inputs[1], ids.shape()};
       stream = gpt_.blocks(stream, first, end, step);
       if (stage < count - 1) return std::vector<Tensor>{stream.x, stream.branch};
       return std::vector<Tensor>{gpt_.finish(stream, batches_[i].targets, step)};
@@ -203,7 +205,7 @@ void ParallelGpt::prepare_pipeline(std::span<const MicroBatch> batches) {
   }
   const dist::PipelineShape schedule{ranks, static_cast<int>(batches.size()), options_.chunks};
   executor_.emplace(pipeline_, dist::make_pipeline_schedule(options_.schedule, schedule), std::move(stages),
-                    std::vector<dist::BoundaryTensor>(2, {shape, dtype_}), device_);
+                    std::vector<dist::BoundaryTensor>(2, {gpt_.stream_shape(ids), dtype_}), device_);
   executor_for_ = wanted;
 }
 

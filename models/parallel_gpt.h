@@ -28,6 +28,7 @@ struct ParallelOptions {
   int chunks = 1;                                           ///< stages a rank; kInterleaved has several
   /// Layers of each stage, pp * chunks of them; empty: as even as can be, by the FLOPs of layers and head.
   std::vector<int64_t> stage_layers = {};
+  bool sequence = false;  ///< with tp > 1: its ranks share the rows of activations too (GptPart::sequence)
 };
 
 /// A GPT on the ranks of a mesh: this rank's part of the model, the groups that it exchanges with, and a training step
@@ -52,7 +53,7 @@ class ParallelGpt {
   /// This rank's part of the model.
   Gpt& gpt() { return gpt_; }
   /// Whether this rank has all of it.
-  bool whole() const { return options_.mesh.size(dist::Axis::pp) == 1; }
+  bool whole() const { return options_.mesh.size(dist::Axis::pp) * options_.mesh.size(dist::Axis::tp) == 1; }
   const ParallelOptions& options() const { return options_; }
   /// First layer of each stage, and the number of layers.
   const std::vector<int64_t>& stages() const { return stages_; }
@@ -101,7 +102,7 @@ class ParallelGpt {
   std::vector<int64_t> stages_;
   Device device_;
   DType dtype_;
-  dist::Group data_, pipeline_;
+  dist::Group data_, pipeline_, tensor_;
   dist::Group gradients_;            ///< ranks whose gradients of the same parameters are added up
   std::optional<dist::Group> ends_;  ///< first and last stage, which both have the token embedding
   Gpt gpt_;
