@@ -238,6 +238,45 @@ std::string what_would_fit(const TrainOptions& o, Device device, const PlannedDa
   return out;
 }
 
+RankBytes rank_bytes(const TrainOptions& o, const dist::Mesh& mesh, int64_t vocab) {
+  const models::GptConfig config = o.model(vocab);
+  const int64_t c = config.width, layer = 12 * c * c + 13 * c, table = vocab * c;
+  const std::vector<int64_t> stages = models::pipeline_stages(o.parallel(mesh), config);
+  const int ranks = mesh.size(dist::Axis::pp);
+  int64_t most = 0;
+  for (int rank = 0; rank < ranks; ++rank) {
+    int64_t count = 0;
+    for (size_t stage = static_cast<size_t>(rank); stage + 1 < stages.size(); stage += static_cast<size_t>(ranks)) {
+      count += (stages[stage + 1] - stages[stage]) * layer;
+      if (stage == 0) count += table + config.context * c;
+      if (stage + 2 == stages.size()) count += 2 * c + (stages.size() > 2 && ranks > 1 ? table : 0);
+    }
+    most = std::max(most, count);
+  }
+  const int64_t p = most / mesh.size(dist::Axis::tp), w = size_of(o.dtype());
+  const int64_t n = mesh.size(dist::Axis::dp) * mesh.size(dist::Axis::cp);
+  const auto share = [&](dist::Zero from, int64_t bytes) { return o.zero >= from ? bytes / n : bytes; };
+  return {.weights = w * p,
+          .gradients = share(dist::Zero::kGradients, w * p),
+          .optimizer = share(dist::Zero::kOptimizer, (w == 2 ? 12 : 8) * p)};
+}
+
+std::string ranks_table(const TrainOptions& o, const dist::Mesh& mesh, int64_t vocab) {
+  TrainOptions plain = o;
+  plain.zero = dist::Zero::kNone, plain.pipeline_chunks = 1, plain.pipeline_split.clear();
+  const RankBytes one = rank_bytes(plain, {}, vocab), each = rank_bytes(o, mesh, vocab);
+  std::string out = padded("  bytes held between steps", 30) + right("one process", 13) + right("a rank", 12) + "\n";
+  const auto line = [&](const char* name, int64_t alone, int64_t here) {
+    out += padded(concat("  ", name), 30) + right(human_bytes(alone), 13) + right(human_bytes(here), 12) +
+           right(percent(static_cast<double>(here), static_cast<double>(alone)), 9) + "\n";
+  };
+  line("weights", one.weights, each.weights);
+  line("gradients", one.gradients, each.gradients);
+  line("optimizer", one.optimizer, each.optimizer);
+  line("total", one.total(), each.total());
+  return out;
+}
+
 void refuse_if_it_cannot_fit(const TrainOptions& o, Device device, const PlannedData& data) {
   const MemorySize size = backend(device).memory();
   const int64_t limit = device.kind == DeviceKind::cpu ? size.total : size.free;

@@ -32,6 +32,18 @@ std::string savers_table(const TrainOptions& options, Device device, const Plann
 /// way of saving memory needs for the micro-batch that was asked for.
 std::string what_would_fit(const TrainOptions& options, Device device, const PlannedData& data, int64_t limit);
 
+/// Bytes of weights, gradients and optimizer state that a rank holds between steps, by formula: with P numbers of its
+/// part of the model (the largest stage of pp, cut into tp parts), n = dp cp copies and elements of w bytes
+///   weights w P, gradients w P, AdamW and LAMB 8 P (and 4 P of f32 masters for elements of 2 bytes),
+/// of which ZeRO keeps 1/n: 1 the last, 2 the last two, 3 all.
+struct RankBytes {
+  int64_t weights = 0, gradients = 0, optimizer = 0;
+  int64_t total() const { return weights + gradients + optimizer; }
+};
+RankBytes rank_bytes(const TrainOptions& options, const dist::Mesh& mesh, int64_t vocab);
+/// The same as a table, beside one process that holds all of it.
+std::string ranks_table(const TrainOptions& options, const dist::Mesh& mesh, int64_t vocab);
+
 /// @throws Error kMemory with that advice if a step needs more than the device has free (a CPU: than this process may
 /// ever have).
 void refuse_if_it_cannot_fit(const TrainOptions& options, Device device, const PlannedData& data);

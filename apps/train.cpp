@@ -169,6 +169,10 @@ class Run {
               fixed(machine.gemm_flops * 1e-9, 0), " GFLOP/s, copy ", fixed(machine.copy_bytes * 1e-9, 0), " GB/s, ",
               machine.threads, " threads of ", machine.name, ")");
     log::info("cuda graph: ", describe_cuda_graph(graph_reason_));
+    const bool samples = o_.sample_every > 0 && (!parallel_ || parallel_->whole());
+    if (o_.sample_every > 0 && !samples)
+      log::warn("no samples are printed: no rank has the whole model. weft generate --checkpoint ", o_.out.string(),
+                " reads what is saved");
     Progress progress({.title = "train", .total = o_.steps, .start = first, .line_seconds = o_.log_seconds});
     std::string fields;
     while (trainer_->steps() < o_.steps && !agreed(stop.requested())) {
@@ -202,7 +206,7 @@ class Run {
       }
       const bool last = done == o_.steps;
       if (o_.eval_every > 0 && done % o_.eval_every == 0 && !last) report_held_out(done, &metrics_file);
-      if (o_.sample_every > 0 && done % o_.sample_every == 0) print_sample(done);
+      if (samples && done % o_.sample_every == 0) print_sample(done);
       if (last || (o_.save_every > 0 && done % o_.save_every == 0)) save();
     }
     const bool complete = trainer_->steps() == o_.steps;
@@ -360,7 +364,8 @@ class Run {
 };
 
 /// `weft train --dry-run`: two steps without memory or arithmetic.
-void print_dry_run(const TrainOptions& o, Device device, const Options& options, const DataDirectory& data) {
+void print_dry_run(const TrainOptions& o, Device device, const dist::Mesh& mesh, const Options& options,
+                   const DataDirectory& data) {
   const models::GptConfig config = o.model(data.tokenizer.vocab_size());
   std::cout << options.toml(true) << "\n# vocabulary " << grouped(config.vocab) << ", " << grouped(data.train->size())
             << " training tokens, " << grouped(data.held_out->size()) << " held out\n";
@@ -372,6 +377,12 @@ void print_dry_run(const TrainOptions& o, Device device, const Options& options,
             << " (6 (12 L C^2 + V C) + 7 L C T)\n"
             << "epochs:          "
             << fixed(static_cast<double>(tokens * o.steps) / static_cast<double>(data.train->size()), 2) << "\n";
+  if (mesh.size() > 1) {
+    std::cout << "mesh:            " << mesh.to_string() << "\n"
+              << mesh.picture() << ranks_table(o, mesh, config.vocab)
+              << "activations come on top; those of one process, without --mesh, can be counted by replaying a step\n";
+    return;
+  }
   const MemoryPlan plan = plan_memory(o, device, {data.train, config.vocab});
   std::cout << "memory of a step, by replaying two without memory:\n" << memory_table(plan.device);
   if (plan.host.total.peak > 0)
@@ -381,7 +392,7 @@ void print_dry_run(const TrainOptions& o, Device device, const Options& options,
 
 /// A model that cannot fit is refused before its first weight is drawn: afterwards, the system would end some process
 /// or other. Activations come on top; --dry-run counts them.
-void refuse_too_large(const TrainOptions& o, int64_t vocab) {
+void refuse_too_large(const TrainOptions& o, const dist::Mesh& mesh, int64_t vocab) {
   const auto width = static_cast<double>(o.width);
   const double parameters = 12 * width * width * static_cast<double>(o.layers) +
                             width * (static_cast<double>(vocab) + static_cast<double>(o.context));
@@ -390,12 +401,12 @@ void refuse_too_large(const TrainOptions& o, int64_t vocab) {
     fail(ErrorKind::kMemory, "train", "layers = ", o.layers, " and width = ", o.width, " make a model of about ",
          parameters, " parameters, beyond any machine's memory");
   }
-  // Weights, gradients and two moments, in f32.
-  const int64_t bytes = 16 * o.model(vocab).parameter_count();
+  const int64_t bytes = rank_bytes(o, mesh, vocab).total();
   if (const int64_t limit = backend(Device::cpu()).memory().total; !o.dry_run && limit > 0 && bytes > limit) {
     fail(ErrorKind::kMemory, "train", "weights, gradients and optimizer alone take ", human_bytes(bytes),
-         " of memory; this process can have ", human_bytes(limit),
-         " at most. Hint: fewer layers or a smaller width; weft train --dry-run tells what a model takes");
+         mesh.size() == 1 ? " of memory" : " of memory on every rank", "; this process can have ", human_bytes(limit),
+         " at most. Hint: fewer layers or a smaller width; weft train --dry-run tells what a model takes, with --mesh "
+         "and --zero on each of several ranks");
   }
 }
 
@@ -461,15 +472,20 @@ int run_train(std::span<const std::string> args) {
   }
   const Options& options = second ? *second : first;
   o.check(options);
-  const dist::Mesh mesh = o.check_ranks(options, world.size(), launched.elastic);
+  // A layout can be looked at before its ranks are there.
+  const bool looks = o.dry_run && launched.launcher == dist::Launcher::none && !o.mesh.empty();
+  const dist::Mesh mesh = o.check_ranks(options, looks ? 0 : world.size(), launched.elastic);
   const Device device = o.dry_run ? o.device.planned(options) : o.device.device(options);
   DataDirectory data = DataDirectory::open(o.data);
-  refuse_too_large(o, data.tokenizer.vocab_size());
-  if (o.dry_run) return print_dry_run(o, device, options, data), 0;
+  refuse_too_large(o, mesh, data.tokenizer.vocab_size());
+  if (o.dry_run) {
+    if (world.speaks()) print_dry_run(o, device, mesh, options, data);
+    return 0;
+  }
 
   refuse_later_checkpoints(o, from, options);
   const PlannedData planned{data.train, data.tokenizer.vocab_size()};
-  refuse_if_it_cannot_fit(o, device, planned);
+  if (mesh.size() == 1) refuse_if_it_cannot_fit(o, device, planned);
   const std::string config_text = options.toml(false);
   bool complete = false;
   // All ranks have looked at the options and at what is in the directory before any writes there.
@@ -479,7 +495,7 @@ int run_train(std::span<const std::string> args) {
     world.group().barrier();
     if (world.speaks()) log::info("mesh ", mesh.to_string(), ", ZeRO ", static_cast<int>(o.zero));
   }
-  advise_if_memory_ends(o, device, planned, [&] {
+  const auto train = [&] {
     Run run(o, device, world, mesh, config_text, std::move(data), std::move(from));
     if (!world.speaks()) {
       complete = run.train();
@@ -492,7 +508,12 @@ int run_train(std::span<const std::string> args) {
               o.out.string());
     complete = run.train();
     run.print_summary();
-  });
+  };
+  if (mesh.size() == 1) {
+    advise_if_memory_ends(o, device, planned, train);
+  } else {
+    train();
+  }
   if (!world.speaks()) return 0;
   o.device.report(device);
   if (!complete) std::cout << "to go on: weft train --resume " << o.out.string() << std::endl;

@@ -58,9 +58,11 @@ void TrainOptions::declare(Options& o) {
   o.add(
       "mesh", &mesh, {.placeholder = "AXES"},
       "how ranks are laid out, dp=2,pp=2 say: dp ranks train copies of the model on a share of a step's micro-batches, "
-      "pp ranks have a range of its layers each; empty: dp with all of them");
+      "pp ranks have a range of its layers each, tp ranks a share of every layer; empty: dp with all of them");
   o.add("zero", &zero, {{"0", dist::Zero::kNone}, {"1", dist::Zero::kOptimizer}, {"2", dist::Zero::kGradients}},
         "what ranks share out instead of each keeping all of it (ZeRO): 1 the optimizer's state, 2 gradients too");
+  o.add("sequence_parallel", &sequence_parallel,
+        "with tp: its ranks also share the rows of the activations between the layers that they share");
   o.add("pipeline", &pipeline, pipeline_kinds(),
         "with pp: the order in which a rank computes micro-batches; `weft plan schedule` draws it; same numbers");
   o.add("pipeline_chunks", &pipeline_chunks, {.min = 1, .max = 1 << 16, .unit = "stages"},
@@ -137,14 +139,18 @@ dist::Mesh TrainOptions::check_ranks(const Options& options, int ranks, bool ela
       layout = elastic ? adapted_mesh(options, ranks) : dist::Mesh::parse(mesh, ranks);
     }
   } catch (const Error& error) {
+    if (ranks == 0) options.reject("mesh", "makes no layout: ", error.what());
     options.reject("mesh", "does not fit the ", ranks,
                    ranks == 1 ? " rank of this run: " : " ranks of this run: ", error.what());
   }
-  for (const dist::Axis axis : dist::kAllAxes) {
-    if (axis != dist::Axis::dp && layout.size(axis) > 1)
-      options.reject("mesh", "may have dp only: the trainer does not cut models along ", dist::name(axis), " yet, got ",
-                     weft::quoted(mesh));
-  }
+  ranks = layout.size();
+  if (layout.size(dist::Axis::cp) > 1)
+    options.reject("mesh", "must not have cp: the trainer does not cut sequences yet, got ", weft::quoted(mesh));
+  if (sequence_parallel && layout.size(dist::Axis::tp) == 1)
+    options.reject("sequence_parallel", "is for the ranks of tp, of which the mesh ", weft::quoted(mesh), " has one");
+  if (heads < layout.size(dist::Axis::tp))
+    options.reject("heads", "must be at least one for each rank of tp = ", layout.size(dist::Axis::tp), ", got ",
+                   heads);
   const int copies = layout.size(dist::Axis::dp);
   if (accumulate < copies) {
     options.reject("accumulate", "every one of the ", copies, " copies needs a micro-batch of each step, got ",
@@ -167,18 +173,16 @@ dist::Mesh TrainOptions::check_ranks(const Options& options, int ranks, bool ela
 
 void TrainOptions::check_pipeline(const Options& options, const dist::Mesh& layout) const {
   const int ranks = layout.size(dist::Axis::pp);
-  const int64_t stages = ranks * pipeline_chunks, share = accumulate / layout.size(dist::Axis::dp);
+  const int64_t stages = ranks * pipeline_chunks;
   if (stages > layers)
     options.reject("mesh", "makes a pipeline of ", stages, " stages of at least one layer each; there are ", layers,
                    " layers");
   if (pipeline_chunks > 1 && (pipeline != dist::PipelineKind::kInterleaved || ranks == 1))
     options.reject("pipeline_chunks", "is for --pipeline interleaved on several pipeline ranks, got ", pipeline_chunks);
-  if (ranks > 1 && pipeline == dist::PipelineKind::kInterleaved && share % ranks != 0)
-    options.reject("accumulate", "must be a multiple of the ", ranks, " pipeline ranks for each of ",
-                   layout.size(dist::Axis::dp), " copies with --pipeline interleaved, got ", accumulate);
-  if (ranks > 1 && sample_every > 0)
-    options.reject("sample_every", "must be 0 where ranks have parts of the model. Hint: weft generate --checkpoint ",
-                   out.string(), " reads what the run saves");
+  if (ranks > 1 && pipeline == dist::PipelineKind::kInterleaved &&
+      accumulate % (ranks * layout.size(dist::Axis::dp)) != 0)
+    options.reject("accumulate", "must be a multiple of ", ranks, " for each of ", layout.size(dist::Axis::dp),
+                   " copies with --pipeline interleaved on ", ranks, " ranks, got ", accumulate);
   if (pipeline_split.empty()) return;
   int64_t total = 0;
   for (const int64_t count : pipeline_split) total += count;
@@ -190,6 +194,7 @@ void TrainOptions::check_pipeline(const Options& options, const dist::Mesh& layo
 models::ParallelOptions TrainOptions::parallel(const dist::Mesh& layout) const {
   models::ParallelOptions parallel;
   parallel.mesh = layout, parallel.zero = zero, parallel.schedule = pipeline;
+  parallel.sequence = sequence_parallel;
   parallel.chunks = static_cast<int>(pipeline_chunks), parallel.stage_layers = pipeline_split;
   return parallel;
 }

@@ -42,6 +42,7 @@ struct TrainOptions {
   // parallel
   std::string mesh;
   dist::Zero zero = dist::Zero::kNone;
+  bool sequence_parallel = false;
   dist::PipelineKind pipeline = dist::PipelineKind::k1F1B;
   int64_t pipeline_chunks = 1;
   std::vector<int64_t> pipeline_split;
@@ -67,7 +68,8 @@ struct TrainOptions {
   /// Rules between options. @throws Error kUsage.
   void check(const Options& options) const;
 
-  /// Rules between options and the ranks of the run; how they are laid out. @throws Error kUsage.
+  /// Rules between options and the ranks of the run (0: as many as the mesh has); how they are laid out. @throws Error
+  /// kUsage.
   /// @param elastic  the launcher may change the number of ranks: the mesh gets as much dp as makes it fit them
   dist::Mesh check_ranks(const Options& options, int ranks, bool elastic) const;
 

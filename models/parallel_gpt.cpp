@@ -25,31 +25,6 @@ std::vector<double> layer_costs(const GptConfig& config) {
   return costs;
 }
 
-/// First layer of each stage, and the number of layers.
-std::vector<int64_t> stages_of(const ParallelOptions& options, const GptConfig& config) {
-  config.check();
-  const int count = options.mesh.size(Axis::pp) * options.chunks;
-  if (count < 1) fail(ErrorKind::kValue, kWhere, "there must be at least one stage a rank, got ", options.chunks);
-  if (count > config.layers) {
-    fail(ErrorKind::kValue, kWhere, "a pipeline of ", count, " stages needs as many layers at least, got ",
-         config.layers);
-  }
-  if (options.stage_layers.empty()) {
-    const std::vector<int> cuts = dist::split_into_stages(layer_costs(config), count);
-    return {cuts.begin(), cuts.end()};
-  }
-  std::vector<int64_t> cuts = {0};
-  for (const int64_t layers : options.stage_layers) {
-    if (layers < 1) fail(ErrorKind::kValue, kWhere, "every stage needs at least one layer, got ", layers);
-    cuts.push_back(cuts.back() + layers);
-  }
-  if (options.stage_layers.size() != static_cast<size_t>(count) || cuts.back() != config.layers) {
-    fail(ErrorKind::kValue, kWhere, "layers of stages must be given for all ", count, " and add up to ", config.layers,
-         ", got ", options.stage_layers.size(), " that add up to ", cuts.back());
-  }
-  return cuts;
-}
-
 /// The layers of a rank's stages: chunk c is stage c * ranks + rank.
 GptPart part_of(const std::vector<int64_t>& stages, int rank, const ParallelOptions& options, dist::Group& tensor) {
   GptPart part;
@@ -82,10 +57,34 @@ constexpr std::array kGradients = {Axis::dp, Axis::cp};
 
 }  // namespace
 
+std::vector<int64_t> pipeline_stages(const ParallelOptions& options, const GptConfig& config) {
+  config.check();
+  const int count = options.mesh.size(Axis::pp) * options.chunks;
+  if (count < 1) fail(ErrorKind::kValue, kWhere, "there must be at least one stage a rank, got ", options.chunks);
+  if (count > config.layers) {
+    fail(ErrorKind::kValue, kWhere, "a pipeline of ", count, " stages needs as many layers at least, got ",
+         config.layers);
+  }
+  if (options.stage_layers.empty()) {
+    const std::vector<int> cuts = dist::split_into_stages(layer_costs(config), count);
+    return {cuts.begin(), cuts.end()};
+  }
+  std::vector<int64_t> cuts = {0};
+  for (const int64_t layers : options.stage_layers) {
+    if (layers < 1) fail(ErrorKind::kValue, kWhere, "every stage needs at least one layer, got ", layers);
+    cuts.push_back(cuts.back() + layers);
+  }
+  if (options.stage_layers.size() != static_cast<size_t>(count) || cuts.back() != config.layers) {
+    fail(ErrorKind::kValue, kWhere, "layers of stages must be given for all ", count, " and add up to ", config.layers,
+         ", got ", options.stage_layers.size(), " that add up to ", cuts.back());
+  }
+  return cuts;
+}
+
 ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, const GptConfig& config, Device device,
                          uint64_t seed, DType dtype)
     : options_(checked(world, options)),
-      stages_(stages_of(options, config)),
+      stages_(pipeline_stages(options, config)),
       device_(device),
       dtype_(dtype),
       data_(world.subgroup(options.mesh, kData)),

@@ -31,6 +31,9 @@ struct ParallelOptions {
   bool sequence = false;  ///< with tp > 1: its ranks share the rows of activations too (GptPart::sequence)
 };
 
+/// First layer of each stage, and the number of layers. @throws Error kValue for options that do not fit the model.
+std::vector<int64_t> pipeline_stages(const ParallelOptions& options, const GptConfig& config);
+
 /// A GPT on the ranks of a mesh: this rank's part of the model, the groups that it exchanges with, and a training step
 /// on them. With one rank it is the model with its gradients added up in the canonical order, whose bits every mesh of
 /// dp and pp has, with any `zero` and schedule (docs/parallelism).
