@@ -277,7 +277,7 @@ class Run {
   /// Whether any rank wants to stop: all do so after the same step.
   bool agreed(bool stop) {
     if (world_.size() == 1) return stop;
-    const Tensor wish = Tensor::from(std::vector<int64_t>{stop ? 1 : 0}, {1});
+    const Tensor wish = Tensor::from(std::vector<int64_t>{stop ? 1 : 0}, {1}, device_);
     world_.group().all_reduce_(wish, dist::Reduction::max);
     return wish.item() > 0;
   }
@@ -475,7 +475,7 @@ int run_train(std::span<const std::string> args) {
   // A layout can be looked at before its ranks are there.
   const bool looks = o.dry_run && launched.launcher == dist::Launcher::none && !o.mesh.empty();
   const dist::Mesh mesh = o.check_ranks(options, looks ? 0 : world.size(), launched.elastic);
-  const Device device = o.dry_run ? o.device.planned(options) : o.device.device(options);
+  const Device device = world.device(o.dry_run ? o.device.planned(options) : o.device.device(options));
   DataDirectory data = DataDirectory::open(o.data);
   refuse_too_large(o, mesh, data.tokenizer.vocab_size());
   if (o.dry_run) {
@@ -489,7 +489,7 @@ int run_train(std::span<const std::string> args) {
   const std::string config_text = options.toml(false);
   bool complete = false;
   // All ranks have looked at the options and at what is in the directory before any writes there.
-  world.connect();
+  world.connect(device);
   if (world.speaks()) say_if_adapted(o, mesh);
   if (world.size() > 1) {
     world.group().barrier();

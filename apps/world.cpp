@@ -8,13 +8,19 @@ namespace weft::apps {
 
 World::World() : launched_(dist::discover(weft::process_environment(""))) {}
 
-void World::connect() {
+Device World::device(Device planned) const {
+  return size() == 1 || planned.kind == DeviceKind::cpu ? planned : Device::cuda(launched_.local_rank);
+}
+
+void World::connect(Device device) {
   if (size() == 1) {
-    group_.emplace(dist::self_group());
+    group_.emplace(dist::self_group(device));
     return;
   }
   control_ = dist::ControlClient::connect(launched_);
-  group_.emplace(dist::gloo_group({.rank = rank(), .size = size()}, *control_));
+  const dist::ProcessOptions options{.rank = rank(), .size = size()};
+  group_.emplace(device.kind == DeviceKind::cpu ? dist::gloo_group(options, *control_)
+                                                : dist::nccl_group(options, *control_, device.index));
 }
 
 }  // namespace weft::apps

@@ -10,14 +10,16 @@
 namespace weft::apps {
 
 /// The ranks of a run: this process alone, or those that a launcher started (docs/parallelism/launching.md), which
-/// exchange tensors through Gloo.
+/// exchange tensors through Gloo, or NCCL on GPUs.
 class World {
  public:
   /// Who launched this process, from its environment. @throws Error kUsage for a launcher's variables that contradict
   /// each other.
   World();
-  /// Meets the other ranks. @throws Error kIo if they do not come.
-  void connect();
+  /// The device of this rank among those of its machine, if `planned` is a GPU and there are several ranks.
+  Device device(Device planned) const;
+  /// Meets the other ranks, which exchange tensors on `device`. @throws Error kIo if they do not come.
+  void connect(Device device);
 
   const dist::LaunchInfo& launched() const { return launched_; }
   int rank() const { return launched_.rank; }

@@ -51,7 +51,8 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
 
   virtual const char* name() const = 0;
-  virtual DeviceKind device() const { return DeviceKind::cpu; }
+  /// Where tensors must be.
+  virtual Device device() const { return Device::cpu(); }
   /// Does `op` and returns the bytes that this rank sent. All members are in it, with stamps that agree; operations of
   /// one lane come one after the other, those of different lanes at the same time.
   /// @throws GroupError if the world fails meanwhile.

@@ -89,11 +89,11 @@ bool overlap(const Tensor& a, const Tensor& b) {
          b.offset() * size_of(b.dtype()) < (a.offset() + a.numel()) * size_of(a.dtype());
 }
 
-void check_tensor(Collective op, const Tensor& t, DeviceKind device, const char* implementation) {
+void check_tensor(Collective op, const Tensor& t, Device device, const char* implementation) {
   if (!t.defined()) fail(ErrorKind::kValue, name(op), "got an undefined tensor");
-  if (t.device().kind != device) {
-    fail(ErrorKind::kDevice, name(op), t.describe(), " is on ", t.device(), "; a group of kind ", implementation,
-         " takes tensors of the ", device == DeviceKind::cpu ? "CPU" : "GPU");
+  if (t.device() != device) {
+    fail(ErrorKind::kDevice, name(op), t.describe(), " is on ", t.device(), "; this group of kind ", implementation,
+         " takes tensors on ", device);
   }
   if (!t.is_contiguous()) {
     fail(ErrorKind::kShape, name(op), t.describe(), " is not contiguous (strides ", t.strides(),
@@ -165,6 +165,7 @@ int Group::rank() const { return impl_->rank; }
 int Group::size() const { return static_cast<int>(impl_->members->size()); }
 const std::string& Group::name() const { return impl_->name; }
 const std::vector<int>& Group::world_ranks() const { return *impl_->members; }
+Device Group::device() const { return impl_->engine->device(); }
 const char* Group::implementation() const { return impl_->engine->name(); }
 
 Group Group::subgroup(std::span<const int> ranks, const std::string& name) const {

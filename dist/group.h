@@ -76,6 +76,8 @@ class Group {
   const std::vector<int>& world_ranks() const;
   /// "self", "threads", "gloo", "nccl".
   const char* implementation() const;
+  /// Where its tensors are: the CPU for self, threads and Gloo.
+  Device device() const;
 
   /// A group of some members: `ranks` of this group in the order of the new one. Called by those members only, with
   /// equal arguments. Costs no communication. @throws Error kValue if this rank is not in it, a rank is outside or

@@ -29,7 +29,7 @@ void add_up(Group* group, std::span<Square> squares, const Parameters& parameter
   };
   each([&](auto part) { sums.insert(sums.end(), part.begin(), part.end()); });
   if (sums.empty()) return;
-  const Tensor tensor = Tensor::from(sums, {static_cast<int64_t>(sums.size())});
+  const Tensor tensor = Tensor::from(sums, {static_cast<int64_t>(sums.size())}, group->device());
   group->all_reduce_(tensor);
   sums = tensor.to_vector<typename decltype(sums)::value_type>();
   auto next = sums.begin();
@@ -41,9 +41,9 @@ void add_up(Group* group, std::span<Square> squares, const Parameters& parameter
 
 /// The bytes of all ranks, one after the other.
 std::string gather_text(Group& group, const std::string& own) {
-  const Tensor length = Tensor::from(std::vector<int64_t>{static_cast<int64_t>(own.size())}, {1});
+  const Tensor length = Tensor::from(std::vector<int64_t>{static_cast<int64_t>(own.size())}, {1}, group.device());
   const std::vector<int64_t> lengths = group.all_gather(length).to_vector<int64_t>();
-  const Tensor bytes = Tensor::from(std::vector<uint8_t>(own.begin(), own.end()), {static_cast<int64_t>(own.size())});
+  const Tensor bytes = Tensor::from(std::vector<uint8_t>(own.begin(), own.end()), {static_cast<int64_t>(own.size())}, group.device());
   const std::vector<uint8_t> all = group.all_gather(bytes, lengths).to_vector<uint8_t>();
   return {all.begin(), all.end()};
 }
@@ -56,7 +56,7 @@ MeshNorms::MeshNorms(const Groups& groups, const std::vector<std::string>& names
     fail(ErrorKind::kValue, kWhere, "there are ", names.size(), " names, but ", places.size(), " places");
   if (groups.stages == nullptr || groups.stages->size() == 1) return;
   const MemoryScope scope(MemoryCategory::communication);
-  const Tensor count = Tensor::from(std::vector<int64_t>{static_cast<int64_t>(names.size())}, {1});
+  const Tensor count = Tensor::from(std::vector<int64_t>{static_cast<int64_t>(names.size())}, {1}, groups.stages->device());
   counts_ = groups.stages->all_gather(count).to_vector<int64_t>();
   std::ostringstream own;
   for (size_t i = 0; i < names.size(); ++i) own << places[i] << ' ' << names[i] << '\n';
@@ -89,7 +89,7 @@ void MeshNorms::reduce(std::span<optim::ExactSum> squares, const Parameters& par
 void MeshNorms::complete(std::vector<double>& squares, const Parameters&) {
   if (model_.empty()) return;
   const MemoryScope scope(MemoryCategory::communication);
-  const Tensor own = Tensor::from(squares, {static_cast<int64_t>(squares.size())});
+  const Tensor own = Tensor::from(squares, {static_cast<int64_t>(squares.size())}, groups_.stages->device());
   const std::vector<double> all = groups_.stages->all_gather(own, counts_).to_vector<double>();
   squares.clear();
   for (const size_t i : model_) squares.push_back(all[i]);

@@ -117,7 +117,7 @@ class NcclEngine : public ProcessEngine {
     }
   }
   const char* name() const override { return "nccl"; }
-  DeviceKind device() const override { return DeviceKind::cuda; }
+  Device device() const override { return device_; }
 
   int64_t run(const Operation& op) override {
     if (op.stamp.op == Collective::barrier) return 0;  // all have come: that was found when the stamps were compared

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/autograd.h"
 #include "core/thread_pool.h"
 #include "dist/engine.h"
 #include "dist/reduce_tree.h"
@@ -105,7 +106,7 @@ class ThreadsEngine : public Engine {
  public:
   ThreadsEngine(std::shared_ptr<Board> board, std::shared_ptr<Meetings> meetings, int rank)
       : Engine(std::move(board), rank), meetings_(std::move(meetings)) {}
-  const char* name() const override { return board().size() == 1 ? "self" : "threads"; }
+  const char* name() const override { return "threads"; }
 
   int64_t run(const Operation& op) override {
     if (op.stamp.op == Collective::barrier) return 0;  // all have come: that was found when the stamps were compared
@@ -188,6 +189,25 @@ class ThreadsEngine : public Engine {
   std::shared_ptr<Meetings> meetings_;
 };
 
+/// What one rank gets is what it has.
+class SelfEngine final : public Engine {
+ public:
+  explicit SelfEngine(Device device)
+      : Engine(std::make_shared<Board>(1, -1, ThreadsOptions().timeout), 0), device_(device) {}
+  const char* name() const override { return "self"; }
+  Device device() const override { return device_; }
+
+  int64_t run(const Operation& op) override {
+    const autograd::NoGrad no_grad;
+    if (op.stamp.op != Collective::barrier && !op.input.is_same(op.output))
+      op.output.reshape({-1}).copy_(op.input.reshape({-1}));
+    return 0;
+  }
+
+ private:
+  Device device_;
+};
+
 /// Throws `error` again with the rank that threw it.
 [[noreturn]] void rethrow(const std::exception_ptr& error, int rank, int ranks) {
   const std::string where = concat("rank ", rank, " of ", ranks, ": ");
@@ -202,10 +222,7 @@ class ThreadsEngine : public Engine {
 
 }  // namespace
 
-Group self_group() {
-  return Group(std::make_shared<ThreadsEngine>(std::make_shared<Board>(1, -1, ThreadsOptions().timeout), nullptr, 0),
-               "world", {0});
-}
+Group self_group(Device device) { return Group(std::make_shared<SelfEngine>(device), "world", {0}); }
 
 void run_threads(int ranks, const std::function<void(Group&)>& program, const ThreadsOptions& options) {
   if (ranks < 1 || ranks > 1024) fail(ErrorKind::kValue, "run_threads", "ranks must be from 1 to 1024, got ", ranks);

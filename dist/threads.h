@@ -6,8 +6,8 @@
 
 namespace weft::dist {
 
-/// A group of one rank: every operation is a copy at most.
-Group self_group();
+/// A group of one rank, for tensors on `device`: every operation is a copy at most.
+Group self_group(Device device = Device::cpu());
 
 struct ThreadsOptions {
   /// Seconds after which an operation that not all ranks have come to is an error: longer than any rank computes

@@ -148,7 +148,7 @@ int64_t ParallelGpt::micro_batch(int64_t i) const {
 }
 
 std::pair<int64_t, int64_t> ParallelGpt::token_counts(int64_t tokens, int64_t valid) {
-  const Tensor counts = Tensor::from(std::vector<int64_t>{tokens, valid}, {2});
+  const Tensor counts = Tensor::from(std::vector<int64_t>{tokens, valid}, {2}, device_);
   data_.all_reduce_(counts);
   const std::vector<int64_t> sums = counts.to_vector<int64_t>();
   return {sums[0], sums[1]};
@@ -249,7 +249,7 @@ std::vector<double> ParallelGpt::loss_sums(int64_t count,
     const Tensor mean = forward(rows, step);
     if (mean.defined()) sums[static_cast<size_t>(i)] = mean.item() * static_cast<double>(valid);
   }
-  const Tensor all = Tensor::from(sums, {count});
+  const Tensor all = Tensor::from(sums, {count}, device_);
   if (pipeline_.size() > 1) pipeline_.broadcast_(all, pipeline_.size() - 1);
   data_.all_reduce_(all);
   return all.to_vector<double>();
