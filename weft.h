@@ -8,6 +8,7 @@
 #include "core/safetensors.h"
 #include "core/tensor.h"
 #include "core/thread_pool.h"
+#include "dist/data_parallel.h"
 #include "dist/group.h"
 #include "dist/mesh.h"
 #include "dist/processes.h"
