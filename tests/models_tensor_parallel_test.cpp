@@ -206,9 +206,39 @@ void on_layouts(std::initializer_list<int> counts, const std::function<void(cons
   }
 }
 
+/// Sums over ranks are rounded, and once more with the bias: half a unit in the last place for each, in four branches
+/// and the head. So against the same weights in f64 a gradient is further off than the plain model's by a few units at
+/// most.
+TEST(TensorParallelGpt, IsAsExactAsThePlainModelIn16Bits) {
+  const Tensor ids = some_ids("ids"), targets = some_targets();
+  for (const auto& [dtype, unit] : {std::pair{DType::bf16, 0x1p-8}, std::pair{DType::f16, 0x1p-11}}) {
+    SCOPED_TRACE(concat(dtype));
+    const Gpt whole(odd(), Device::cpu(), 1, dtype);
+    Gpt exact(odd(), Device::cpu(), 1, DType::f64);
+    NamedTensors weights;
+    for (const auto& [name, tensor] : whole.named_tensors()) weights.emplace_back(name, tensor.detach().to(DType::f64));
+    exact.load(weights);
+    const Tensor want = exact.loss(ids, targets, kStep), got = whole.loss(ids, targets, kStep);
+    want.backward();
+    got.backward();
+    const auto right = gradients_of(exact), plain = gradients_of(whole);
+    on_layouts({2, 3, 4}, [&, dtype = dtype, unit = unit](const Layout& layout) {
+      const Gpt gpt(odd(), Device::cpu(), 1, dtype, layout.part());
+      const Tensor loss = gpt.loss(ids, targets, kStep);
+      loss.backward();
+      EXPECT_LE(error(loss, want), 2 * error(got, want) + unit / 16);
+      for (const Parameter& p : gpt.parameters()) {
+        const double off = error(p.tensor.grad(), part_of(p, right.at(p.name))),
+                     plain_off = error(part_of(p, plain.at(p.name)), part_of(p, right.at(p.name)));
+        EXPECT_LE(off, 2 * plain_off + 2.5 * unit) << p.name;
+      }
+    });
+  }
+}
+
 TEST(TensorParallelGpt, LossAndEveryGradientAreThoseOfOneProcess) {
   const Tensor ids = some_ids("ids"), targets = some_targets();
-  for (const DType dtype : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
+  for (const DType dtype : {DType::f64, DType::f32}) {
     SCOPED_TRACE(concat(dtype));
     const Gpt whole(odd(), Device::cpu(), 1, dtype);
     const Tensor whole_loss = whole.loss(ids, targets, kStep);
@@ -219,7 +249,7 @@ TEST(TensorParallelGpt, LossAndEveryGradientAreThoseOfOneProcess) {
       const Tensor loss = gpt.loss(ids, targets, kStep);
       loss.backward();
       const bool one = layout.group->size() == 1;
-      const double tolerance = one ? 0 : bound(dtype == DType::f16 ? DType::bf16 : dtype, 60);
+      const double tolerance = one ? 0 : bound(dtype, 60);
       EXPECT_LE(error(loss, whole_loss), tolerance);
       expect_gradients(gpt, gradients, tolerance);
     });
