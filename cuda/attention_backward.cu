@@ -151,8 +151,15 @@ __global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kB
     one[i] = 1;
     scales[i] = static_cast<A>(a.shape.scale);
   }
-  S::store(row_at(a.dk, unit.b, unit.head, first) + own_column, a.dk.token, keys, own_columns, dk, scales);
-  S::store(row_at(a.dv, unit.b, unit.head, first) + own_column, a.dv.token, keys, own_columns, dv, one);
+  if (a.dk_sum.data != nullptr) {
+    S::template store_sums<true>(row_at(a.dk_sum, unit.b, unit.head, first) + own_column, a.dk_sum.token, keys,
+                                 own_columns, dk, scales);
+    S::template store_sums<true>(row_at(a.dv_sum, unit.b, unit.head, first) + own_column, a.dv_sum.token, keys,
+                                 own_columns, dv, one);
+  } else {
+    S::store(row_at(a.dk, unit.b, unit.head, first) + own_column, a.dk.token, keys, own_columns, dk, scales);
+    S::store(row_at(a.dv, unit.b, unit.head, first) + own_column, a.dv.token, keys, own_columns, dv, one);
+  }
 }
 
 template <class T, int kChunk>
@@ -207,7 +214,12 @@ __global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kB
     S::add_products(dq, scores, tile_b);
     __syncthreads();
   }
-  S::store(row_at(a.dq, unit.b, unit.head, first) + own_column, a.dq.token, queries, own_columns, dq, scales);
+  if (a.dq_sum.data != nullptr) {
+    S::template store_sums<true>(row_at(a.dq_sum, unit.b, unit.head, first) + own_column, a.dq_sum.token, queries,
+                                 own_columns, dq, scales);
+  } else {
+    S::store(row_at(a.dq, unit.b, unit.head, first) + own_column, a.dq.token, queries, own_columns, dq, scales);
+  }
 }
 
 template <class T, int kChunk>
@@ -329,6 +341,13 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2)
       scales[m][half] = static_cast<float>(a.shape.scale);
     }
   }
+  if (a.dk_sum.data != nullptr) {
+    cuda::store_sums<true>(row_at(a.dk_sum, unit.b, unit.head, warp_first), a.dk_sum.token, keys - warp_row, columns,
+                           dk, scales);
+    cuda::store_sums<true>(row_at(a.dv_sum, unit.b, unit.head, warp_first), a.dv_sum.token, keys - warp_row, columns,
+                           dv, one);
+    return;
+  }
   cuda::store_tile<kWidth>(row_at(a.dk, unit.b, unit.head, warp_first), a.dk.token, keys - warp_row, columns,
                            out_packed, dk, scales, k + warp_row * Tiles::kStride);
   cuda::store_tile<kWidth>(row_at(a.dv, unit.b, unit.head, warp_first), a.dv.token, keys - warp_row, columns,
@@ -415,6 +434,11 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2)
   float scales[kM][2];
 #pragma unroll
   for (auto& row : scales) row[0] = row[1] = static_cast<float>(a.shape.scale);
+  if (a.dq_sum.data != nullptr) {
+    cuda::store_sums<true>(row_at(a.dq_sum, unit.b, unit.head, warp_first), a.dq_sum.token, warp_queries, columns, dq,
+                           scales);
+    return;
+  }
   cuda::store_tile<kWidth>(row_at(a.dq, unit.b, unit.head, warp_first), a.dq.token, warp_queries, columns, out_packed,
                            dq, scales, q + warp_row * Tiles::kStride);
 }

@@ -46,6 +46,17 @@ __global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kB
     high[i] = -std::numeric_limits<A>::infinity();
     sum[i] = 0;
   }
+  if (a.lse_before != nullptr) {  // as if the parts before were one key with their lse as its score
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      if (S::row(i) >= queries) continue;
+      high[i] = a.lse_before[(unit.b * a.shape.heads + unit.head) * a.shape.queries + first + S::row(i)] *
+                static_cast<A>(kLog2E);
+      sum[i] = S::x() == 0 ? 1 : 0;
+    }
+    S::load_sums(out, row_at(a.so_far, unit.b, unit.head, first) + static_cast<int64_t>(unit.chunk) * kChunk,
+                 a.so_far.token, queries, own_columns);
+  }
   for (int key = 0; key < keys; key += kTile) {
     const int rows = min(keys - key, kTile);
     typename S::Scores s;
@@ -102,8 +113,13 @@ __global__ void __launch_bounds__(Simt<T, kChunk>::kThreads, Simt<T, kChunk>::kB
           high[i] * static_cast<A>(kLn2) + log(total);
     }
   }
-  S::store(row_at(a.out, unit.b, unit.head, first) + static_cast<int64_t>(unit.chunk) * kChunk, a.out.token, queries,
-           own_columns, out, inverse);
+  const int64_t own_column = static_cast<int64_t>(unit.chunk) * kChunk;
+  if (a.so_far.data != nullptr) {
+    S::template store_sums<false>(row_at(a.so_far, unit.b, unit.head, first) + own_column, a.so_far.token, queries,
+                                  own_columns, out, inverse);
+  } else {
+    S::store(row_at(a.out, unit.b, unit.head, first) + own_column, a.out.token, queries, own_columns, out, inverse);
+  }
 }
 
 template <class T, int kChunk>
@@ -216,6 +232,23 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2)
       sum[m][half] = 0;
     }
   }
+  float* const so_far = row_at(a.so_far, unit.b, unit.head, warp_first);
+  if (a.lse_before != nullptr) {  // as if the parts before were one key with their lse as its score
+    const float* const before = a.lse_before + (unit.b * a.shape.heads + unit.head) * a.shape.queries + warp_first;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = cuda::register_row(m, 2 * half);
+        if (row >= warp_queries) continue;
+        high[m][half] = before[row] * static_cast<float>(kLog2E);
+        sum[m][half] = cuda::lane_of_warp() % 4 == 0 ? 1.0f : 0.0f;
+      }
+    }
+    out.update([&](int row, int column, float) {
+      return row < warp_queries && column < columns ? so_far[row * a.so_far.token + column] : 0.0f;
+    });
+  }
   int stage = 0;
   for (int key = 0; key < keys; key += kKeys, stage ^= 1) {
     cuda::wait_for_loads();
@@ -249,8 +282,12 @@ __global__ void __launch_bounds__(cuda::kMmaThreads, 2)
       }
     }
   }
-  cuda::store_tile<kWidth>(row_at(a.out, unit.b, unit.head, warp_first), a.out.token, warp_queries, columns, out_packed,
-                           out, inverse, q + warp_row * Tiles::kStride);
+  if (a.so_far.data != nullptr) {
+    cuda::store_sums<false>(so_far, a.so_far.token, warp_queries, columns, out, inverse);
+  } else {
+    cuda::store_tile<kWidth>(row_at(a.out, unit.b, unit.head, warp_first), a.out.token, warp_queries, columns,
+                             out_packed, out, inverse, q + warp_row * Tiles::kStride);
+  }
 }
 
 template <class T>

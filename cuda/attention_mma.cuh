@@ -182,6 +182,25 @@ __device__ inline void store_tile(T* to, int64_t stride, int rows, int columns, 
   }
 }
 
+/// Writes a warp's sums, times a factor for each row, not rounded, or adds them: `rows` rows of `columns` columns.
+template <bool kAdd, int kM, int kN>
+__device__ inline void store_sums(float* to, int64_t stride, int rows, int columns, const Registers<kM, kN>& sums,
+                                  const float (&factor)[kM][2]) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = register_row(m, e), column = register_column(n, e);
+        if (row >= rows || column >= columns) continue;
+        float& at = to[row * stride + column];
+        at = kAdd ? at + factor[m][e / 2] * sums.at[m][n][e] : factor[m][e / 2] * sums.at[m][n][e];
+      }
+    }
+  }
+}
+
 /// Calls f.operator()<kWidth>() with the smallest width of the tensor core kernels that holds `head_size` columns.
 template <class F>
 void with_width(int64_t head_size, F&& f) {

@@ -125,6 +125,36 @@ struct Simt {
     }
   }
 
+  /// sums[i] = from[i]; `rows` rows and `columns` columns.
+  static __device__ void load_sums(Sums& sums, const A* from, int64_t stride, int rows, int columns) {
+    each_sum(sums, rows, columns, [&](int row, int, int column, A& sum) { sum = from[row * stride + column]; });
+  }
+
+  /// to[i] = factor[i] * sums[i], not rounded, or added to it.
+  template <bool kAdd>
+  static __device__ void store_sums(A* to, int64_t stride, int rows, int columns, Sums& sums, const A (&factor)[kPer]) {
+    each_sum(sums, rows, columns, [&](int row, int i, int column, A& sum) {
+      A& at = to[row * stride + column];
+      at = kAdd ? at + factor[i] * sum : factor[i] * sum;
+    });
+  }
+
+  /// f(row, i, column, sum) for the thread's sums in `rows` rows and `columns` columns.
+  template <class F>
+  static __device__ void each_sum(Sums& sums, int rows, int columns, F f) {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      if (row(i) >= rows) continue;
+#pragma unroll
+      for (int w = 0; w < kPacks; ++w) {
+#pragma unroll
+        for (int e = 0; e < kPack; ++e) {
+          if (sum_column(w) + e < columns) f(row(i), i, sum_column(w) + e, sums[i][w].at[e]);
+        }
+      }
+    }
+  }
+
   /// to[i] = factor[i] * sums[i], rounded once; `rows` rows and `columns` columns.
   static __device__ void store(T* to, int64_t stride, int rows, int columns, const Sums& sums,
                                const A (&factor)[kPer]) {

@@ -268,6 +268,11 @@ void attention_part(const Tensor& q, const Tensor& k, const Tensor& v, const Att
   if (shape.keys == 0 && shape.queries > 0 && !part.resume)
     fail(ErrorKind::kShape, kOp, "the first part must have a key to attend to: k is ", k.describe());
   if (shape.keys == 0) return;
+  Tensor before;
+  if (part.resume) {
+    const MemoryScope scope(MemoryCategory::workspace);
+    before = lse.clone();
+  }
   for (const Tensor* written : {&out, &lse}) written->begin_change(kOp);
   launch(q.device(), kOp, [&](auto device) {
     dispatch_float(q.dtype(), kOp, [&]<class T>() {
@@ -278,7 +283,7 @@ void attention_part(const Tensor& q, const Tensor& k, const Tensor& v, const Att
                                     .out = {},
                                     .lse = lse.data<Accumulate<T>>(),
                                     .so_far = heads_of<Accumulate<T>>(out),
-                                    .resume = part.resume});
+                                    .lse_before = data_or_null<T>(before)});
     });
   });
 }

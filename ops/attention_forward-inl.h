@@ -71,7 +71,7 @@ void finish_softmax(int64_t count, const T* max, T* sum, T* lse) {
 template <class T, class S>
 void resume_row(const AttentionForward<S>& a, int64_t b, int64_t head, int64_t query, int64_t padded, T& max, T& sum,
                 T* out) {
-  max = a.lse[(b * a.shape.heads + head) * a.shape.queries + query] * static_cast<T>(kLog2E);
+  max = a.lse_before[(b * a.shape.heads + head) * a.shape.queries + query] * static_cast<T>(kLog2E);
   sum = T(1);
   load_row<T>(a.so_far.at(b, head, query), a.shape.head_size, padded, out);
 }
@@ -113,11 +113,11 @@ void forward_chunk(const AttentionForward<S>& a, const AttentionUnits& units, in
     transpose(a.q.at(b, head, first), a.q.token, queries, shape.head_size, q_rows, qt);
     std::fill_n(max, kQ, -std::numeric_limits<T>::infinity());
     std::fill_n(sum, kQ, T(0));
-    for (int64_t i = 0; a.resume && i < queries; ++i) {
+    for (int64_t i = 0; a.lse_before != nullptr && i < queries; ++i) {
       resume_row(a, b, head, first + i, padded, max[i], sum[i], out + i * padded);
     }
     for (int64_t key = 0; key < keys; key += kK) {
-      const bool goes_on = key > 0 || a.resume;
+      const bool goes_on = key > 0 || a.lse_before != nullptr;
       const TileMask mask = {std::min(kK, keys - key), queries, seen - key};
       const Rows<P> k = rows_along(a.k.at(b, kv_head, key), a.k.token, mask.keys, shape.head_size, k_rows);
       product<true>(mask.keys, columns, k.data, k.stride, qt, kQ, static_cast<T>(shape.scale * kLog2E), T(0), s, kQ,
@@ -208,7 +208,7 @@ void forward_few(const AttentionForward<S>& a, int64_t b, int64_t kv_head) {
   std::fill_n(out, rows * padded, T(0));
   std::fill_n(max, whole, -std::numeric_limits<T>::infinity());
   std::fill_n(sum, whole, T(0));
-  for (int64_t row = 0; a.resume && row < rows; ++row) {
+  for (int64_t row = 0; a.lse_before != nullptr && row < rows; ++row) {
     resume_row(a, b, head(row), query(row), padded, max[row], sum[row], out + row * padded);
   }
   const int64_t keys = std::min(shape.keys, keys_seen(shape, shape.queries - 1));

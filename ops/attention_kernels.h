@@ -29,10 +29,10 @@ struct AttentionForward {
   HeadView<T> out;
   Accumulate<T>* lse;  ///< [B, H, Tq]: ln(sum_j exp(score))
   /// If it has data, the result is written here, unrounded, instead of to `out`: for keys that come in parts, the
-  /// result over those so far. With `resume`, it and lse are read first, as the result over the parts before (Milakov &
-  /// Gimelshein 2018); without, these keys are the first part, of which every query must see one.
+  /// result over those so far. With lse_before it is read first, as the result over the parts before, whose lse that is
+  /// (Milakov & Gimelshein 2018); without, these keys are the first part, of which every query must see one.
   HeadView<Accumulate<T>> so_far = {};
-  bool resume = false;
+  const Accumulate<T>* lse_before = nullptr;  ///< [B, H, Tq], in other memory than lse
 };
 
 template <class T>

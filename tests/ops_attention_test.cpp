@@ -387,6 +387,25 @@ TEST(Attention, RefusesWhatDoesNotFit) {
                attention(q, k, k, {.heads = 4, .kv_heads = 2, .scale = INFINITY}));
 }
 
+TEST(Attention, PartsThatDoNotFitAreNamed) {
+  const Tensor q = Tensor::zeros({1, 5, 4, 8}), k = Tensor::zeros({1, 7, 2, 8}), lse = Tensor::zeros({1, 4, 5});
+  const auto part = [&](const Tensor& keys, const AttentionPart& how, const Tensor& out, const Tensor& sums) {
+    attention_part(q, keys, keys, how, out, sums);
+  };
+  EXPECT_ERROR(ErrorKind::kShape, "kv_heads dividing H", part(Tensor::zeros({1, 7, 3, 8}), {}, q.clone(), lse));
+  EXPECT_ERROR(ErrorKind::kValue, "query_offset must not be negative, got -1",
+               part(k, {.causal = true, .query_offset = -1}, q.clone(), lse));
+  EXPECT_ERROR(ErrorKind::kShape, "lse must be row-major f32 [B, H, Tq]",
+               part(k, {}, q.clone(), Tensor::zeros({4, 5})));
+  EXPECT_ERROR(ErrorKind::kShape, "out must be f32 [1, 5, 4, 8]", part(k, {}, q.to(DType::f64), lse));
+  EXPECT_ERROR(ErrorKind::kShape, "unit stride",
+               part(Tensor::zeros({1, 7, 2, 16}).slice(3, 0, 16, 2), {}, q.clone(), lse));
+  EXPECT_ERROR(ErrorKind::kShape, "the first part must have a key",
+               part(Tensor::zeros({1, 0, 2, 8}), {}, q.clone(), lse));
+  EXPECT_ERROR(ErrorKind::kShape, "dk must be f32 [1, 7, 2, 8]",
+               attention_part_backward(q, k, k, {}, q, lse, q, q.clone(), q.clone(), k.clone()));
+}
+
 TEST(Attention, AQueryMayStandFarBeyondTheKeys) {
   const Tensor q = random({1, 5, 8}, DType::f32, "q"), k = random({1, 6, 8}, DType::f32, "k");
   const Tensor far = attention(q, k, k, {.heads = 1, .query_offset = std::numeric_limits<int64_t>::max()});
