@@ -11,6 +11,7 @@ constexpr Command kCommands[] = {
     {"data", "prepares and inspects token files", run_data},
     {"checkpoint", "lists, verifies and shows checkpoints", run_checkpoint},
     {"plan", "tells what a distributed run would do, before it runs", run_plan},
+    {"verify", "proves that a layout of ranks trains as one rank does", run_verify},
     {"launch", "starts the ranks of a run on one or several machines", run_launch},
     {"bench", "measures the speed of operations and models on this machine", run_bench},
     {"doctor", "tells what this machine and this build can do", run_doctor},

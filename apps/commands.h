@@ -15,6 +15,7 @@ int run_tokenize(std::span<const std::string> args);
 int run_data(std::span<const std::string> args);
 int run_checkpoint(std::span<const std::string> args);
 int run_plan(std::span<const std::string> args);
+int run_verify(std::span<const std::string> args);
 int run_launch(std::span<const std::string> args);
 int run_bench(std::span<const std::string> args);
 int run_doctor(std::span<const std::string> args);

@@ -239,7 +239,9 @@ void run_threads(int ranks, const std::function<void(Group&)>& program, const Th
   const auto run = [&](int rank) {
     std::string what;
     try {
-      Group world(std::make_shared<ThreadsEngine>(board, meetings, rank), "world", everyone);
+      std::shared_ptr<Engine> engine = std::make_shared<ThreadsEngine>(board, meetings, rank);
+      if (options.engine) engine = options.engine(engine);
+      Group world(std::move(engine), "world", everyone);
       program(world);
     } catch (const GroupError& error) {
       const std::lock_guard lock(mutex);

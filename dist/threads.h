@@ -15,6 +15,8 @@ struct ThreadsOptions {
   double timeout = 1800;
   /// File for the last 1,000 operations when something fails; "": the newest go to the log.
   std::string flight_record = {};
+  /// What a rank's groups move data with, made of what they would; for programs that watch or disturb it. Null: that.
+  std::function<std::shared_ptr<Engine>(std::shared_ptr<Engine> engine)> engine = {};
 };
 
 /// Runs program(world) on `ranks` threads of this process, each a rank of one group "world"; returns when all have

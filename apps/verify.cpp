@@ -1,0 +1,74 @@
+// weft verify: whether a layout trains as one rank does.
+#include <iomanip>
+#include <iostream>
+
+#include "apps/commands.h"
+#include "apps/files.h"
+#include "apps/verify_options.h"
+
+namespace weft::apps {
+namespace {
+
+std::string command_line(const std::vector<std::string>& arguments) {
+  std::string line = "weft verify";
+  for (const std::string& argument : arguments) line += ' ' + (argument.empty() ? "''" : argument);
+  return line;
+}
+
+/// Random comparisons one after the other; whether all were equal.
+bool fuzz(int64_t count, int64_t seed) {
+  const double begin = steady_seconds();
+  int64_t different = 0;
+  for (int64_t number = 0; number < count; ++number) {
+    const std::vector<std::string> arguments = random_arguments(seed, number);
+    const double start = steady_seconds();
+    std::string verdict = "equal";
+    std::ostringstream details;
+    try {
+      const models::Verification verification = verification_of(arguments);
+      const models::VerifyReport report = models::verify(verification);
+      if (!report.equal()) {
+        verdict = "DIFFERENT";
+        models::print_report(details, verification, report, false);
+      }
+    } catch (const Error& error) {
+      verdict = "FAILED";
+      details << error.what() << "\n";
+    }
+    different += verdict != "equal";
+    std::cout << std::setw(4) << number + 1 << "  " << std::left << std::setw(9) << verdict << std::right << "  "
+              << fixed(steady_seconds() - start, 2) << " s  " << command_line(arguments) << "\n"
+              << details.str() << std::flush;
+  }
+  std::cout << count << " comparisons in " << fixed(steady_seconds() - begin, 1) << " s: " << count - different
+            << " equal, " << different << " not\n";
+  return different == 0;
+}
+
+}  // namespace
+
+int run_verify(std::span<const std::string> args) {
+  VerifyOptions o;
+  int64_t count = 0;
+  bool all_errors = false;
+  Options options("verify",
+                  "Trains a small model on a layout of ranks and on one rank, on the same made-up data, and compares "
+                  "losses, gradients, norms, parameters and optimizer state of every step. Ranks are threads of this "
+                  "process. Exit code 0: equal, 1: different.");
+  o.declare(options);
+  options.section("comparison", "The comparison");
+  options.add("fuzz", &count, {.min = 0, .max = 1 << 20, .unit = "comparisons"},
+              "make this many random comparisons instead; each prints the command that repeats it");
+  options.add("tensors", &all_errors, "where numbers may differ: print every tensor's error");
+  if (!options.parse(args)) return 0;
+  if (count > 0) return fuzz(count, o.seed) ? 0 : 1;
+  const models::Verification verification = o.verification(options);
+  for (const models::ParallelOptions& layout : verification.layouts)
+    std::cout << layout.mesh.size() << " ranks, mesh " << quoted(layout.mesh.to_string())
+              << ", against one: " << verification.steps << " steps of " << o.accumulate << " micro-batches\n";
+  const models::VerifyReport report = models::verify(verification);
+  models::print_report(std::cout, verification, report, all_errors);
+  return report.equal() ? 0 : 1;
+}
+
+}  // namespace weft::apps
