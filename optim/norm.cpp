@@ -16,6 +16,17 @@ TensorData data_of(const Tensor& tensor) {
   return {tensor.raw(), tensor.numel(), tensor.dtype()};
 }
 
+void require_whole(const Parameters& parameters) {
+  for (const Parameter& parameter : parameters) {
+    if (!parameter.part) continue;
+    fail(
+        ErrorKind::kState, "grad_norm", "this process has a part of ", quoted(parameter.name), " (",
+        describe(*parameter.part),
+        "), so that its squares alone are not those of the tensor. Hint: give the optimizer a NormReducer that adds up "
+        "the parts, such as dist::MeshNorms");
+  }
+}
+
 /// Says what is wrong with a gradient whose sum of squares is not finite.
 [[noreturn]] void report(const Parameter& parameter) {
   const Tensor gradient = parameter.tensor.grad();
@@ -53,6 +64,10 @@ void NormReducer::reduce(std::span<ExactSum>, const Parameters&) {
 void NormReducer::queue(const Tensor&, const Parameters&) {
   fail(ErrorKind::kState, "grad_norm", "this reducer works on the host; ask on_device() first");
 }
+
+void LocalNorms::reduce(std::span<double>, const Parameters& parameters) { require_whole(parameters); }
+
+void LocalNorms::queue(const Tensor&, const Parameters& parameters) { require_whole(parameters); }
 
 void reduce_on(const Tensor& squares, const Parameters& parameters, NormReducer& reducer) {
   if (DryRun::active()) return;

@@ -27,13 +27,13 @@ class NormReducer {
   virtual void queue(const Tensor& squares, const Parameters& parameters);
 };
 
-/// Everything is held here: nothing to do.
+/// Everything is held here: nothing to do. @throws Error kState for a parameter of which other processes have parts.
 class LocalNorms final : public NormReducer {
  public:
   using NormReducer::reduce;
-  void reduce(std::span<double>, const Parameters&) override {}
+  void reduce(std::span<double> squares, const Parameters& parameters) override;
   bool on_device() const override { return true; }
-  void queue(const Tensor&, const Parameters&) override {}
+  void queue(const Tensor& squares, const Parameters& parameters) override;
 };
 
 /// Whether the reducer gets exact sums: on the CPU, outside of dry runs, if it takes them.

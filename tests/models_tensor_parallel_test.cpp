@@ -6,9 +6,11 @@
 
 #include "core/autograd.h"
 #include "dist/collective_ops.h"
+#include "dist/mesh_norms.h"
 #include "dist/threads.h"
 #include "models/gpt.h"
 #include "ops/elementwise.h"
+#include "ops/loss.h"
 #include "optim/adam.h"
 #include "tests/error_of.h"
 #include "tests/values.h"
@@ -159,6 +161,42 @@ TEST(TensorParallelLayers, SharesOfRowsMayBeNone) {
     y.backward(Tensor::ones(y.shape()));
     EXPECT_TRUE(part.weight().grad().defined());
   });
+}
+
+TEST(TensorParallelLayers, AHeadCutByWordsExchangesTwoNumbersARowOnceAChunk) {
+  constexpr int64_t kWords = 13, kChannels = 6, kTokens = 11;
+  const Tensor x = random({kTokens, kChannels}, DType::f64, "x"), w = random({kWords, kChannels}, DType::f64, "w");
+  const Tensor targets = Tensor::from(std::vector<int32_t>{0, 12, 5, -1, 6, 4, 9, 3, -1, 1, 7}, {kTokens});
+  const auto options = [](int64_t chunk_rows) {
+    LinearCrossEntropyOptions chosen;
+    chosen.ignore_index = -1, chosen.chunk_rows = chunk_rows;
+    return chosen;
+  };
+  const Tensor whole_x = leaf(x), whole_w = leaf(w);
+  const Tensor want = linear_cross_entropy(whole_x, whole_w, targets, options(0));
+  want.backward();
+  for (const int ranks : {2, 3, 4}) {
+    for (const int64_t chunk_rows : {1, 4, 11}) {
+      dist::run_threads(ranks, [&](Group& world) {
+        const IndexRange words = Split(&world, false).share(kWords);
+        const Tensor own_x = leaf(x), own_w = leaf(w.narrow(0, words.begin, words.count()));
+        LinearCrossEntropyOptions cut = options(chunk_rows);
+        cut.slice = {words.begin, kWords, (kWords + ranks - 1) / ranks,
+                     [&](const Tensor& parts) { return world.all_gather(parts); }};
+        const Tensor loss = linear_cross_entropy(dist::replicate(own_x, world), own_w, targets, cut);
+        const auto sent = world.traffic(Collective::all_gather);
+        EXPECT_EQ(sent.calls, (kTokens + chunk_rows - 1) / chunk_rows);
+        EXPECT_EQ(sent.bytes_sent, (ranks - 1) * kTokens * 2 * 8);
+        loss.backward();
+        EXPECT_LE(error(loss, want), 1e-14);
+        EXPECT_LE(error(own_x.grad(), whole_x.grad()), 1e-14);
+        EXPECT_LE(error(own_w.grad(), whole_w.grad().narrow(0, words.begin, words.count())), 1e-14);
+      });
+    }
+  }
+  LinearCrossEntropyOptions wrong;
+  wrong.slice = {8, 13, 7, [](const Tensor& parts) { return parts; }};
+  EXPECT_ERROR(ErrorKind::kValue, "a slice needs", linear_cross_entropy(x, w.narrow(0, 0, 6), targets, wrong));
 }
 
 // ---- GPT ----
@@ -346,8 +384,11 @@ TEST(TensorParallelGpt, RecomputationKeepsTheBits) {
 
 TEST(TensorParallelGpt, TwentyStepsOfAdamWStayWithinTheBound) {
   const Tensor ids = some_ids("ids"), targets = some_targets();
-  const auto train = [&](const Gpt& gpt) {
-    optim::Adam adam(gpt.parameters(), {.weight_decay = 0.1});
+  const auto train = [&](const Gpt& gpt, Group* group) {
+    dist::MeshNorms::Groups groups;
+    groups.tensor = group;
+    optim::Adam adam(gpt.parameters(), {.weight_decay = 0.1, .clip_norm = 1},
+                     std::make_shared<dist::MeshNorms>(groups));
     std::vector<double> losses;
     for (uint64_t step = 0; step < 20; ++step) {
       const Tensor loss = gpt.loss(ids, targets, {.step = step});
@@ -363,11 +404,11 @@ TEST(TensorParallelGpt, TwentyStepsOfAdamWStayWithinTheBound) {
   for (const auto& [dtype, tolerance] :
        {std::pair{DType::f64, 1e-10}, std::pair{DType::f32, 100 * bound(DType::f32, 60)}}) {
     const Gpt whole(odd(), Device::cpu(), 1, dtype);
-    const std::vector<double> want = train(whole);
+    const std::vector<double> want = train(whole, nullptr);
     EXPECT_LT(want.back(), 0.8 * want.front());
     on_layouts({1, 2, 3, 4}, [&, dtype = dtype, tolerance = tolerance](const Layout& layout) {
       const Gpt gpt(odd(), Device::cpu(), 1, dtype, layout.part());
-      const std::vector<double> losses = train(gpt);
+      const std::vector<double> losses = train(gpt, layout.group);
       for (size_t i = 0; i < want.size(); ++i) {
         if (layout.group->size() == 1) {
           EXPECT_EQ(losses[i], want[i]) << i;
@@ -517,7 +558,10 @@ TEST(TensorParallelGpt, WhatItCannotDoIsSaid) {
     EXPECT_ERROR(ErrorKind::kState, "logits needs whole layers", gpt.logits(ids));
     EXPECT_ERROR(ErrorKind::kState, "generation needs whole layers", gpt.next_logits(ids, cache));
     EXPECT_ERROR(ErrorKind::kState, "fp8 needs whole layers", gpt.use_fp8());
-    EXPECT_ERROR(ErrorKind::kIndex, "", gpt.loss(some_ids("ids", 1000), some_ids("ids")));
+    EXPECT_ERROR(ErrorKind::kIndex, "the table has 23 rows", gpt.loss(some_ids("ids", 1000), some_ids("ids")));
+    optim::Adam adam(gpt.parameters(), {});
+    gpt.loss(ids, some_targets()).backward();
+    EXPECT_ERROR(ErrorKind::kState, "a part of \"wte.weight\"", adam.step(1e-3));
   });
 }
 
