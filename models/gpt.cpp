@@ -1,10 +1,12 @@
 #include "models/gpt.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/autograd.h"
 #include "core/offload.h"
 #include "dist/group.h"
+#include "dist/ring_attention.h"
 #include "ops/attention.h"
 #include "ops/dropout.h"
 #include "ops/elementwise.h"
@@ -22,12 +24,60 @@ double residual_deviation(const GptConfig& config) {
 
 autograd::Keep keep(bool recompute) { return recompute ? autograd::Keep::kRecipe : autograd::Keep::kValue; }
 
-/// Dropout on the stream of a step's rows of ids [B, T], or this rank's share of it.
+bool shares_sequences(const GptPart& part) { return part.context != nullptr && part.context->size() > 1; }
+
+/// Which tokens of the sequences a forward pass has: all, or those of one rank of a context group.
+struct Tokens {
+  Shape ids;  ///< [B, T] of those that are here
+  dist::SequenceLayout layout;
+  dist::Group* context = nullptr;  ///< null: all are here
+  int rank = 0;                    ///< of the layout
+};
+
+/// @throws Error unless the step says which tokens these are, and they are as many.
+Tokens tokens_of(const Shape& ids, const GptPart& part, const GptStep& step) {
+  if (ids.rank() != 2) fail(ErrorKind::kShape, "gpt", "ids must be [B, T], got ", ids);
+  const bool shared = shares_sequences(part);
+  const int ranks = shared ? part.context->size() : 1, rank = shared ? part.context->rank() : 0;
+  if (shared && !step.layout) {
+    fail(ErrorKind::kValue, "gpt", "sequences are shared out over ", ranks,
+         " ranks, and the step does not say how. Hint: GptStep::layout");
+  }
+  const dist::SequenceLayout layout = step.layout.value_or(dist::SequenceLayout(ids[1], ranks));
+  if (layout.ranks() != ranks) {
+    fail(ErrorKind::kValue, "gpt", "the step's layout is for ", layout.ranks(), " ranks, and ", ranks,
+         " share the model's sequences");
+  }
+  if (ids[1] != layout.count(rank)) {
+    fail(ErrorKind::kShape, "gpt", "rank ", rank, " of ", ranks, " has ", layout.count(rank), " of a sequence's ",
+         layout.tokens(), " tokens, got ids ", ids);
+  }
+  return {ids, layout, shared ? part.context : nullptr, rank};
+}
+
+/// Dropout on the stream of a step's rows of ids, or this rank's share of it: a mask depends on the row's place in the
+/// batch, the token's in the sequence, and the channel.
 Tensor apply_dropout(const Tensor& x, double p, const RandomStream& stream, bool training, const GptStep& step,
-                     const Shape& ids, const Split& split) {
-  const int64_t here = split.sequence() ? split.share(ids[0] * ids[1]).begin : 0;
-  const int64_t first = (step.first_row * ids[1] + here) * x.size(-1);
-  return dropout(x, p, stream.at_step(step.step), training, static_cast<uint64_t>(first), step.step_at);
+                     const Tokens& tokens, const Split& split) {
+  const int64_t batch = tokens.ids[0], here = tokens.ids[1], channels = x.size(-1);
+  const IndexRange rows = split.sequence() ? split.share(batch * here) : IndexRange{0, batch * here};
+  std::vector<StreamRun> runs;
+  int64_t row = 0;  // of the tokens that are here
+  for (int64_t b = 0; b < batch; ++b) {
+    for (const IndexRange& range : tokens.layout.ranges(tokens.rank)) {
+      const int64_t begin = std::max(row, rows.begin), count = std::min(row + range.count(), rows.end) - begin;
+      const int64_t place = (step.first_row + b) * tokens.layout.tokens() + range.begin + begin - row;
+      row += range.count();
+      if (count <= 0) continue;
+      const auto first = static_cast<uint64_t>(place * channels);
+      if (!runs.empty() && runs.back().first + static_cast<uint64_t>(runs.back().count) == first) {
+        runs.back().count += count * channels;
+      } else {
+        runs.push_back({count * channels, first});
+      }
+    }
+  }
+  return dropout(x, p, stream.at_step(step.step), training, runs, step.step_at);
 }
 
 /// Of the queries, keys and values [3 C] of all heads those of some.
@@ -56,11 +106,12 @@ class Attention : public Module {
     add("proj", proj_);
   }
 
-  /// @param ids  [B, T]: what x belongs to
-  Tensor operator()(const Tensor& x, const Shape& ids) const {
+  /// @param tokens  what x belongs to
+  Tensor operator()(const Tensor& x, const Tokens& tokens) const {
+    const Shape& ids = tokens.ids;
     const Tensor qkv = qkv_(x, ids[0] * ids[1]);
-    if (!split_.sequence()) return proj_(causal_attention(qkv, heads_.count(), keep_));
-    const Tensor y = causal_attention(qkv.reshape({ids[0], ids[1], qkv.size(-1)}), heads_.count(), keep_);
+    if (!split_.sequence()) return proj_(attend(qkv, tokens));
+    const Tensor y = attend(qkv.reshape({ids[0], ids[1], qkv.size(-1)}), tokens);
     return proj_(y.reshape({ids[0] * ids[1], y.size(-1)}));
   }
 
@@ -77,6 +128,14 @@ class Attention : public Module {
   }
 
  private:
+  Tensor attend(const Tensor& qkv, const Tokens& tokens) const {
+    if (tokens.context == nullptr) return causal_attention(qkv, heads_.count(), keep_);
+    const std::vector<Tensor> parts = qkv.split(qkv.size(-1) / 3, -1);
+    AttentionOptions options;
+    options.heads = heads_.count();
+    return ring_attention(parts[0], parts[1], parts[2], options, *tokens.context, tokens.layout, keep_);
+  }
+
   Split split_;
   IndexRange heads_;
   autograd::Keep keep_;
@@ -158,12 +217,12 @@ class Gpt::Block : public Module {
   }
 
   /// {residual stream, MLP branch}.
-  std::pair<Tensor, Tensor> operator()(const Tensor& x, const Tensor& branch, const Shape& ids,
+  std::pair<Tensor, Tensor> operator()(const Tensor& x, const Tensor& branch, const Tokens& tokens,
                                        const GptStep& step) const {
     const auto [before, normed] = ln_1_.add_and_norm(x, branch, keep_norm_);
-    const Tensor attended = drop(attn_(normed, ids), attention_stream_, ids, step);
+    const Tensor attended = drop(attn_(normed, tokens), attention_stream_, tokens, step);
     const auto [after, normed_again] = ln_2_.add_and_norm(before, attended, keep_norm_);
-    return {after, drop(mlp_(normed_again, ids), mlp_stream_, ids, step)};
+    return {after, drop(mlp_(normed_again, tokens.ids), mlp_stream_, tokens, step)};
   }
 
   std::pair<Tensor, Tensor> extend(const Tensor& x, const Tensor& branch, int64_t seen, const Tensor& keys,
@@ -174,8 +233,8 @@ class Gpt::Block : public Module {
   }
 
  private:
-  Tensor drop(const Tensor& x, const RandomStream& stream, const Shape& ids, const GptStep& step) const {
-    return apply_dropout(x, dropout_, stream, is_training(), step, ids, split_);
+  Tensor drop(const Tensor& x, const RandomStream& stream, const Tokens& tokens, const GptStep& step) const {
+    return apply_dropout(x, dropout_, stream, is_training(), step, tokens, split_);
   }
 
   Split split_;
@@ -262,14 +321,22 @@ std::shared_ptr<optim::DelayedScaling> Gpt::use_fp8() {
   return scaling;
 }
 
-Tensor Gpt::embed(const Tensor& ids, int64_t first_position) const {
-  if (ids.rank() != 2 || ids.size(1) < 1 || first_position + ids.size(1) > config_.context) {
+Tensor Gpt::embed(const Tensor& ids, int64_t first_position, const dist::SequenceLayout& layout) const {
+  const int64_t tokens = layout.tokens();
+  if (ids.rank() != 2 || tokens < 1 || first_position + tokens > config_.context) {
     fail(ErrorKind::kShape, "gpt", "ids must be [B, T] with 1 <= T <= context; got ", ids.describe(), " from position ",
-         first_position, ", and context is ", config_.context);
+         first_position, layout.ranks() > 1 ? concat(" of ", tokens, " tokens") : "", ", and context is ",
+         config_.context);
   }
   const int64_t count = ids.size(1);
+  if (split_.sequence() && count == 0) {
+    fail(ErrorKind::kShape, "gpt", "sequence parallelism needs a token on every rank of a context group, got ",
+         ids.describe());
+  }
   const Tensor& table = wpe_->weight();
-  const Tensor positions = split_.shared(count == config_.context ? table : table.narrow(0, first_position, count));
+  Tensor positions = tokens == config_.context ? table : table.narrow(0, first_position, tokens);
+  if (layout.ranks() > 1) positions = layout.take(positions, 0, part_.context->rank());
+  positions = split_.shared(positions);
   if (!split_.sequence()) return (*wte_)(ids) + positions;
   // Those of the sequences that this rank has rows of.
   const IndexRange rows = split_.share(ids.numel());
@@ -289,6 +356,10 @@ void Gpt::require_uncut(const char* what) const {
     fail(ErrorKind::kState, "gpt", what, " needs whole layers; those of this model are cut over ", split_.ranks(),
          " ranks");
   }
+  if (shares_sequences(part_)) {
+    fail(ErrorKind::kState, "gpt", what, " needs whole sequences; those of this model are shared out over ",
+         part_.context->size(), " ranks");
+  }
 }
 
 void Gpt::require_whole(const char* what) const {
@@ -301,8 +372,9 @@ void Gpt::require_whole(const char* what) const {
 GptStream Gpt::begin(const Tensor& ids, const GptStep& step) const {
   if (!embeds()) fail(ErrorKind::kState, "gpt", "this process does not hold the embeddings");
   const RandomStream stream(seed_, "dropout/embedding");
-  const Tensor x = embed(ids, 0);
-  return {apply_dropout(x, config_.dropout, stream, is_training(), step, ids.shape(), split_), {}, ids.shape()};
+  const Tokens tokens = tokens_of(ids.shape(), part_, step);
+  const Tensor x = embed(ids, 0, tokens.layout);
+  return {apply_dropout(x, config_.dropout, stream, is_training(), step, tokens, split_), {}, ids.shape()};
 }
 
 GptStream Gpt::blocks(GptStream stream, int64_t first, int64_t end, const GptStep& step) const {
@@ -312,6 +384,7 @@ GptStream Gpt::blocks(GptStream stream, int64_t first, int64_t end, const GptSte
     fail(ErrorKind::kShape, "gpt", "the stream of ids ", stream.ids, " has tensors ", stream_shape(stream.ids),
          " here, got ", stream.x.describe());
   }
+  const Tokens tokens = tokens_of(stream.ids, part_, step);
   autograd::Offload offload(config_.offload_from.value_or(0));
   for (int64_t i = first; i < end; ++i) {
     if (i < 0 || i >= config_.layers || blocks_[static_cast<size_t>(i)] == nullptr)
@@ -320,11 +393,11 @@ GptStream Gpt::blocks(GptStream stream, int64_t first, int64_t end, const GptSte
     std::optional<autograd::Offload::Group> group;
     if (config_.offload_from && training) group.emplace(offload, i + 2 < config_.layers);
     if (!config_.recompute.block || !training) {
-      std::tie(stream.x, stream.branch) = block(stream.x, stream.branch, stream.ids, step);
+      std::tie(stream.x, stream.branch) = block(stream.x, stream.branch, tokens, step);
       continue;
     }
-    const auto run = [&block, step, ids = stream.ids](const std::vector<Tensor>& inputs) {
-      const auto [sum, next] = block(inputs[0], inputs.size() > 1 ? inputs[1] : Tensor(), ids, step);
+    const auto run = [&block, step, tokens](const std::vector<Tensor>& inputs) {
+      const auto [sum, next] = block(inputs[0], inputs.size() > 1 ? inputs[1] : Tensor(), tokens, step);
       return std::vector<Tensor>{sum, next};
     };
     std::vector<Tensor> inputs = {stream.x};
@@ -337,6 +410,11 @@ GptStream Gpt::blocks(GptStream stream, int64_t first, int64_t end, const GptSte
 
 Tensor Gpt::finish(const GptStream& stream, const Tensor& targets, const GptStep& step) const {
   if (!has_head()) fail(ErrorKind::kState, "gpt", "this process does not hold the head");
+  if (tokens_of(targets.shape(), part_, step).context != nullptr && !(step.valid_tokens > 0) &&
+      !step.valid_tokens_at.defined()) {
+    fail(ErrorKind::kValue, "gpt", "the loss of a part of the tokens is divided by the valid tokens of all ranks, and ",
+         "the step does not give their number. Hint: GptStep::valid_tokens");
+  }
   const Tensor x = ln_f_->add_and_norm(stream.x, stream.branch, keep(config_.recompute.norm)).normed;
   LinearCrossEntropyOptions options;
   options.ignore_index = -1;
@@ -372,7 +450,7 @@ Tensor Gpt::next_logits(const Tensor& ids, KvCache& cache) const {
   require_whole("generation");
   require_uncut("generation");
   const autograd::NoGrad no_grad;
-  Tensor x = embed(ids, cache.positions_), branch;
+  Tensor x = embed(ids, cache.positions_, dist::SequenceLayout(ids.size(1), 1)), branch;
   while (cache.keys_.size() < blocks_.size()) {
     const Shape shape = {ids.size(0), config_.context, config_.width};
     cache.keys_.push_back(Tensor::empty(shape, x.dtype(), x.device()));

@@ -3,6 +3,7 @@
 #include <optional>
 #include <vector>
 
+#include "dist/sequence_layout.h"
 #include "models/layers.h"
 #include "optim/delayed_scaling.h"
 
@@ -61,6 +62,8 @@ struct GptStep {
   /// If defined, f64 [1] on the model's device, which stand for `step` and `valid_tokens`: recorded work
   /// (core/backend.h) reads there those of the step that runs.
   Tensor step_at = {}, valid_tokens_at = {};
+  /// With GptPart::context: which tokens of the whole sequences each of its ranks has.
+  std::optional<dist::SequenceLayout> layout = {};
 };
 
 /// What goes from block to block, each of the shape that Gpt::stream_shape() says: the residual stream, and the branch
@@ -83,6 +86,10 @@ struct GptPart {
   dist::Group* tensor = nullptr;
   /// Whether they also share the rows of the activations between those layers.
   bool sequence = false;
+  /// Ranks that share each sequence out (docs/parallelism/context.md); a group of one rank is as none. A rank is given
+  /// ids and targets of its own tokens, [B, GptStep::layout->count(rank)], and its loss and its gradients are its
+  /// tokens' shares of those of the whole sequences: they add up over the ranks. Must outlive the model and its graphs.
+  dist::Group* context = nullptr;
 };
 
 /// Decoder-only transformer with GPT-2's architecture: learned positions, pre-layer-norm blocks, tanh GELU, the head
@@ -95,11 +102,14 @@ class Gpt : public Module {
   Gpt(const GptConfig& config, Device device, uint64_t seed = 0, DType dtype = DType::f32, const GptPart& part = {});
   ~Gpt() override;
 
-  /// Logits [B, T, V] of ids [B, T] (i32 or i64), T <= context. As for generation and fp8, layers must not be cut.
+  /// Logits [B, T, V] of ids [B, T] (i32 or i64), T <= context. As for generation and fp8, layers must not be cut nor
+  /// sequences shared out.
   Tensor logits(const Tensor& ids) const;
 
   /// Mean cross-entropy in nats over the targets that are not -1. The logits are never held whole (ops/loss.h).
   /// @param ids, targets  [B, T], i32 or i64
+  /// @throws Error kValue if sequences are shared out and the step does not say how, or not how many valid tokens all
+  /// ranks have together.
   Tensor loss(const Tensor& ids, const Tensor& targets, const GptStep& step = {}) const;
 
   /// loss() in pieces, for those who hold or run a part of the model: embeddings, blocks [first, end), final norm and
@@ -134,7 +144,7 @@ class Gpt : public Module {
 
  private:
   class Block;
-  Tensor embed(const Tensor& ids, int64_t first_position) const;
+  Tensor embed(const Tensor& ids, int64_t first_position, const dist::SequenceLayout& layout) const;
   void require_whole(const char* what) const;
   void require_uncut(const char* what) const;
 

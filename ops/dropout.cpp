@@ -143,9 +143,20 @@ WEFT_DROPOUT_INSTANCE(BFloat16)
 #undef WEFT_DROPOUT_INSTANCE
 
 Tensor dropout(const Tensor& x, double p, RandomStream stream, bool training, uint64_t first, const Tensor& step) {
+  return dropout(x, p, stream, training, std::vector<StreamRun>{{x.numel(), first}}, step);
+}
+
+Tensor dropout(const Tensor& x, double p, RandomStream stream, bool training, const std::vector<StreamRun>& runs,
+               const Tensor& step) {
   constexpr const char* kOp = "dropout";
   dispatch_float(x.dtype(), kOp, []<class T>() {});
   if (!(p >= 0 && p < 1)) fail(ErrorKind::kValue, kOp, "p must be in [0, 1), got ", p);
+  int64_t count = 0;
+  for (const StreamRun& run : runs) {
+    if (run.count < 0) fail(ErrorKind::kShape, kOp, "a run has ", run.count, " elements");
+    count += run.count;
+  }
+  if (count != x.numel()) fail(ErrorKind::kShape, kOp, "the runs have ", count, " elements, x is ", x.describe());
   const double* step_at = nullptr;
   if (step.defined()) {
     if (step.device() != x.device() || step.numel() != 1) {
@@ -161,14 +172,19 @@ Tensor dropout(const Tensor& x, double p, RandomStream stream, bool training, ui
     const Tensor source = x.contiguous();
     launch(x.device(), kOp, [&](auto device) {
       dispatch_float(x.dtype(), kOp, [&]<class T>() {
-        dropout_forward(device, source.data<T>(), out.data<T>(), source.numel(), p, stream, first, step_at);
+        int64_t begin = 0;
+        for (const StreamRun& run : runs) {
+          dropout_forward(device, source.data<T>() + begin, out.data<T>() + begin, run.count, p, stream, run.first,
+                          step_at);
+          begin += run.count;
+        }
       });
     });
   }
   autograd::record(
       kOp, {x}, {out}, step.defined() ? std::vector<Tensor>{step} : std::vector<Tensor>{},
-      [p, stream, first, stepped = step.defined()](autograd::BackwardContext& context) {
-        context.set(0, dropout(context.grad(), p, stream, true, first, stepped ? context.saved(0) : Tensor()));
+      [p, stream, runs, stepped = step.defined()](autograd::BackwardContext& context) {
+        context.set(0, dropout(context.grad(), p, stream, true, runs, stepped ? context.saved(0) : Tensor()));
       },
       autograd::Rule::kDifferentiable);
   return out;

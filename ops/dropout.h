@@ -1,4 +1,6 @@
 #pragma once
+#include <vector>
+
 #include "core/random.h"
 #include "core/tensor.h"
 
@@ -22,6 +24,18 @@ namespace weft {
 /// @throws Error  kValue unless 0 <= p < 1; kDType; kDevice for a step elsewhere.
 /// Differentiable any number of times. Saved for backward: step alone; the mask is made again.
 Tensor dropout(const Tensor& x, double p, RandomStream stream, bool training = true, uint64_t first = 0,
+               const Tensor& step = {});
+
+/// Elements of a tensor that follow each other, and so do their numbers in a stream.
+struct StreamRun {
+  int64_t count = 0;
+  uint64_t first = 0;  ///< number of the first one
+};
+
+/// dropout() of a part of a larger tensor that has several pieces of it, one after the other: x's elements in row-major
+/// order are those of the runs. On CUDA, a kernel for each run.
+/// @throws Error  kShape if the runs' counts do not add up to x's elements or one is negative.
+Tensor dropout(const Tensor& x, double p, RandomStream stream, bool training, const std::vector<StreamRun>& runs,
                const Tensor& step = {});
 
 }  // namespace weft

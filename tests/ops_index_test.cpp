@@ -243,6 +243,16 @@ TEST(Dropout, GivesPartsTheMaskOfTheWhole) {
   }
 }
 
+TEST(Dropout, RunsThatDoNotFitAreNamed) {
+  const Tensor x = Tensor::ones({2, 3});
+  const RandomStream stream(11, "dropout");
+  const auto with = [&](const std::vector<StreamRun>& runs) {
+    return [&, runs] { dropout(x, 0.4, stream, true, runs); };
+  };
+  expect_error(ErrorKind::kShape, "the runs have 5 elements, x is f32 [2, 3]", with({{2, 0}, {3, 7}}));
+  expect_error(ErrorKind::kShape, "a run has -1 elements", with({{7, 0}, {-1, 7}}));
+}
+
 TEST(Dropout, DropsTheShareThatIsAskedFor) {
   const int64_t n = 1 << 20;
   const Tensor x = Tensor::ones({n}, DType::f64);

@@ -1,4 +1,5 @@
-// Attention whose keys come in parts is attention over all of them: on a CUDA device and on the CPU.
+// What ranks that share sequences ask of the kernels, on a CUDA device and on the CPU: attention whose keys come in
+// parts is attention over all of them, and dropout of several pieces of a tensor has the mask of the whole.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -6,6 +7,7 @@
 #include "core/autograd.h"
 #include "core/backend.h"
 #include "ops/attention.h"
+#include "ops/dropout.h"
 #include "tests/error_of.h"
 #include "tests/values.h"
 
@@ -14,7 +16,7 @@ namespace {
 
 using testing::random;
 
-class AttentionParts : public ::testing::Test {
+class Context : public ::testing::Test {
  protected:
   void SetUp() override {
     if (*why_no_cuda() != '\0') GTEST_SKIP() << why_no_cuda();
@@ -101,7 +103,7 @@ double relative_error(const Tensor& got, const Tensor& want, double added) {
   return std::sqrt(error / size);
 }
 
-TEST_F(AttentionParts, AreTheWhole) {
+TEST_F(Context, PartsOfAttentionAreTheWhole) {
   // Few queries and several tiles; heads that fit a tile's columns, odd ones, and wider than a block's columns.
   const Case cases[] = {{2, 5, 2, 1, 16},  {1, 3, 1, 1, 8},   {1, 150, 2, 2, 24},
                         {1, 70, 2, 1, 33}, {1, 40, 1, 1, 80}, {1, 20, 1, 1, 136}};
@@ -130,12 +132,29 @@ TEST_F(AttentionParts, AreTheWhole) {
   }
 }
 
-TEST_F(AttentionParts, HaveTheSameBitsTwice) {
+TEST_F(Context, PartsOfAttentionHaveTheSameBitsTwice) {
   const Case c = {1, 70, 2, 1, 33};
   for (const DType dtype : {DType::f32, DType::bf16}) {
     const Results one = by_parts(c, dtype, Device::cuda()), two = by_parts(c, dtype, Device::cuda());
     EXPECT_TRUE(testing::same_bits(one.y, two.y) && testing::same_bits(one.dq, two.dq));
     EXPECT_TRUE(testing::same_bits(one.dk, two.dk) && testing::same_bits(one.dv, two.dv));
+  }
+}
+
+TEST_F(Context, PiecesOfATensorHaveTheMaskOfTheWhole) {
+  const RandomStream stream(11, "dropout");
+  for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+    const Tensor x = random({2, 40, 7}, dtype, "x"), whole = dropout(x, 0.4, stream);
+    // Tokens 3 to 9 and 30 to 39 of both rows: pieces that begin at any alignment.
+    const auto take = [](const Tensor& t) { return cat({t.narrow(1, 3, 7), t.narrow(1, 30, 10)}, 1); };
+    const std::vector<StreamRun> runs = {{49, 21}, {70, 210}, {49, 301}, {70, 490}};
+    for (const Device device : {Device::cpu(), Device::cuda()}) {
+      const Tensor part = testing::leaf(take(x).to(device));
+      const Tensor y = dropout(part, 0.4, stream, true, runs);
+      EXPECT_TRUE(testing::same_bits(y.detach().to(Device::cpu()), take(whole))) << dtype << " on " << device;
+      y.backward(take(x).to(device));  // the derivative is the same function
+      EXPECT_TRUE(testing::same_bits(part.grad().to(Device::cpu()), take(whole))) << dtype << " on " << device;
+    }
   }
 }
 
