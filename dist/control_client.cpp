@@ -298,7 +298,8 @@ std::string ControlClient::State::unanswered(const std::string& what) const {
         " connections ended in the handshake. Hint: do both sides have the same keys (WEFT_KEYS), and is it a "
         "weft server that listens there?");
   }
-  return unreached > 0 ? out + ": nobody listens there. Hint: is the launcher, or rank 0, running?" : out;
+  return out + (unreached > 0 ? ": nobody listens there. Hint: is the launcher, or rank 0, running?"
+                              : ". Hint: is it this run's server that listens there?");
 }
 
 ControlClient::ControlClient(ControlClientOptions options) : state_(std::make_unique<State>(std::move(options))) {

@@ -9,6 +9,8 @@
 #include <gloo/transport/unbound_buffer.h>
 #include <signal.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <map>
 #include <numeric>
@@ -28,16 +30,28 @@ constexpr std::chrono::hours kNever{24 * 365};
 /// Bytes of scratch memory that a reduction takes for the pieces of other ranks.
 constexpr int64_t kScratchBytes = int64_t{4} << 20;
 
-/// Our store as Gloo wants it.
+/// Our store as Gloo wants it. Whoever waits for a process that is gone is told at once.
 class GlooStore : public gloo::rendezvous::Store {
  public:
-  GlooStore(dist::Store& store, double timeout) : store_(store), timeout_(timeout) {}
+  GlooStore(dist::Store& store, const Board& board, double timeout) : store_(store), board_(board), timeout_(timeout) {}
   void set(const std::string& key, const std::vector<char>& data) override {
     store_.set("gloo/" + key, std::string(data.begin(), data.end()));
   }
   std::vector<char> get(const std::string& key) override {
-    const std::string data = store_.get("gloo/" + key, timeout_);
-    return {data.begin(), data.end()};
+    constexpr double kLook = 0.1;  // seconds
+    const auto begin = std::chrono::steady_clock::now();
+    for (double at = 0;;) {
+      try {
+        const std::string data = store_.get("gloo/" + key, std::min(kLook, timeout_ - at));
+        return {data.begin(), data.end()};
+      } catch (const Error&) {
+        if (const auto failure = board_.failure()) fail(ErrorKind::kIo, "dist", failure->text);
+        const double now = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        const bool other_reason = now - at < kLook / 2;
+        if (now >= timeout_ || other_reason) throw;
+        at = now;
+      }
+    }
   }
   void wait(const std::vector<std::string>& keys) override {
     for (const std::string& key : keys) get(key);
@@ -46,6 +60,7 @@ class GlooStore : public gloo::rendezvous::Store {
 
  private:
   dist::Store& store_;
+  const Board& board_;
   const double timeout_;
 };
 
@@ -61,7 +76,7 @@ class GlooEngine : public ProcessEngine {
       auto device = gloo::transport::tcp::CreateDevice(attribute);
       context_ = std::make_shared<gloo::rendezvous::Context>(options.rank, options.size);
       context_->setTimeout(std::chrono::milliseconds(static_cast<int64_t>(options.connect_timeout * 1000)));
-      GlooStore gloo_store(store, options.connect_timeout);
+      GlooStore gloo_store(store, board(), options.connect_timeout);
       context_->connectFullMesh(gloo_store, device);
     } catch (const Error&) {
       throw;

@@ -83,6 +83,27 @@ bool ready(int fd, short events, Clock::time_point deadline) {
   return left >= 0 && ::poll(&poll_fd, 1, static_cast<int>(std::min<int64_t>(left, 1 << 30))) > 0;
 }
 
+/// A connection to `address`, which does not block. None, with errno, if there is none by the deadline: an address from
+/// which nothing comes back would take the system minutes.
+Fd connected(Address& address, Clock::time_point deadline) {
+  Fd fd(::socket(address.get()->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (fd.get() < 0 || ::connect(fd.get(), address.get(), address.length) == 0) return fd;
+  if (errno != EINPROGRESS) return Fd(-1);
+  int error = ETIMEDOUT;
+  socklen_t size = sizeof error;
+  if (ready(fd.get(), POLLOUT, deadline)) ::getsockopt(fd.get(), SOL_SOCKET, SO_ERROR, &error, &size);
+  if (error == 0) return fd;
+  errno = error;
+  return Fd(-1);
+}
+
+/// Says who this is: both sides of a connection do.
+bool greet(int fd, const std::string& key, int rank) {
+  std::string hello = key;
+  hello.append(reinterpret_cast<const char*>(&rank), sizeof rank);
+  return ::send(fd, hello.data(), hello.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(hello.size());
+}
+
 /// The rank that a connection says it is, or -1 if it does not know the key in time.
 int greeted(int fd, const std::string& key, int size, Clock::time_point deadline) {
   std::string got;
@@ -156,15 +177,13 @@ void PeerLinks::connect_all(Store& store) {
     const size_t space = text.find(' ');
     if (space == std::string::npos) fail(ErrorKind::kData, "dist", "not an address in the store: ", quoted(text));
     Address address = resolve(text.substr(0, space), text.substr(space + 1));
-    Fd fd(::socket(address.get()->sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    if (fd.get() < 0 || ::connect(fd.get(), address.get(), address.length) != 0) {
-      fail_io(concat("rank ", peer, " cannot be reached at ", text));
-    }
+    Fd fd = connected(address, deadline);
+    if (fd.get() < 0) fail_io(concat("rank ", peer, " cannot be reached at ", text));
     set_no_delay(fd.get());
-    std::string hello = key;
-    hello.append(reinterpret_cast<const char*>(&options_.rank), sizeof options_.rank);
-    if (::send(fd.get(), hello.data(), hello.size(), MSG_NOSIGNAL) != static_cast<ssize_t>(hello.size())) {
-      fail_io(concat("rank ", peer, " does not take a greeting"));
+    if (!greet(fd.get(), key, options_.rank)) fail_io(concat("rank ", peer, " does not take a greeting"));
+    if (greeted(fd.get(), key, options_.size, deadline) != peer) {
+      fail(ErrorKind::kIo, "dist", "rank ", peer, " cannot be reached at ", text,
+           ": what listens there does not answer as a process of this run. Hint: is the store that of an earlier run?");
     }
     peers_[static_cast<size_t>(peer)]->fd = fd.release();
   }
@@ -181,6 +200,7 @@ void PeerLinks::connect_all(Store& store) {
     if (fd.get() < 0) continue;
     const int peer = greeted(fd.get(), key, options_.size, std::min(deadline, Clock::now() + seconds(2)));
     if (peer <= options_.rank || peers_[static_cast<size_t>(peer)]->fd >= 0) continue;  // a stranger
+    if (!greet(fd.get(), key, options_.rank)) continue;
     set_no_delay(fd.get());
     peers_[static_cast<size_t>(peer)]->fd = fd.release();
     --missing;

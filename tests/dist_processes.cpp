@@ -1,9 +1,11 @@
 #include "tests/dist_processes.h"
 
+#include <arpa/inet.h>
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -14,11 +16,19 @@
 #include <iterator>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 #include "dist/group_error.h"
 
 namespace weft::dist::testing {
+
+double steady_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 namespace {
+
+constexpr char kFailedAt[] = "GroupError at ";
 
 std::string content(const std::filesystem::path& path) {
   std::ifstream in(path, std::ios::binary);
@@ -45,7 +55,7 @@ int rank_main(int argc, char** argv) {
   try {
     return run_rank(arguments);
   } catch (const GroupError& error) {
-    std::fprintf(stderr, "GroupError, rank at fault %d: %s\n", error.rank(), error.what());
+    std::fprintf(stderr, "%s%f, rank at fault %d: %s\n", kFailedAt, steady_seconds(), error.rank(), error.what());
     return 7;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
@@ -81,6 +91,7 @@ Processes::Processes(int size, const std::vector<std::vector<std::string>>& word
     if (pid == 0) {
       // Whatever ends the test ends its ranks.
       prctl(PR_SET_PDEATHSIG, SIGKILL);
+      setenv("TMPDIR", name.c_str(), 1);  // what a rank leaves in it is seen
       if (getppid() == parent && dup2(open(err.c_str(), O_WRONLY | O_CREAT, 0666), 2) == 2) execv(argv[0], argv.data());
       _exit(127);
     }
@@ -88,25 +99,45 @@ Processes::Processes(int size, const std::vector<std::vector<std::string>>& word
   }
 }
 
-Processes::~Processes() {
-  for (const pid_t pid : pids_) {
+void Processes::end_all() {
+  for (pid_t& pid : pids_) {
     if (pid == 0) continue;
     kill(pid, SIGKILL);
-    waitpid(pid, nullptr, 0);
+    waitpid(std::exchange(pid, 0), nullptr, 0);
   }
+}
+
+std::string Processes::left_behind() const {
+  std::string found;
+  const std::filesystem::path store = directory_ / "store";
+  for (const auto& entry : std::filesystem::directory_iterator(store)) {
+    const std::string name = entry.path().filename().string();
+    if (name.find(".tmp") != std::string::npos) found += ' ' + name;
+    if (!name.starts_with("address.")) continue;
+    const std::string address = content(entry.path());  // "127.0.0.1 PORT"
+    sockaddr_in where{};
+    where.sin_family = AF_INET;
+    where.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    where.sin_port = htons(static_cast<uint16_t>(std::atoi(address.c_str() + address.find(' '))));
+    const int fd = socket(AF_INET, SOCK_STREAM, 0);
+    if (connect(fd, reinterpret_cast<sockaddr*>(&where), sizeof where) == 0) found += " port " + address;
+    close(fd);
+  }
+  for (const auto& entry : std::filesystem::directory_iterator(directory_)) {
+    const std::string name = entry.path().filename().string();
+    if (name != "store" && !name.starts_with("err.") && !name.starts_with("output.")) found += ' ' + name;
+  }
+  return found;
+}
+
+Processes::~Processes() {
+  end_all();
   std::error_code ignored;
   std::filesystem::remove_all(directory_, ignored);
 }
 
 void Processes::send(int rank, int signal) const {
   if (const pid_t pid = pids_[static_cast<size_t>(rank)]; pid != 0) kill(pid, signal);
-}
-
-void Processes::await_file(const std::string& name) const {
-  for (const auto start = std::chrono::steady_clock::now(); !std::filesystem::exists(directory_ / "store" / name);) {
-    if (since(start) > 60) throw std::runtime_error(name + " was not made");
-    std::this_thread::sleep_for(std::chrono::milliseconds(2));
-  }
 }
 
 Processes::Outcome Processes::wait(int rank, double seconds) {
@@ -128,6 +159,8 @@ Processes::Outcome Processes::wait(int rank, double seconds) {
   outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
   outcome.err = content(directory_ / concat("err.", rank));
   outcome.output = content(directory_ / concat("output.", rank));
+  if (const size_t at = outcome.err.find(kFailedAt); at != std::string::npos)
+    outcome.failed_at = std::atof(outcome.err.c_str() + at + sizeof kFailedAt - 1);
   return outcome;
 }
 

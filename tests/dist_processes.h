@@ -18,6 +18,9 @@ struct RankArguments {
   std::vector<std::string> words;
 };
 
+/// Of a clock that all processes of this machine share.
+double steady_seconds();
+
 /// What a rank does, defined by each test program; the exit code. An exception is printed and gives 3, a GroupError 7.
 int run_rank(const RankArguments& arguments);
 
@@ -27,7 +30,8 @@ class Processes {
   struct Outcome {
     int code = 0;  ///< exit code; minus the signal that ended the process
     std::string err, output;
-    double seconds = 0;  ///< from the start to its end
+    double seconds = 0;    ///< from the start to its end
+    double failed_at = 0;  ///< steady_seconds() when it got a GroupError; 0 if it got none
     bool timed_out = false;
   };
   /// `words[r]` for rank r, or words[0] for all.
@@ -37,11 +41,14 @@ class Processes {
   Processes& operator=(const Processes&) = delete;
 
   void send(int rank, int signal) const;
-  /// Waits until a rank has made the file `name` in the directory: each rank finds it beside its store.
-  void await_file(const std::string& name) const;
   /// Waits for the end of a rank; ends it itself after that time.
   Outcome wait(int rank, double seconds = 60);
   std::vector<Outcome> wait_all(double seconds = 60);
+  /// Ends what still runs.
+  void end_all();
+  /// Ports on which somebody still listens, and files beside the store's, the ranks' errors and their outputs; "" if
+  /// there are none. After end_all().
+  std::string left_behind() const;
 
  private:
   std::filesystem::path directory_;
