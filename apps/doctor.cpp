@@ -17,6 +17,7 @@
 #include "core/device_report.h"
 #include "core/memory.h"
 #include "core/thread_pool.h"
+#include "dist/processes.h"
 #include "models/speed_of_light.h"
 #include "ops/gemm.h"
 
@@ -135,6 +136,7 @@ int run_doctor(std::span<const std::string> args) {
   const std::string no_cuda = why_no_cuda();
   line("cuda", no_cuda.empty() ? concat("device ", Device::best()) : "none: " + no_cuda);
   print_report(cuda_report());
+  line("  NCCL", dist::describe_nccl());
   const models::MachineSpeed speed = measure ? models::measure_machine() : models::machine_speed();
   line("speed", concat("products ", fixed(speed.gemm_flops * 1e-9, 1), " GFLOP/s (f32), copy ",
                        fixed(speed.copy_bytes * 1e-9, 1), " GB/s read plus written, ", speed.threads, " threads",

@@ -1,5 +1,4 @@
 // What `weft doctor` tells of CUDA.
-#include <cublasLt.h>
 #include <cuda_runtime.h>
 
 #include <string>
@@ -7,6 +6,7 @@
 #include "core/device_report.h"
 #include "core/error.h"
 #include "core/memory.h"
+#include "core/shared_library.h"
 #include "cuda/error.h"
 #include "cuda/library_version.h"
 #include "cuda/nvml.h"
@@ -33,6 +33,23 @@ std::string driver(const cuda::Nvml& nvml) {
   });
   const std::optional<std::string> version = nvml.driver_version();
   return version ? concat(*version, ", ", text) : text;
+}
+
+std::string cublaslt() {
+  try {
+    return cuda::cublaslt_version();
+  } catch (const Error& error) {
+    return concat("unusable: ", error.what());
+  }
+}
+
+/// No kernel uses it yet.
+std::string cudnn() {
+  const auto ask = SharedLibrary("cuDNN", {"libcudnn.so.9"}).find<size_t()>("cudnnGetVersion");
+  const size_t version = ask == nullptr ? 0 : ask();
+  const std::string found =
+      version == 0 ? "not found" : concat(version / 10000, '.', version / 100 % 100, '.', version % 100);
+  return concat(found, ", the build saw " WEFT_CUDNN_VERSION " (not used)");
 }
 
 DeviceReport::Facts device_facts(int index, const cuda::Nvml& nvml) {
@@ -70,7 +87,8 @@ DeviceReport cuda_report() {
   int version = 0;
   const cudaError_t status = cudaRuntimeGetVersion(&version);
   report.backend.emplace_back("runtime", fact(status, [&] { return cuda_version(version); }));
-  report.backend.emplace_back("cuBLASLt", cuda::cublaslt_version());
+  report.backend.emplace_back("cuBLASLt", cublaslt());
+  report.backend.emplace_back("cuDNN", cudnn());
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess) {
     cudaGetLastError();

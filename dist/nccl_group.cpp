@@ -37,12 +37,14 @@ struct Nccl {
 #undef WEFT_FUNCTION
 };
 
+/// WEFT_NCCL is the path of the one that the program was built with.
+SharedLibrary nccl_library() { return {"NCCL", {concat("libnccl.so.", NCCL_MAJOR), WEFT_NCCL}}; }
+
 /// NCCL, which the first call loads. @throws Error kDevice naming what was looked for if the library is not there or
 /// lacks a function.
 const Nccl& nccl() {
   static const Nccl functions = [] {
-    // WEFT_NCCL is the path of the one that the program was built with.
-    const SharedLibrary library("NCCL", {concat("libnccl.so.", NCCL_MAJOR), WEFT_NCCL});
+    const SharedLibrary library = nccl_library();
     Nccl found;
 #define WEFT_FUNCTION(name) library.require(found.name, "nccl" #name)
     WEFT_NCCL_FUNCTIONS(WEFT_FUNCTION);
@@ -298,5 +300,13 @@ Group nccl_group(const ProcessOptions& options, Store& store, int device) {
 }
 
 const char* why_no_nccl() { return ""; }
+
+std::string describe_nccl() {
+  const std::string built = concat("built with ", NCCL_MAJOR, '.', NCCL_MINOR, '.', NCCL_PATCH);
+  const auto ask = nccl_library().find<ncclResult_t(int*)>("ncclGetVersion");
+  int version = 0;
+  if (ask == nullptr || ask(&version) != ncclSuccess) return "not found; " + built;
+  return concat(version / 10000, '.', version / 100 % 100, '.', version % 100, ", ", built);
+}
 
 }  // namespace weft::dist

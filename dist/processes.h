@@ -35,4 +35,7 @@ Group nccl_group(const ProcessOptions& options, Store& store, int device);
 const char* why_no_gloo();
 const char* why_no_nccl();
 
+/// Which NCCL a group of GPUs would have here, and which the build had, for people to read: "2.28.9, built with 2.28.9".
+std::string describe_nccl();
+
 }  // namespace weft::dist

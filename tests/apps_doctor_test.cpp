@@ -31,13 +31,13 @@ void expect_all(const std::string& text, std::initializer_list<const char*> part
 
 TEST(Doctor, TellsWhatWasCompiledInAndWhatIsThere) {
   const std::string text = doctor();
-  expect_all(text, {"processor ", "kernels ", "cuda ", "compiled for ", "speed "});
+  expect_all(text, {"processor ", "kernels ", "cuda ", "compiled for ", "NCCL ", "speed "});
   if (*why_no_cuda() != '\0') {
     expect_all(text, {"none: ", why_no_cuda()});
     EXPECT_EQ(text.find("cuda:0"), std::string::npos) << text;
     return;
   }
-  expect_all(text, {"driver ", "runtime ", "cuBLASLt ", "cuda:0", "compute capability ", "multiprocessors ", "memory ",
+  expect_all(text, {"driver ", "runtime ", "cuBLASLt ", "cuDNN ", "the build saw ", "cuda:0", "compute capability ", "multiprocessors ", "memory ",
                     " free", "L2 cache ", "ECC ", "clocks "});
 }
 
