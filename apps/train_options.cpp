@@ -58,7 +58,8 @@ void TrainOptions::declare(Options& o) {
   o.add(
       "mesh", &mesh, {.placeholder = "AXES"},
       "how ranks are laid out, dp=2,pp=2 say: dp ranks train copies of the model on a share of a step's micro-batches, "
-      "pp ranks have a range of its layers each, tp ranks a share of every layer; empty: dp with all of them");
+      "pp ranks have a range of its layers each, cp ranks a share of each sequence, tp ranks a share of every layer; "
+      "empty: dp with all of them");
   o.add("zero", &zero, {{"0", dist::Zero::kNone}, {"1", dist::Zero::kOptimizer}, {"2", dist::Zero::kGradients}},
         "what ranks share out instead of each keeping all of it (ZeRO): 1 the optimizer's state, 2 gradients too");
   o.add("sequence_parallel", &sequence_parallel,
@@ -144,8 +145,6 @@ dist::Mesh TrainOptions::check_ranks(const Options& options, int ranks, bool ela
                    ranks == 1 ? " rank of this run: " : " ranks of this run: ", error.what());
   }
   ranks = layout.size();
-  if (layout.size(dist::Axis::cp) > 1)
-    options.reject("mesh", "must not have cp: the trainer does not cut sequences yet, got ", weft::quoted(mesh));
   if (sequence_parallel && layout.size(dist::Axis::tp) == 1)
     options.reject("sequence_parallel", "is for the ranks of tp, of which the mesh ", weft::quoted(mesh), " has one");
   if (heads < layout.size(dist::Axis::tp))

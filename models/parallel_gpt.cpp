@@ -26,9 +26,10 @@ std::vector<double> layer_costs(const GptConfig& config) {
 }
 
 /// The layers of a rank's stages: chunk c is stage c * ranks + rank.
-GptPart part_of(const std::vector<int64_t>& stages, int rank, const ParallelOptions& options, dist::Group& tensor) {
+GptPart part_of(const std::vector<int64_t>& stages, int rank, const ParallelOptions& options, dist::Group& tensor,
+                dist::Group& context) {
   GptPart part;
-  part.separate_head = true, part.tensor = &tensor, part.sequence = options.sequence;
+  part.separate_head = true, part.tensor = &tensor, part.sequence = options.sequence, part.context = &context;
   const int ranks = options.mesh.size(Axis::pp);
   for (int chunk = 0; chunk < options.chunks; ++chunk) {
     const auto stage = static_cast<size_t>(chunk * ranks + rank);
@@ -52,7 +53,7 @@ int64_t place_of(const std::string& name, const GptConfig& config) {
   return name.starts_with("ln_f.") ? config.layers : -1;
 }
 
-constexpr std::array kData = {Axis::dp}, kPipeline = {Axis::pp}, kTensor = {Axis::tp};
+constexpr std::array kData = {Axis::dp}, kPipeline = {Axis::pp}, kTensor = {Axis::tp}, kContext = {Axis::cp};
 constexpr std::array kGradients = {Axis::dp, Axis::cp};
 
 }  // namespace
@@ -90,8 +91,9 @@ ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, con
       data_(world.subgroup(options.mesh, kData)),
       pipeline_(world.subgroup(options.mesh, kPipeline)),
       tensor_(world.subgroup(options.mesh, kTensor)),
+      context_(world.subgroup(options.mesh, kContext)),
       gradients_(world.subgroup(options.mesh, kGradients)),
-      gpt_(config, device, seed, dtype, part_of(stages_, pipeline_.rank(), options, tensor_)) {
+      gpt_(config, device, seed, dtype, part_of(stages_, pipeline_.rank(), options, tensor_, context_)) {
   const int last = pipeline_.size() - 1;
   dist::DataParallelOptions data_options{.zero = options.zero, .bucket_bytes = options.bucket_bytes};
   if (gpt_.embeds() && gpt_.has_head()) {
@@ -154,7 +156,16 @@ std::pair<int64_t, int64_t> ParallelGpt::token_counts(int64_t tokens, int64_t va
   return {sums[0], sums[1]};
 }
 
-Tensor ParallelGpt::forward(const MicroBatch& batch, const GptStep& step) {
+ParallelGpt::OwnTokens ParallelGpt::own_tokens(const MicroBatch& batch, GptStep step) {
+  if (context_.size() == 1) return {batch, step};
+  const autograd::NoGrad no_grad;
+  step.layout = dist::SequenceLayout(batch.inputs.size(1), context_.size());
+  const auto own = [&](const Tensor& ids) { return step.layout->take(ids, 1, context_.rank()).contiguous(); };
+  return {{own(batch.inputs), own(batch.targets)}, step};
+}
+
+Tensor ParallelGpt::forward(const OwnTokens& own) {
+  const auto& [batch, step] = own;
   const Shape& ids = batch.inputs.shape();
   const Shape shape = gpt_.stream_shape(ids);
   const int rank = pipeline_.rank(), ranks = pipeline_.size();
@@ -177,15 +188,15 @@ Tensor ParallelGpt::forward(const MicroBatch& batch, const GptStep& step) {
   return {};
 }
 
-void ParallelGpt::prepare_pipeline(std::span<const MicroBatch> batches) {
-  const Shape& ids = batches.front().inputs.shape();
-  for (const MicroBatch& batch : batches) {
-    if (!(batch.inputs.shape() == ids)) {
+void ParallelGpt::prepare_pipeline() {
+  const Shape& ids = own_.front().batch.inputs.shape();
+  for (const OwnTokens& own : own_) {
+    if (!(own.batch.inputs.shape() == ids)) {
       fail(ErrorKind::kShape, kWhere, "micro-batches of a pipeline must have one shape, got ", ids, " and ",
-           batch.inputs.shape());
+           own.batch.inputs.shape());
     }
   }
-  const std::string wanted = concat(batches.size(), " of ", ids);
+  const std::string wanted = concat(own_.size(), " of ", ids);
   if (executor_ && executor_for_ == wanted) return;
   std::vector<dist::PipelineStage> stages;
   const int ranks = pipeline_.size(), count = ranks * options_.chunks;
@@ -193,16 +204,15 @@ void ParallelGpt::prepare_pipeline(std::span<const MicroBatch> batches) {
     const int stage = chunk * ranks + pipeline_.rank();
     const int64_t first = stages_[static_cast<size_t>(stage)], end = stages_[static_cast<size_t>(stage) + 1];
     stages.push_back([this, stage, count, first, end](int micro_batch, const std::vector<Tensor>& inputs) {
-      const auto i = static_cast<size_t>(micro_batch);
-      const GptStep step = (*settings_)(i);
-      const Tensor& ids = batches_[i].inputs;
+      const auto& [batch, step] = own_[static_cast<size_t>(micro_batch)];
+      const Tensor& ids = batch.inputs;
       GptStream stream = stage == 0 ? gpt_.begin(ids, step) : GptStream{inputs[0], inputs[1], ids.shape()};
       stream = gpt_.blocks(stream, first, end, step);
       if (stage < count - 1) return std::vector<Tensor>{stream.x, stream.branch};
-      return std::vector<Tensor>{gpt_.finish(stream, batches_[i].targets, step)};
+      return std::vector<Tensor>{gpt_.finish(stream, batch.targets, step)};
     });
   }
-  const dist::PipelineShape schedule{ranks, static_cast<int>(batches.size()), options_.chunks};
+  const dist::PipelineShape schedule{ranks, static_cast<int>(own_.size()), options_.chunks};
   executor_.emplace(pipeline_, dist::make_pipeline_schedule(options_.schedule, schedule), std::move(stages),
                     std::vector<dist::BoundaryTensor>(2, {gpt_.stream_shape(ids), dtype_}), device_);
   executor_for_ = wanted;
@@ -215,23 +225,26 @@ Tensor ParallelGpt::run(std::span<const MicroBatch> batches, const std::function
     fail(ErrorKind::kValue, kWhere, "the step was begun with ", share, " micro-batches of this rank, got ",
          batches.size());
   }
+  std::vector<OwnTokens> own_batches;
+  for (size_t i = 0; i < batches.size(); ++i) own_batches.push_back(own_tokens(batches[i], settings(i)));
   std::vector<Tensor> losses;
   if (pipeline_.size() == 1) {
-    for (size_t i = 0; i < batches.size(); ++i) {
-      const Tensor loss = gpt_.loss(batches[i].inputs, batches[i].targets, settings(i));
+    for (const auto& [batch, step] : own_batches) {
+      const Tensor loss = gpt_.loss(batch.inputs, batch.targets, step);
       losses.push_back(loss.detach().reshape({1}));
       loss.backward(Tensor::full({}, loss_scale, loss.dtype(), device_));
     }
   } else {
-    prepare_pipeline(batches);
-    batches_ = batches, settings_ = &settings;
+    own_ = own_batches;
+    prepare_pipeline();
     for (const Tensor& loss : executor_->run(loss_scale)) losses.push_back(loss.reshape({1}));
-    batches_ = {}, settings_ = nullptr;
+    own_ = {};
   }
   const autograd::NoGrad no_grad;
   const DType wide = dtype_ == DType::f64 ? DType::f64 : DType::f32;
   const Tensor own = losses.empty() ? Tensor::empty({share}, wide, device_) : cat(losses);
   if (pipeline_.size() > 1) pipeline_.broadcast_(own, pipeline_.size() - 1);
+  if (context_.size() > 1) context_.all_reduce_(own);
   // In the order of their numbers: ranks have ranges of them, or every n-th.
   Tensor all = data_.all_gather(own, shares_);
   if (!consecutive()) all = all.reshape({data_.size(), share}).transpose(0, 1);
@@ -246,11 +259,12 @@ std::vector<double> ParallelGpt::loss_sums(int64_t count,
     const auto [rows, valid] = batch(i);
     GptStep step;
     step.valid_tokens = static_cast<double>(valid);
-    const Tensor mean = forward(rows, step);
+    const Tensor mean = forward(own_tokens(rows, step));
     if (mean.defined()) sums[static_cast<size_t>(i)] = mean.item() * static_cast<double>(valid);
   }
   const Tensor all = Tensor::from(sums, {count}, device_);
   if (pipeline_.size() > 1) pipeline_.broadcast_(all, pipeline_.size() - 1);
+  if (context_.size() > 1) context_.all_reduce_(all);
   data_.all_reduce_(all);
   return all.to_vector<double>();
 }

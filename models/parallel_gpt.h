@@ -35,8 +35,9 @@ struct ParallelOptions {
 std::vector<int64_t> pipeline_stages(const ParallelOptions& options, const GptConfig& config);
 
 /// A GPT on the ranks of a mesh: this rank's part of the model, the groups that it exchanges with, and a training step
-/// on them. With one rank it is the model with its gradients added up in the canonical order, whose bits every mesh of
-/// dp and pp has, with any `zero` and schedule (docs/parallelism).
+/// on them; all ranks of a data rank are given the same whole sequences. With one rank it is the model with its
+/// gradients added up in the canonical order, whose bits every mesh of dp and pp has, with any `zero` and schedule
+/// (docs/parallelism).
 ///
 ///   ParallelGpt parallel(world, {.mesh = Mesh::parse("dp=2,pp=2", 4)}, config, device);
 ///   optim::Adam optimizer(parallel.parameters(), {}, parallel.norms());
@@ -55,8 +56,8 @@ class ParallelGpt {
 
   /// This rank's part of the model.
   Gpt& gpt() { return gpt_; }
-  /// Whether this rank has all of it.
-  bool whole() const { return options_.mesh.size(dist::Axis::pp) * options_.mesh.size(dist::Axis::tp) == 1; }
+  /// Whether this rank has all of it and of every sequence.
+  bool whole() const { return pipeline_.size() * tensor_.size() * context_.size() == 1; }
   const ParallelOptions& options() const { return options_; }
   /// First layer of each stage, and the number of layers.
   const std::vector<int64_t>& stages() const { return stages_; }
@@ -97,15 +98,21 @@ class ParallelGpt {
   std::vector<double> loss_sums(int64_t count, const std::function<std::pair<MicroBatch, int64_t>(int64_t)>& batch);
 
  private:
+  /// This rank's tokens of a micro-batch, and what it is told of them.
+  struct OwnTokens {
+    MicroBatch batch;
+    GptStep step;
+  };
+  OwnTokens own_tokens(const MicroBatch& batch, GptStep step);
   /// The loss of a micro-batch, on the ranks of the last stage, from this rank's stages one after the other.
-  Tensor forward(const MicroBatch& batch, const GptStep& step);
-  void prepare_pipeline(std::span<const MicroBatch> batches);
+  Tensor forward(const OwnTokens& own);
+  void prepare_pipeline();
 
   ParallelOptions options_;
   std::vector<int64_t> stages_;
   Device device_;
   DType dtype_;
-  dist::Group data_, pipeline_, tensor_;
+  dist::Group data_, pipeline_, tensor_, context_;
   dist::Group gradients_;            ///< ranks whose gradients of the same parameters are added up
   std::optional<dist::Group> ends_;  ///< first and last stage, which both have the token embedding
   Gpt gpt_;
@@ -115,8 +122,7 @@ class ParallelGpt {
   // of the pipeline's present step
   std::optional<dist::PipelineExecutor> executor_;
   std::string executor_for_;  ///< shapes and number of micro-batches
-  std::span<const MicroBatch> batches_;
-  const std::function<GptStep(size_t)>* settings_ = nullptr;
+  std::span<const OwnTokens> own_;
 };
 
 }  // namespace weft::models

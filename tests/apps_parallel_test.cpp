@@ -77,7 +77,6 @@ TEST(Parallel, LayoutsThatDoNotFitAreRefused) {
   refused(5, {}, "every one of the 5 copies needs a micro-batch of each step, got 4");
   refused(3, {"--zero", "2"}, "must be shared out evenly among 3 copies with zero = 2");
   refused(2, {"--mesh", "dp=4"}, "does not fit the 2 ranks of this run");
-  refused(2, {"--mesh", "cp=2"}, "must not have cp");
   refused(2, {"--precision", "fp8"}, "must not be fp8 where several ranks train");
 }
 

@@ -215,6 +215,15 @@ TEST(ParallelGpt, TensorAndSequenceParallelismComposeWithTheRest) {
   }
 }
 
+TEST(ParallelGpt, ContextParallelismComposesWithTheRest) {
+  expect_close_to_one_rank({.mesh = "cp=2"});
+  expect_close_to_one_rank({.mesh = "cp=3", .zero = Zero::kOptimizer});
+  expect_close_to_one_rank({.mesh = "dp=2,cp=2", .zero = Zero::kGradients, .trust_ratio = true});
+  expect_close_to_one_rank({.mesh = "pp=2,cp=2", .schedule = PipelineKind::kZeroBubble});
+  expect_close_to_one_rank({.mesh = "cp=2,tp=2", .recompute = {.block = true}});
+  expect_close_to_one_rank({.mesh = "dp=2,pp=2,cp=2", .zero = Zero::kGradients});
+}
+
 TEST(ParallelGpt, StagesMayHaveAnyNumbersOfLayers) {
   expect_equal_to_one_rank({.mesh = "pp=2", .stage_layers = {4, 1}});
   expect_equal_to_one_rank({.mesh = "pp=3", .stage_layers = {1, 1, 3}});
