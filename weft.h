@@ -11,6 +11,7 @@
 #include "dist/data_parallel.h"
 #include "dist/group.h"
 #include "dist/mesh.h"
+#include "dist/mesh_norms.h"
 #include "dist/processes.h"
 #include "dist/threads.h"
 #include "models/checkpoint.h"

@@ -504,6 +504,24 @@ TEST(TensorParallelGpt, SendsWhatTheFormulasSay) {
   });
 }
 
+TEST(TensorParallelGpt, RecomputedBlocksRunTheirForwardSumsAgain) {
+  const Tensor ids = some_ids("ids"), targets = some_targets();
+  GptConfig config = odd();
+  config.recompute.block = true;
+  const int64_t l = config.layers;
+  on_layouts({2}, [&](const Layout& layout) {
+    const Gpt gpt(config, Device::cpu(), 1, DType::f32, layout.part());
+    gpt.loss(ids, targets, kStep).backward();
+    const auto calls = [&](Collective op) { return layout.group->traffic(op).calls; };
+    if (!layout.sequence) {
+      EXPECT_EQ(calls(Collective::all_reduce), 6 * l + 2);
+    } else {
+      EXPECT_EQ(calls(Collective::reduce_scatter), 6 * l + 2);
+      EXPECT_EQ(calls(Collective::all_gather), (6 * l + 3) + 2 * l + 1);
+    }
+  });
+}
+
 TEST(TensorParallelGpt, SequenceParallelismKeepsFewerActivations) {
   GptConfig config{.layers = 4, .heads = 4, .width = 64, .context = 64, .vocab = 32};
   config.dropout = 0.1;
