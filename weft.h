@@ -12,6 +12,7 @@
 #include "dist/group.h"
 #include "dist/mesh.h"
 #include "dist/processes.h"
+#include "dist/ring_attention.h"
 #include "dist/threads.h"
 #include "models/checkpoint.h"
 #include "models/evaluation.h"
