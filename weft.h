@@ -13,6 +13,7 @@
 #include "dist/mesh.h"
 #include "dist/mesh_norms.h"
 #include "dist/processes.h"
+#include "dist/ring_attention.h"
 #include "dist/threads.h"
 #include "models/checkpoint.h"
 #include "models/evaluation.h"

@@ -221,6 +221,25 @@ TEST(RingAttention, SendsTheBytesOfTheFormula) {
   }
 }
 
+TEST(RingAttention, ARecipeCostsOneMoreTripForward) {
+  const Case c = {3, 2, 29, 4, 2, 6};
+  const SequenceLayout layout(c.tokens, c.ranks);
+  const Tensors in = inputs(c, DType::f32);
+  run_threads(c.ranks, [&](Group& world) {
+    const auto take = [&](const Tensor& x) { return leaf(layout.take(x, 1, world.rank())); };
+    const auto sent = [&] { return world.traffic(Collective::send).bytes_sent; };
+    const auto run = [&](autograd::Keep keep) {
+      const int64_t before = sent();
+      const Tensor y = ring_attention(take(in.q), take(in.k), take(in.v), options_of(c), world, layout, keep);
+      const int64_t forward = sent() - before;
+      (y * y).backward(layout.take(in.dy, 1, world.rank()));  // y is saved twice, and made again once
+      return std::pair{forward, sent() - before};
+    };
+    const auto [forward, all] = run(autograd::Keep::kValue);
+    EXPECT_EQ(run(autograd::Keep::kRecipe).second, all + forward);
+  });
+}
+
 TEST(RingAttention, PartsOfAPackedTensorAreReadWhereTheyLie) {
   const Case c = {2, 2, 21, 2, 2, 4};
   const Tensors in = inputs(c, DType::f64);
