@@ -3,6 +3,7 @@
 
 #include "models/checkpoint.h"
 #include "tests/apps_ranks.h"
+#include "tests/hostile_peers.h"
 
 namespace {
 
@@ -10,11 +11,12 @@ using namespace weft::apps_test;
 
 /// A step of four micro-batches, with dropout and clipping.
 Args train(const std::string& out, int steps, const Args& more) {
-  return Args{"train", "--data", "data", "--out", out, "--steps", std::to_string(steps), "--warmup", "2"} +
-         kSmallModel + Args{"--device",     "cpu", "--save-every", "3",   "--keep",         "2",
-                            "--accumulate", "4",   "--clip",       "0.1", "--deterministic"} +
-         more;
+  return Args{"train",    "--data", "data",         "--out", out,      "--steps", std::to_string(steps),
+              "--warmup", "2",      "--accumulate", "4",     "--clip", "0.1",     "--deterministic",
+              "--device", "cpu"} +
+         kSmallModel + more;
 }
+const Args kOftenSaved = {"--save-every", "3", "--keep", "2"};
 
 std::string checkpoint(const fs::path& run, const char* file, int step) {
   char name[32];
@@ -26,7 +28,7 @@ std::string checkpoint(const fs::path& run, const char* file, int step) {
 void expect_same_as_alone(const std::string& run, int steps) {
   const fs::path& place = workplace();
   const std::string alone = "alone" + std::to_string(steps);
-  if (!fs::exists(place / alone)) must_run(place, train(alone, steps, {}));
+  if (!fs::exists(place / alone)) must_run(place, train(alone, steps, kOftenSaved));
   for (const char* file : {"model.safetensors", "optimizer.safetensors"}) {
     ASSERT_FALSE(checkpoint(place / alone, file, steps).empty());
     EXPECT_TRUE(checkpoint(place / run, file, steps) == checkpoint(place / alone, file, steps)) << run << ": " << file;
@@ -64,7 +66,7 @@ void train_with_kills(int kills, int steps) {
   const Scratch temporary;
   Process run(place,
               Args{"launch", "-n", std::to_string(kRanks), "--restarts", std::to_string(kills), "--"} +
-                  train(out, steps, {"--mesh", "dp=4", "--zero", "2"}),
+                  train(out, steps, kOftenSaved + Args{"--mesh", "dp=4", "--zero", "2"}),
               {"TMPDIR=" + temporary.path().string(), "WEFT_NUM_THREADS=1"});
   std::mt19937 random(static_cast<uint32_t>(20 + kills));
   std::vector<int64_t> points;  // steps after which a rank is killed
@@ -117,7 +119,7 @@ TEST(Faults, AnElasticRunThatLosesRanksGoesOnWithFewerAndTheSameBits) {
   const Scratch temporary;
   Process run(place,
               Args{"launch", "-n", "4", "--restarts", "2", "--elastic", "2:4", "--"} +
-                  train("elastic", kSteps, {"--mesh", "dp=4", "--zero", "1"}),
+                  train("elastic", kSteps, kOftenSaved + Args{"--mesh", "dp=4", "--zero", "1"}),
               {"TMPDIR=" + temporary.path().string(), "WEFT_NUM_THREADS=1"});
   for (int start = 0; start < 2; ++start) {
     const int ranks = 4 - start;
@@ -134,6 +136,60 @@ TEST(Faults, AnElasticRunThatLosesRanksGoesOnWithFewerAndTheSameBits) {
         "elastic: mesh = dp=4 is dp=2 in this start; a step still has accumulate = 4 micro-batches of batch = 4"})
     EXPECT_NE((outcome.out + outcome.err).find(part), std::string::npos) << part << outcome.out << outcome.err;
   expect_same_as_alone("elastic", kSteps);
+  expect_nothing_left(temporary);
+}
+
+TEST(Faults, AThousandHostileConnectionsToARunChangeNoLossAndTakeLittleMemory) {
+  constexpr int kForever = 100000;
+  const fs::path& place = workplace();
+  const Scratch temporary;
+  const auto steps_of = [&](const char* run) { return last_step(place / run) + 1; };
+  const Args alone = {"WEFT_NUM_THREADS=1"};
+  Process run(place, Args{"launch", "-n", "2", "--"} + train("attacked", kForever, {"--save-every", "0"}),
+              alone + Args{"TMPDIR=" + temporary.path().string()});
+  ASSERT_TRUE(eventually([&] { return steps_of("attacked") >= 20 || !run.running(); })) << run.err();
+  ASSERT_TRUE(run.running()) << run.err();
+  // The attackers know where the server is, and its public key.
+  pid_t rank = -1;
+  for (const pid_t pid : processes_with(temporary.path())) {
+    if (variable_of(pid, "WEFT_RANK") == "1") rank = pid;
+  }
+  const std::string rendezvous = variable_of(rank, "WEFT_RENDEZVOUS").value_or("");
+  const auto keys = weft::dist::ControlKeys::read(variable_of(rank, "WEFT_KEYS").value_or(""));
+  const int64_t steps_before = steps_of("attacked"), before = weft::testing::resident_bytes(run.pid());
+  const pid_t attacker = fork();
+  ASSERT_GE(attacker, 0);
+  if (attacker == 0) {
+    weft::testing::allow_many_connections();
+    weft::testing::attack(std::atoi(rendezvous.c_str() + rendezvous.rfind(':') + 1), keys);
+    _exit(0);
+  }
+  int64_t most = before;
+  int status = 0;
+  for (; waitpid(attacker, &status, WNOHANG) == 0; sleep_seconds(0.005))
+    most = std::max(most, weft::testing::resident_bytes(run.pid()));
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+  const int64_t steps_meanwhile = steps_of("attacked") - steps_before;
+  run.send(SIGTERM);
+  const Outcome outcome = run.wait(60);
+  EXPECT_EQ(outcome.code, 0) << outcome.out << outcome.err;
+  std::printf("grown by %.1f MiB; %lld steps meanwhile\n", static_cast<double>(most - before) / (1 << 20),
+              static_cast<long long>(steps_meanwhile));
+#ifndef __SANITIZE_ADDRESS__  // which keeps freed memory
+  EXPECT_LE(most - before, 16 << 20);
+#endif
+  EXPECT_GE(steps_meanwhile, 20);
+  // As many steps of one process that nobody disturbs.
+  const std::vector<std::string> losses = losses_of(place / "attacked");
+  const auto steps = static_cast<int64_t>(losses.size());
+  Process quiet(place, train("quiet", kForever, {"--save-every", "0"}), alone);
+  ASSERT_TRUE(eventually([&] { return steps_of("quiet") >= steps || !quiet.running(); }, 120, 0.05));
+  quiet.send(SIGTERM);
+  EXPECT_EQ(quiet.wait(60).code, 0);
+  std::vector<std::string> expected = losses_of(place / "quiet");
+  ASSERT_GE(expected.size(), losses.size());
+  expected.resize(losses.size());
+  EXPECT_EQ(losses, expected);
   expect_nothing_left(temporary);
 }
 

@@ -23,6 +23,7 @@
 #include "dist/control_client.h"
 #include "dist/control_message.h"
 #include "dist/control_server.h"
+#include "tests/hostile_peers.h"
 
 namespace {
 
@@ -454,77 +455,15 @@ TEST_F(Control, AMessageLargerThanTheLimitEndsItsConnectionOnly) {
   EXPECT_EQ(server_->members().size(), 1u);
 }
 
-int64_t resident_bytes() {
-  std::ifstream in("/proc/self/statm");
-  int64_t pages = 0;
-  in >> pages >> pages;
-  return pages * sysconf(_SC_PAGESIZE);
-}
-
-int connect_to(int port) {
-  const int socket = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_port = htons(static_cast<uint16_t>(port));
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  if (socket < 0 || ::connect(socket, reinterpret_cast<sockaddr*>(&address), sizeof address) != 0) _exit(3);
-  return socket;
-}
-
-void push(int socket, const std::string& bytes) {
-  (void)!::send(socket, bytes.data(), bytes.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
-}
-
-/// 1,000 connections: a process of its own, so that its memory is not the server's.
-void attack(int port, const ControlKeys& keys) {
-  std::mt19937 random(7);
-  const auto noise = [&](size_t size) {
-    std::string bytes(size, '\0');
-    for (char& byte : bytes) byte = static_cast<char>(random());
-    return bytes;
-  };
-  std::string greeting(64, '\0');  // ZMTP 3.0: signature, version, mechanism
-  greeting[0] = '\xff', greeting[8] = 1, greeting[9] = '\x7f', greeting[10] = 3;
-  std::copy_n("CURVE", 5, greeting.begin() + 12);
-  std::vector<int> open;
-  for (int i = 0; i < 250; ++i) {
-    open.push_back(connect_to(port));  // half open: says nothing
-    open.push_back(connect_to(port));
-    push(open.back(), noise(1 + random() % 4096));
-    open.push_back(connect_to(port));
-    // A command of 2^62 bytes, then some of them.
-    push(open.back(), greeting + std::string("\x06\x40\0\0\0\0\0\0\0", 9) + noise(512));
-  }
-  zmq::context_t context;
-  context.set(zmq::ctxopt::max_sockets, 2048);
-  const ControlKeys wrong = ControlKeys::make();
-  std::vector<zmq::socket_t> sockets;
-  for (int i = 0; i < 250; ++i) {
-    zmq::socket_t& socket = sockets.emplace_back(context, zmq::socket_type::dealer);
-    socket.set(zmq::sockopt::linger, 0);
-    socket.set(zmq::sockopt::reconnect_ivl, -1);
-    socket.set(zmq::sockopt::curve_serverkey, keys.server_public);
-    socket.set(zmq::sockopt::curve_publickey, wrong.client_public);
-    socket.set(zmq::sockopt::curve_secretkey, wrong.client_secret);
-    socket.connect("tcp://127.0.0.1:" + std::to_string(port));
-    socket.send(zmq::buffer(noise(100)), zmq::send_flags::dontwait);
-  }
-  std::this_thread::sleep_for(3s);
-  for (const int socket : open) close(socket);
-}
-
 TEST_F(Control, AThousandHostileConnectionsDisturbNoLiveRunAndTakeLittleMemory) {
-  rlimit limit{};
-  getrlimit(RLIMIT_NOFILE, &limit);
-  limit.rlim_cur = std::min<rlim_t>(limit.rlim_max, 8192);
-  setrlimit(RLIMIT_NOFILE, &limit);
+  weft::testing::allow_many_connections();
   int to_child[2];
   ASSERT_EQ(pipe(to_child), 0);
   const pid_t attacker = fork();  // before there are threads
   if (attacker == 0) {
     int port = 0;
     if (read(to_child[0], &port, sizeof port) != sizeof port) _exit(2);
-    attack(port, keys_);
+    weft::testing::attack(port, keys_);
     _exit(0);
   }
   constexpr int kRanks = 4;
@@ -554,14 +493,14 @@ TEST_F(Control, AThousandHostileConnectionsDisturbNoLiveRunAndTakeLittleMemory) 
     });
   }
   ASSERT_TRUE(eventually([&] { return rounds > 20; }, 30s));
-  const int64_t before = resident_bytes();
+  const int64_t before = weft::testing::resident_bytes(getpid());
   const int rounds_before = rounds;
   const int port = server_->port();
   ASSERT_EQ(write(to_child[1], &port, sizeof port), static_cast<ssize_t>(sizeof port));
   int64_t most = before;
   int status = 0;
   while (waitpid(attacker, &status, WNOHANG) == 0) {
-    most = std::max(most, resident_bytes());
+    most = std::max(most, weft::testing::resident_bytes(getpid()));
     std::this_thread::sleep_for(5ms);
   }
   const int during = rounds - rounds_before;
