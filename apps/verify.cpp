@@ -1,4 +1,5 @@
 // weft verify: whether a layout trains as one rank does.
+#include <algorithm>
 #include <iomanip>
 #include <iostream>
 
@@ -18,7 +19,8 @@ std::string command_line(const std::vector<std::string>& arguments) {
 /// Random comparisons one after the other; whether all were equal.
 bool fuzz(int64_t count, int64_t seed) {
   const double begin = steady_seconds();
-  int64_t different = 0;
+  int64_t different = 0, bounded = 0;
+  double largest = 0;
   for (int64_t number = 0; number < count; ++number) {
     const std::vector<std::string> arguments = random_arguments(seed, number);
     const double start = steady_seconds();
@@ -27,6 +29,11 @@ bool fuzz(int64_t count, int64_t seed) {
     try {
       const models::Verification verification = verification_of(arguments);
       const models::VerifyReport report = models::verify(verification);
+      bounded += report.equal() && !report.exact;
+      for (const models::BoundedError& error : report.errors) {
+        if (report.equal()) largest = std::max(largest, error.ratio());
+      }
+      if (report.equal() && !report.exact) verdict = "bounded";
       if (!report.equal()) {
         verdict = "DIFFERENT";
         models::print_report(details, verification, report, false);
@@ -35,13 +42,15 @@ bool fuzz(int64_t count, int64_t seed) {
       verdict = "FAILED";
       details << error.what() << "\n";
     }
-    different += verdict != "equal";
+    different += verdict == "DIFFERENT" || verdict == "FAILED";
     std::cout << std::setw(4) << number + 1 << "  " << std::left << std::setw(9) << verdict << std::right << "  "
               << fixed(steady_seconds() - start, 2) << " s  " << command_line(arguments) << "\n"
               << details.str() << std::flush;
   }
-  std::cout << count << " comparisons in " << fixed(steady_seconds() - begin, 1) << " s: " << count - different
-            << " equal, " << different << " not\n";
+  std::cout << count << " comparisons in " << fixed(steady_seconds() - begin, 1)
+            << " s: " << count - bounded - different << " equal in every bit, " << bounded << " within their bounds";
+  if (bounded > 0) std::cout << " (the largest error is " << fixed(largest, 2) << " of its bound)";
+  std::cout << ", " << different << " different\n";
   return different == 0;
 }
 

@@ -23,6 +23,7 @@ void VerifyOptions::declare(Options& o) {
         "with pp: stages a rank; other than 1 for --pipeline interleaved alone");
   o.add("pipeline_split", &pipeline_split, {.min = 1, .unit = "layers"}, {},
         "with pp: layers of each stage; empty: as even as can be");
+  o.add("sequence_parallel", &sequence_parallel, "with tp: its ranks share the rows of activations too");
   o.add("recompute",
         {.switches = {{"block", &recompute.block},
                       {"norm", &recompute.norm},
@@ -56,15 +57,19 @@ models::ParallelOptions VerifyOptions::layout(const Options& options, const std:
   layout.mesh = dist::Mesh::parse(text);
   layout.zero = zero, layout.bucket_bytes = bucket, layout.schedule = pipeline;
   const dist::Mesh& on = layout.mesh;
-  for (const Axis axis : {Axis::cp, Axis::tp}) {
-    if (on.size(axis) > 1) options.reject(name, "cannot be cut along ", dist::name(axis), " yet, got ", quoted(text));
-  }
+  if (on.size(Axis::cp) > 1) options.reject(name, "cannot be cut along cp yet, got ", quoted(text));
+  const int tensor = on.size(Axis::tp);
+  if (tensor > heads || tensor > vocab)
+    options.reject(name, "has more tp ranks than there are heads or words to share, got ", quoted(text), ", ", heads,
+                   " heads and ", vocab, " words");
+  layout.sequence = sequence_parallel && tensor > 1;
   constexpr int kMostRanks = 64;
   if (on.size() > kMostRanks)
     options.reject(name, "may have ", kMostRanks, " ranks, threads of this process, at most, got ", on.size());
   const int ranks = on.size(Axis::pp), copies = on.size(Axis::dp);
-  if (accumulate % copies != 0)
-    options.reject("accumulate", "must be shared out evenly among ", copies, " data-parallel ranks, got ", accumulate);
+  if (accumulate < copies || (zero == dist::Zero::kGradients && accumulate % copies != 0))
+    options.reject("accumulate", "must be at least one for each of ", copies,
+                   " data-parallel ranks, and as many for each with --zero 2, got ", accumulate);
   const bool first = name == "mesh";
   layout.chunks = first ? static_cast<int>(pipeline_chunks) : 1;
   if (layout.chunks > 1 && (pipeline != PipelineKind::kInterleaved || ranks == 1))
@@ -72,7 +77,7 @@ models::ParallelOptions VerifyOptions::layout(const Options& options, const std:
   if (const int64_t stages = ranks * layout.chunks; stages > layers)
     options.reject(name, "makes a pipeline of ", stages, " stages of at least one layer each; there are ", layers,
                    " layers");
-  if (ranks > 1 && pipeline == PipelineKind::kInterleaved && accumulate / copies % ranks != 0)
+  if (ranks > 1 && pipeline == PipelineKind::kInterleaved && accumulate % (copies * ranks) != 0)
     options.reject("accumulate", "must be a multiple of the ", ranks, " pipeline ranks for each of ", copies,
                    " copies with --pipeline interleaved, got ", accumulate);
   if (!first || pipeline_split.empty()) return layout;
@@ -142,16 +147,22 @@ std::vector<std::string> random_arguments(int64_t seed, int64_t number) {
     arguments.push_back(concat(value));
   };
 
-  int64_t dp = 1, pp = 1;
-  while (dp * pp < 2 || dp * pp > kRanks) dp = dice.from_to(1, kRanks), pp = dice.from_to(1, 4);
+  int64_t dp = 1, pp = 1, tp = 1;
+  while (dp * pp * tp < 2 || dp * pp * tp > kRanks) {
+    dp = dice.from_to(1, kRanks), pp = dice.from_to(1, 4), tp = dice.one_in(2) ? 1 : dice.from_to(2, 4);
+  }
   const std::string schedule =
       pp == 1 ? "1f1b" : dice.one_of<std::string>({"gpipe", "1f1b", "interleaved", "zero-bubble"});
   const bool interleaved = schedule == "interleaved";
   const int64_t chunks = interleaved ? dice.from_to(1, 2) : 1;
   const int64_t stages = pp * chunks, layers = stages + dice.from_to(0, 3);
-  const int64_t share = interleaved ? pp * dice.from_to(1, 2) : dice.from_to(1, 4);
-  give("mesh", dist::Mesh({static_cast<int>(dp), static_cast<int>(pp), 1, 1}).to_string());
-  give("zero", dice.from_to(0, 2));
+  const int64_t share = interleaved ? pp * dice.from_to(1, 2) : dice.from_to(1, 3);
+  const int64_t zero = dice.from_to(0, 2);
+  const bool even = interleaved || zero == 2;
+  const int64_t accumulate = dp * share + (even ? 0 : dice.from_to(0, dp - 1));
+  give("mesh", dist::Mesh({static_cast<int>(dp), static_cast<int>(pp), 1, static_cast<int>(tp)}).to_string());
+  give("zero", zero);
+  if (tp > 1 && dice.one_in(2)) arguments.push_back("--sequence-parallel");
   give("bucket", dice.one_of<int64_t>({1, 500, 4096, 1 << 20}));
   give("layers", layers);
   if (pp > 1) give("pipeline", schedule);
@@ -165,16 +176,16 @@ std::vector<std::string> random_arguments(int64_t seed, int64_t number) {
   }
   if (dice.one_in(3)) give("recompute", dice.one_of<std::string>({"block", "norm", "activation", "norm,attention"}));
 
-  const int64_t heads = dice.from_to(1, 5);
+  const int64_t heads = dice.from_to(tp, 5);
   give("heads", heads);
-  give("width", heads * dice.from_to(1, 9));
-  give("context", dice.from_to(1, 11));
-  give("vocab", dice.from_to(2, 67));
+  give("width", heads * dice.from_to(1, 7));
+  give("context", dice.from_to(1, 9));
+  give("vocab", dice.from_to(4, 67));
   give("dropout", dice.one_of<std::string>({"0", "0.1", "0.5"}));
   give("precision", dice.one_of<std::string>({"f64", "f32", "f32", "bf16", "f16"}));
   give("steps", dice.from_to(1, 3));
   give("batch", dice.from_to(1, 3));
-  give("accumulate", dp * share);
+  give("accumulate", accumulate);
   give("optimizer", dice.one_of<std::string>({"adamw", "lamb"}));
   give("lr", dice.one_of<std::string>({"0.001", "0.03"}));
   give("weight-decay", dice.one_of<std::string>({"0", "0.1"}));
@@ -185,9 +196,10 @@ std::vector<std::string> random_arguments(int64_t seed, int64_t number) {
     std::vector<std::string> meshes;
     for (int copies = 1; copies <= kRanks; ++copies) {
       for (int ranks = 1; copies * ranks <= kRanks; ++ranks) {
-        const int64_t each = dp * share / copies;
-        if (dp * share % copies != 0 || ranks > layers || (interleaved && ranks > 1 && each % ranks != 0)) continue;
-        meshes.push_back(dist::Mesh({copies, ranks, 1, 1}).to_string());
+        if (copies > accumulate || (even && accumulate % copies != 0) || ranks > layers) continue;
+        if (interleaved && ranks > 1 && accumulate % (copies * ranks) != 0) continue;
+        for (int shared = 1; copies * ranks * shared <= kRanks && shared <= heads && shared <= 4; ++shared)
+          meshes.push_back(dist::Mesh({copies, ranks, 1, shared}).to_string());
       }
     }
     give("then", dice.one_of(meshes));

@@ -16,6 +16,7 @@ struct VerifyOptions {
   dist::PipelineKind pipeline = dist::PipelineKind::k1F1B;
   int64_t pipeline_chunks = 1;
   std::vector<int64_t> pipeline_split;
+  bool sequence_parallel = false;
   int64_t layers = 4, heads = 2, width = 24, context = 7, vocab = 29;
   double dropout = 0.1;
   models::Recompute recompute;

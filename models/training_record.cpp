@@ -151,8 +151,8 @@ class RankRun {
 
   void step(const RankView& view, KeptNorms& norms, RankStep& kept) {
     ParallelGpt& parallel = view.parallel;
-    const int64_t share = problem_.micro_batches / parallel.data_ranks();
-    parallel.begin_step(share);
+    parallel.begin_step(problem_.micro_batches);
+    const int64_t share = parallel.shares(problem_.micro_batches)[static_cast<size_t>(parallel.data_rank())];
     at(TrainingMoment::kBegun, view);
     std::vector<MicroBatch> batches;
     std::vector<GptStep> settings;
@@ -190,8 +190,10 @@ class RankRun {
       for (size_t p = 0; p < own.size(); ++p) {
         if (own[p].role != ParameterRole::weight && own[p].role != ParameterRole::embedding) continue;
         const double weight = sums[1][p], update = sums[2][p];
-        kept.norms.emplace_back("trust ratio of " + own[p].name,
-                                weight > 0 && update > 0 ? std::sqrt(weight / update) : 1);
+        const std::string& name = own[p].name;
+        kept.norms.emplace_back("squared norm of " + name, weight);
+        kept.norms.emplace_back("squared norm of the update of " + name, update);
+        kept.norms.emplace_back("trust ratio of " + name, weight > 0 && update > 0 ? std::sqrt(weight / update) : 1);
       }
     }
     at(TrainingMoment::kUpdated, view);
@@ -287,11 +289,7 @@ TrainingState state_after(const std::vector<RankStep>& ranks) {
 
 TrainingRecord record_training(const TrainingProblem& problem, const ParallelOptions& layout,
                                const RecordOptions& options) {
-  const int ranks = layout.mesh.size(), copies = layout.mesh.size(dist::Axis::dp);
-  if (problem.micro_batches < copies || problem.micro_batches % copies != 0) {
-    fail(ErrorKind::kValue, kWhere, "the micro-batches of a step must be shared out evenly among ", copies,
-         " data-parallel ranks, got ", problem.micro_batches);
-  }
+  const int ranks = layout.mesh.size();
   TrainingRecord record{layout, options.first_step, {}};
   record.steps.assign(static_cast<size_t>(options.steps), std::vector<RankStep>(static_cast<size_t>(ranks)));
   dist::ThreadsOptions threads;

@@ -49,9 +49,11 @@ struct RankStep {
   std::vector<double> losses;          ///< of all micro-batches of the step, as this rank knows them
   std::vector<int64_t> micro_batches;  ///< that it computed
   std::vector<HeldPart> gradients;     ///< of the whole step, before the update
-  std::vector<std::pair<std::string, double>> norms = {};  ///< "gradient", "clip factor"; of LAMB each tensor's ratio
-  std::vector<HeldPart> parameters, state;                 ///< after the update
-  std::vector<SeenOutput> outputs = {};                    ///< if they were to be watched, in order
+  /// "gradient norm", "clip factor"; of LAMB each tensor's "trust ratio of h.0.mlp.fc.weight" and the squared norms
+  /// that make it.
+  std::vector<std::pair<std::string, double>> norms = {};
+  std::vector<HeldPart> parameters, state;  ///< after the update
+  std::vector<SeenOutput> outputs = {};     ///< if they were to be watched, in order
 };
 
 struct TrainingRecord {
@@ -104,14 +106,14 @@ struct TrainingHooks {
 
 /// What of a run is wanted.
 struct RecordOptions {
-  int64_t first_step = 0, steps = 1;
+  int64_t first_step = 0, steps = 1;     ///< 0 steps: only makes the objects
   const TrainingState* start = nullptr;  ///< null: begins anew
   bool watch = false;                    ///< outputs of forward passes too; then nothing is recomputed
   const TrainingHooks* hooks = nullptr;
 };
 
 /// Trains on the ranks of a mesh, as threads of this process on the CPU, and keeps what they had.
-/// @throws Error kValue for micro-batches that the layout's data ranks do not divide; as ParallelGpt and the ranks do.
+/// @throws Error as ParallelGpt and the ranks do.
 TrainingRecord record_training(const TrainingProblem& problem, const ParallelOptions& layout,
                                const RecordOptions& options);
 

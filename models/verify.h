@@ -34,6 +34,7 @@ struct Difference {
   double expected = 0, got = 0;
   double bound = 0;                     ///< that was exceeded; 0: the two should have been equal
   bool missing = false;                 ///< no rank has this element
+  bool copies = false;                  ///< `expected` is what another rank of the layout has
   std::vector<int> ranks;               ///< those that have it wrong; first of them: whose value `got` is
   int64_t compared = 0, different = 0;  ///< tensors of this kind in this step
 
@@ -71,8 +72,10 @@ struct VerifyReport {
 };
 
 /// Runs all layouts and the one rank and compares loss of every micro-batch, gradient of every parameter, norms,
-/// parameters and optimizer state of every step, on every rank. Stops at the first step with a difference, and looks
-/// for where in the forward pass it begins.
+/// parameters and optimizer state of every step, on every rank. Layouts without tp and cp must have the bits of one
+/// rank; of others, each step must be within a bound of what one rank does from where they were
+/// (docs/parallelism/verify.md). Stops at the first step with a difference, and looks for where in the forward pass it
+/// begins.
 /// @param hooks  for the layouts' runs alone
 /// @throws Error as record_training().
 VerifyReport verify(const Verification& verification, const TrainingHooks* hooks = nullptr);

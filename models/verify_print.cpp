@@ -53,7 +53,7 @@ void print_difference(std::ostream& out, const Verification& verification, const
     out << ": no rank has it\n";
   } else {
     out << " is " << exactly(d.got) << " on " << rank_in(mesh, d.ranks.front()) << ", " << exactly(d.expected)
-        << " on one rank alone";
+        << (d.copies ? " elsewhere" : " on one rank alone");
     if (d.bound > 0) out << "; they may differ by " << with_digits(d.bound, 3);
     out << "\n";
   }
@@ -73,13 +73,18 @@ void print_difference(std::ostream& out, const Verification& verification, const
 }
 
 void print_errors(std::ostream& out, const VerifyReport& report, bool all) {
-  std::vector<BoundedError> errors = report.errors;
+  std::vector<BoundedError> errors;
+  std::copy_if(report.errors.begin(), report.errors.end(), std::back_inserter(errors),
+               [](const BoundedError& error) { return error.bound > 0 || error.difference > 0; });
+  const size_t equal = report.errors.size() - errors.size();
   std::stable_sort(errors.begin(), errors.end(),
                    [](const BoundedError& a, const BoundedError& b) { return a.ratio() > b.ratio(); });
   constexpr size_t kShown = 8;
   const size_t shown = all ? errors.size() : std::min(errors.size(), kShown);
-  out << "tp, cp: largest difference against its bound" << (all ? "" : concat(", ", shown, " of ", errors.size()))
-      << "\n";
+  out << "with tp: " << equal << " tensors have the same bits in every step, " << errors.size() << " others"
+      << (shown < errors.size() ? concat(", ", shown, " of them here") : "") << "\n"
+      << std::left << std::setw(50) << "" << std::right << std::setw(12) << "difference" << std::setw(12) << "bound"
+      << std::setw(10) << "ratio" << "\n";
   for (size_t i = 0; i < shown; ++i) {
     const BoundedError& error = errors[i];
     out << "  " << std::left << std::setw(48) << concat(name(error.what), ' ', error.tensor) << std::right
