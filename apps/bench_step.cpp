@@ -52,14 +52,6 @@ class StepBench {
   }
 
  private:
-  static std::shared_ptr<text::TokenVector> random_tokens(const StepShape& shape) {
-    const RandomStream stream(1, "bench tokens");
-    std::vector<int32_t> tokens(static_cast<size_t>(64 * shape.batch * shape.config.context + 1));
-    for (size_t i = 0; i < tokens.size(); ++i)
-      tokens[i] = static_cast<int32_t>(stream.below(i, static_cast<uint64_t>(shape.config.vocab)));
-    return std::make_shared<text::TokenVector>(std::move(tokens), shape.config.vocab);
-  }
-
   StepShape shape_;
   int64_t accumulate_;
   Device device_;

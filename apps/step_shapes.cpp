@@ -1,6 +1,7 @@
 #include "apps/step_shapes.h"
 
 #include "core/error.h"
+#include "core/random.h"
 
 namespace weft::apps {
 
@@ -24,6 +25,14 @@ std::vector<std::string> step_shape_names() {
   std::vector<std::string> names;
   for (const StepShape& shape : step_shapes()) names.emplace_back(shape.name);
   return names;
+}
+
+std::shared_ptr<text::TokenVector> random_tokens(const StepShape& shape) {
+  const RandomStream stream(1, "bench tokens");
+  std::vector<int32_t> tokens(static_cast<size_t>(64 * shape.batch * shape.config.context + 1));
+  for (size_t i = 0; i < tokens.size(); ++i)
+    tokens[i] = static_cast<int32_t>(stream.below(i, static_cast<uint64_t>(shape.config.vocab)));
+  return std::make_shared<text::TokenVector>(std::move(tokens), shape.config.vocab);
 }
 
 const StepShape& step_shape(const std::string& name) {

@@ -1,9 +1,11 @@
 #pragma once
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "models/gpt.h"
+#include "models/text/shard.h"
 
 namespace weft::apps {
 
@@ -18,6 +20,8 @@ struct StepShape {
 std::span<const StepShape> step_shapes();
 std::vector<std::string> step_shape_names();
 const StepShape& step_shape(const std::string& name);
+/// 64 batches of random tokens, the same each time.
+std::shared_ptr<text::TokenVector> random_tokens(const StepShape& shape);
 /// What the option that chooses one says of them.
 extern const char* const kStepShapesHelp;
 

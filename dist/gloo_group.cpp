@@ -10,6 +10,7 @@
 #include <signal.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstring>
 #include <map>
@@ -27,7 +28,8 @@ using Buffer = gloo::transport::UnboundBuffer;
 /// Gloo closes all its connections when a wait takes longer than its timeout. A wait here ends with the data or with
 /// the failure of the world, which is found elsewhere.
 constexpr std::chrono::hours kNever{24 * 365};
-/// Bytes of scratch memory that a reduction takes for the pieces of other ranks.
+/// Bytes of scratch memory that a reduction takes for the pieces of other ranks: two blocks of them, one of which
+/// arrives while the other is added up.
 constexpr int64_t kScratchBytes = int64_t{4} << 20;
 
 /// Our store as Gloo wants it. Whoever waits for a process that is gone is told at once.
@@ -95,9 +97,7 @@ class GlooEngine : public ProcessEngine {
 
   int64_t run(const Operation& op) override {
     try {
-      Messages messages(*this, op);
-      move(op, messages);
-      return messages.sent();
+      return move(op);
     } catch (const Error&) {
       throw;
     } catch (const std::exception& error) {
@@ -159,8 +159,8 @@ class GlooEngine : public ProcessEngine {
     int64_t sent_ = 0;
   };
 
-  void move(const Operation& op, Messages& messages);
-  void reduce(const Operation& op, Messages& messages, const Pieces& pieces, std::byte* result);
+  int64_t move(const Operation& op);
+  int64_t reduce(const Operation& op, const Pieces& pieces, std::byte* result);
   void gather(const Operation& op, Messages& messages, const Pieces& pieces, int skip);
 
   /// Lanes have slots of their own, numbered by operation.
@@ -203,34 +203,41 @@ class GlooEngine : public ProcessEngine {
   bool aborted_ = false;
 };
 
-/// result = reduction over ranks of this rank's piece of their inputs.
-void GlooEngine::reduce(const Operation& op, Messages& messages, const Pieces& pieces, std::byte* result) {
+/// result = reduction over ranks of this rank's piece of their inputs. The bytes that were sent.
+int64_t GlooEngine::reduce(const Operation& op, const Pieces& pieces, std::byte* result) {
   const int n = op.size(), me = op.rank;
   const int64_t each = size_of(op.stamp.dtype);
-  const int64_t block = std::max<int64_t>(kScratchBytes / (n * each), 1);
+  const int64_t block = std::max<int64_t>(kScratchBytes / (2 * n * each), 1);
   int64_t longest = 0;
   for (int r = 0; r < n; ++r) longest = std::max(longest, pieces.size(r));
   const MemoryScope scope(MemoryCategory::communication);
   const int64_t stride = std::min(block, pieces.size(me));
-  const Tensor scratch = Tensor::empty({n, stride}, op.stamp.dtype);
-  std::byte* const received = static_cast<std::byte*>(scratch.raw());
-  for (int64_t at = 0; at < longest; at += block) {
-    const auto length = [&](int r) { return std::clamp<int64_t>(pieces.size(r) - at, 0, block); };
-    const int64_t mine = length(me);
-    for (int i = 1; i < n; ++i) {
+  const Tensor scratch = Tensor::empty({2, n, stride}, op.stamp.dtype);
+  std::array<Messages, 2> messages = {Messages(*this, op), Messages(*this, op)};
+  const auto half = [&](int64_t at) { return static_cast<size_t>(at / block % 2); };
+  const auto received = [&](int64_t at, int rank) {
+    return static_cast<std::byte*>(scratch.raw()) + (static_cast<int64_t>(half(at)) * n + rank) * stride * each;
+  };
+  const auto length = [&](int r, int64_t at) { return std::clamp<int64_t>(pieces.size(r) - at, 0, block); };
+  const auto exchange = [&](int64_t at) {
+    for (int i = 1; at < longest && i < n; ++i) {
       const int from = (me + i) % n, to = (me + n - i) % n;
-      messages.receive(from, received + from * stride * each, mine * each);
-      messages.send(to, op.in() + (pieces.at(to) + at) * each, length(to) * each);
+      messages[half(at)].receive(from, received(at, from), length(me, at) * each);
+      messages[half(at)].send(to, op.in() + (pieces.at(to) + at) * each, length(to, at) * each);
     }
-    messages.wait();
+  };
+  exchange(0);
+  for (int64_t at = 0; at < longest; at += block) {
+    exchange(at + block);
+    messages[half(at)].wait();
+    const int64_t mine = length(me, at);
     if (mine == 0) continue;
     std::vector<const void*> inputs;
-    for (int r = 0; r < n; ++r) {
-      inputs.push_back(r == me ? op.in() + (pieces.at(me) + at) * each : received + r * stride * each);
-    }
+    for (int r = 0; r < n; ++r) inputs.push_back(r == me ? op.in() + (pieces.at(me) + at) * each : received(at, r));
     void* const output = result + at * each;
     reduce_tree(op.stamp.reduction, op.stamp.dtype, inputs, std::span(&output, 1), mine);
   }
+  return messages[0].sent() + messages[1].sent();
 }
 
 /// Every rank's piece of the output on all ranks but `skip` (-1: none), which has them all.
@@ -245,18 +252,21 @@ void GlooEngine::gather(const Operation& op, Messages& messages, const Pieces& p
   messages.wait();
 }
 
-void GlooEngine::move(const Operation& op, Messages& messages) {
+/// The bytes that were sent.
+int64_t GlooEngine::move(const Operation& op) {
   const int n = op.size(), me = op.rank;
   const int64_t each = size_of(op.stamp.dtype);
+  Messages messages(*this, op);
+  int64_t reduced = 0;
   switch (op.stamp.op) {
     case Collective::all_reduce: {
       const Pieces pieces = Pieces::even(op.input.numel(), n);
-      reduce(op, messages, pieces, op.out() + pieces.at(me) * each);
+      reduced = reduce(op, pieces, op.out() + pieces.at(me) * each);
       gather(op, messages, pieces, -1);
       break;
     }
     case Collective::reduce_scatter:
-      reduce(op, messages, Pieces::rows(op.stamp.send_counts, row_elements(op.stamp.shape)), op.out());
+      reduced = reduce(op, Pieces::rows(op.stamp.send_counts, row_elements(op.stamp.shape)), op.out());
       break;
     case Collective::all_gather: {
       const Pieces pieces = Pieces::rows(op.stamp.send_counts, row_elements(op.stamp.shape));
@@ -312,6 +322,7 @@ void GlooEngine::move(const Operation& op, Messages& messages) {
     case Collective::barrier:
       break;  // all have come: that was found when the stamps were compared
   }
+  return reduced + messages.sent();
 }
 
 }  // namespace

@@ -252,6 +252,10 @@ Work Group::start(Collective op, const Tensor& input, const Tensor& output, Stam
     ++traffic.calls;
     traffic.bytes_sent += bytes;
   };
+  work->waited = [totals = impl.totals, op](double seconds) {
+    const std::lock_guard lock(totals->mutex);
+    totals->of[static_cast<size_t>(op)].waited += seconds;
+  };
 
   OperationQueue* queue = nullptr;
   {

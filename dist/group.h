@@ -60,6 +60,7 @@ class Group {
   struct Traffic {
     int64_t calls = 0;
     int64_t bytes_sent = 0;  ///< data sent to other ranks by this one; stamps and heartbeats are not counted
+    double waited = 0;       ///< seconds in which this rank's program stood still for them
   };
 
   /// The world of an engine. `ranks`: the group's world ranks in the order of its own.

@@ -1,6 +1,24 @@
 #include "dist/operation_queue.h"
 
+#include <chrono>
+
 namespace weft::dist {
+namespace {
+
+/// Tells an operation how long its rank's program stood still for it.
+class Standstill {
+ public:
+  explicit Standstill(Work::State& state) : state_(state) {}
+  ~Standstill() { state_.waited(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count()); }
+  Standstill(const Standstill&) = delete;
+  Standstill& operator=(const Standstill&) = delete;
+
+ private:
+  Work::State& state_;
+  const std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+};
+
+}  // namespace
 
 void Work::State::execute(bool user) noexcept {
   const std::shared_ptr<Engine> kept = engine;
@@ -41,6 +59,7 @@ void Work::wait() const {
     }
     engine = state.engine;
   }
+  const Standstill standstill(state);
   const Board::Waiting waiting(engine->board(), engine->rank(), state.op.stamp, *state.op.members);
   std::unique_lock lock(state.mutex);
   state.changed.wait(lock, [&] { return state.done; });
@@ -82,7 +101,10 @@ void OperationQueue::run(const std::shared_ptr<Work::State>& work) {
     }
     running_ = work;
   }
-  work->execute(true);
+  {
+    const Standstill standstill(*work);
+    work->execute(true);
+  }
   {
     const std::lock_guard lock(mutex_);
     running_ = nullptr;

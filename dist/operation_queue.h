@@ -17,6 +17,7 @@ struct Work::State {
   uint64_t record = 0;  ///< in the flight recorder
   std::shared_ptr<Engine> engine;
   std::function<void(const Operation&, int64_t bytes)> count;
+  std::function<void(double seconds)> waited;  ///< told of time in which the rank's program stands still
 
   std::mutex mutex;
   std::condition_variable changed;

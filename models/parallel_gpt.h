@@ -69,6 +69,8 @@ class ParallelGpt {
   /// For an optimizer over parameters().
   std::shared_ptr<optim::NormReducer> norms() const { return norms_; }
   const dist::DataParallel& data_parallel() const { return *data_parallel_; }
+  /// Ranks that add up their gradients.
+  const dist::Group& gradient_group() const { return gradients_; }
 
   /// Of a step's micro-batches, the ranks with one of data_ranks() have the same.
   int data_rank() const { return data_.rank(); }
