@@ -51,6 +51,10 @@ class GradientSums {
 
   /// Takes the gradient of this rank's next micro-batch from its leaf. @throws Error kState if it is one too many.
   void take(size_t leaf);
+  /// Buckets whose transfers have begun in this step.
+  size_t started() const { return started_.size(); }
+  /// Waits for the first `count` of those, so that what they sent takes no memory any more.
+  void settle(size_t count);
   /// @throws Error kState, naming the leaf, if a gradient is missing.
   void check_complete() const;
   /// Waits for a bucket's transfers; this rank's range of the sum over the step: of the leaves' dtype, or f32 if it is
@@ -77,7 +81,8 @@ class GradientSums {
 
   std::vector<std::vector<MicroBatchRange>> nodes_of_round(int64_t i) const;
   bool ready(const State& bucket) const;
-  void start(State& bucket);
+  void start(size_t number);
+  void collect(State& bucket);
   Tensor joined_sums(const State& bucket);
 
   Group& group_;
@@ -92,7 +97,8 @@ class GradientSums {
   /// In place of sums_, where every micro-batch is transferred: [leaf], those whose bucket is not ready. They are
   /// several where a pipeline puts off the gradients of some weights.
   std::vector<std::deque<Tensor>> waiting_;
-  std::vector<int64_t> seen_;  ///< [leaf], gradients so far
+  std::vector<size_t> started_;  ///< buckets, in the order of their transfers
+  std::vector<int64_t> seen_;    ///< [leaf], gradients so far
 };
 
 }  // namespace weft::dist
