@@ -39,6 +39,11 @@ struct DataParallelOptions {
   /// With kParameters: names of the parameters of each unit of the model (models::Gpt::units()), in the order in which
   /// units run forward. A parameter is in one, or in two if its second use is a leaf here.
   std::vector<std::vector<std::string>> units = {};
+  /// Hybrid sharding (Zhao et al. 2023): the ranks that have this one's place in other groups, which train the same
+  /// model together with this one. States are shared out within each group alone, and every group has all of them, so
+  /// that only the ranges of a rank's gradients travel between groups. It must outlive the DataParallel. Null: there
+  /// are none.
+  Group* replicas = nullptr;
 };
 
 /// Micro-batches of each rank where a step of `total` is shared out among `ranks`: as evenly as can be, the first ranks
@@ -81,8 +86,10 @@ std::vector<int64_t> micro_batch_shares(int64_t total, int ranks);
 /// Bytes that a rank sends in a step, of P bytes of gradients, n ranks and a micro-batches a rank: kNone and kOptimizer
 /// 2 P (n-1)/n; kGradients (a + 1) P (n-1)/n; kParameters, with P counting a tensor in each of its units and U of the
 /// last unit, (3 P - U) (n-1)/n. Where the ranks' micro-batches are not the same power of two, kNone and kOptimizer
-/// send P (n-1)/n for each node that a rank's micro-batches make, instead of once; so does kParameters. Gradients of
-/// bf16 and f16 are added up in f32 and rounded once; they travel as f32 unless every rank has one micro-batch.
+/// send P (n-1)/n for each node that a rank's micro-batches make, instead of once; so does kParameters. With m replicas
+/// a rank sends 2 P/n (m-1)/m to them besides, or, where their micro-batches are not the same power of two, P/n (m-1)
+/// for each node. Gradients of bf16 and f16 are added up in f32 and rounded once; they travel as f32 unless every rank
+/// has one micro-batch.
 class DataParallel {
  public:
   /// `parameters` must be equal on all ranks; the first rank's values are taken by all. The group must outlive this.
@@ -104,6 +111,7 @@ class DataParallel {
   std::shared_ptr<optim::NormReducer> norms() const;
 
   /// Begins a step of micro_batches[r] micro-batches on rank r, at least one, the same on all ranks with kGradients.
+  /// With replicas, those of the first replica's ranks come first, then those of the second's, and so on.
   void begin_step(std::span<const int64_t> micro_batches);
   /// The number in the whole step of this rank's i-th micro-batch.
   int64_t micro_batch(int64_t i) const;
@@ -121,7 +129,8 @@ class DataParallel {
   void gather();
 
   /// The state of an optimizer over parameters(), "<parameter>.<name of the state>", with whole tensors, on every rank:
-  /// what a checkpoint stores, whatever the ranks share. Tensors of other names are passed on. All ranks call it.
+  /// what a checkpoint may store, whatever the ranks share, if it fits into memory. Tensors of other names are passed
+  /// on. All ranks call it.
   NamedTensors whole_state(const NamedTensors& own) const;
   /// The part of it that this rank's optimizer loads. @throws Error kData for a tensor of another size than its
   /// parameter.

@@ -24,7 +24,11 @@ bool is_trained_leaf(const Tensor& tensor) {
 }  // namespace
 
 DataParallel::State::State(Group& group, Parameters parameters, const DataParallelOptions& options)
-    : group(group), zero(options.zero), model(std::move(parameters)), bucket_of(model.size()) {
+    : group(group),
+      replicas(options.replicas),
+      zero(options.zero),
+      model(std::move(parameters)),
+      bucket_of(model.size()) {
   const autograd::NoGrad no_grad;
   check_parameters();
   std::vector<GradientSums::Leaf> all;
@@ -72,7 +76,7 @@ DataParallel::State::State(Group& group, Parameters parameters, const DataParall
     }
   }
   make_own();
-  sums.emplace(group, zero == Zero::kGradients, std::move(all), std::move(all_buckets));
+  sums.emplace(group, replicas, zero == Zero::kGradients, std::move(all), std::move(all_buckets));
   if (!spread) return;
   std::vector<std::vector<size_t>> unit_buckets;
   for (const std::vector<size_t>& unit : members) {
@@ -188,13 +192,12 @@ std::vector<std::vector<size_t>> DataParallel::State::transfers(const std::vecto
 
 /// What the first rank has, all have, but for parameters without memory: those wait for their values.
 void DataParallel::State::share_values() const {
-  for (const Parameter& parameter : model) {
-    if (zero != Zero::kParameters || !parameter.tensor.storage()->is_released())
-      group.broadcast_(parameter.tensor.detach(), 0);
-  }
-  for (const Use& use : uses) {
-    const Tensor& tensor = model[use.parameter].tensor;
-    if (use.pair != nullptr && !tensor.storage()->is_released()) use.pair->broadcast_(tensor.detach(), 0);
+  for (size_t p = 0; p < model.size(); ++p) {
+    const Tensor& tensor = model[p].tensor;
+    if (zero == Zero::kParameters && tensor.storage()->is_released()) continue;
+    group.broadcast_(tensor.detach(), 0);
+    if (replicas != nullptr) replicas->broadcast_(tensor.detach(), 0);
+    if (const Use* use = use_of(p); use != nullptr && use->pair != nullptr) use->pair->broadcast_(tensor.detach(), 0);
   }
 }
 

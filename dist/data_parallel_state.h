@@ -21,6 +21,7 @@ struct DataParallel::State {
   };
 
   Group& group;
+  Group* replicas;
   Zero zero;
   Parameters model, own;
   std::vector<ShardPiece> pieces;

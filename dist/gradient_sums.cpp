@@ -36,8 +36,13 @@ Tensor kept(int64_t count, DType dtype, Device device) {
 
 }  // namespace
 
-GradientSums::GradientSums(Group& group, bool every_micro_batch, std::vector<Leaf> leaves, std::vector<Bucket> buckets)
-    : group_(group), every_micro_batch_(every_micro_batch), leaves_(std::move(leaves)), bucket_of_(leaves_.size()) {
+GradientSums::GradientSums(Group& group, Group* replicas, bool every_micro_batch, std::vector<Leaf> leaves,
+                           std::vector<Bucket> buckets)
+    : group_(group),
+      replicas_(replicas),
+      every_micro_batch_(every_micro_batch),
+      leaves_(std::move(leaves)),
+      bucket_of_(leaves_.size()) {
   for (Bucket& bucket : buckets) {
     const DType dtype = leaves_[bucket.layout.tensors().front()].tensor.dtype();
     for (const size_t leaf : bucket.layout.tensors()) bucket_of_[leaf] = buckets_.size();
@@ -46,8 +51,11 @@ GradientSums::GradientSums(Group& group, bool every_micro_batch, std::vector<Lea
 }
 
 void GradientSums::begin(std::span<const int64_t> micro_batches) {
-  if (micro_batches.size() != static_cast<size_t>(group_.size()))
-    fail(ErrorKind::kValue, kWhere, "there are ", group_.size(), " ranks, but micro-batches of ", micro_batches.size());
+  const int replicas = replicas_ == nullptr ? 1 : replicas_->size();
+  const auto ranks = static_cast<size_t>(group_.size());
+  if (micro_batches.size() != ranks * static_cast<size_t>(replicas))
+    fail(ErrorKind::kValue, kWhere, "there are ", ranks * static_cast<size_t>(replicas),
+         " ranks, but micro-batches of ", micro_batches.size());
   for (size_t rank = 0; rank < micro_batches.size(); ++rank) {
     if (micro_batches[rank] < 1)
       fail(ErrorKind::kValue, kWhere, "rank ", rank, " must have at least one micro-batch, got ", micro_batches[rank]);
@@ -56,9 +64,17 @@ void GradientSums::begin(std::span<const int64_t> micro_batches) {
            micro_batches[0], " on rank 0 and ", micro_batches[rank], " on rank ", rank);
     }
   }
-  counts_.assign(micro_batches.begin(), micro_batches.end());
+  const size_t replica = replicas_ == nullptr ? 0 : static_cast<size_t>(replicas_->rank());
+  const auto own = micro_batches.subspan(replica * ranks, ranks);
+  counts_.assign(own.begin(), own.end());
+  replica_starts_.clear();
   total_ = 0;
-  for (const int64_t count : counts_) total_ += count;
+  for (size_t rank = 0; rank < micro_batches.size(); ++rank) {
+    if (rank % ranks == 0) replica_starts_.push_back(total_);
+    total_ += micro_batches[rank];
+  }
+  replica_starts_.push_back(total_);
+  first_ = replica_starts_[replica];
   seen_.assign(leaves_.size(), 0);
   sums_.assign(leaves_.size(), std::nullopt);
   waiting_.assign(leaves_.size(), {});
@@ -76,8 +92,8 @@ void GradientSums::begin(std::span<const int64_t> micro_batches) {
 int64_t GradientSums::number(int rank, int64_t i) const {
   // Reduced once in a step, a rank's micro-batches follow each other, so that it can add up most of them itself;
   // reduced one by one, those of all ranks that are reduced together do.
-  if (every_micro_batch_) return i * group_.size() + rank;
-  int64_t before = 0;
+  if (every_micro_batch_) return first_ + i * group_.size() + rank;
+  int64_t before = first_;
   for (int r = 0; r < rank; ++r) before += counts_[static_cast<size_t>(r)];
   return before + i;
 }
@@ -105,14 +121,14 @@ void GradientSums::take(size_t leaf) {
   const State& bucket = buckets_[number_of_bucket];
   const Tensor wide = gradient.contiguous().to(bucket.sum_dtype);
   const int64_t j = number(group_.rank(), seen_[leaf]++);
-  if (every_micro_batch_ && group_.size() > 1) {
+  if (every_micro_batch_ && !alone()) {
     waiting_[leaf].push_back(wide);
   } else {
     if (!sums_[leaf]) sums_[leaf].emplace(total_);
     sums_[leaf]->add({j, j + 1}, wide);
   }
   // One rank alone has all of every sum.
-  if (group_.size() > 1 && ready(bucket)) start(number_of_bucket);
+  if (!alone() && ready(bucket)) start(number_of_bucket);
 }
 
 /// Whether all leaves of a bucket have what its next transfer takes.
@@ -218,13 +234,42 @@ void GradientSums::settle(size_t count) {
   for (size_t i = 0; i < count; ++i) collect(buckets_[started_[i]]);
 }
 
+/// What this rank and those in its place have, added up.
+Tensor GradientSums::sum_of_replicas(const State& bucket) {
+  const std::vector<CanonicalSum::Part>& mine = bucket.sum->parts();
+  std::vector<std::vector<MicroBatchRange>> nodes;
+  for (size_t replica = 0; replica + 1 < replica_starts_.size(); ++replica)
+    nodes.push_back(CanonicalSum::nodes({replica_starts_[replica], replica_starts_[replica + 1]}, total_));
+  if (joined(nodes, total_)) {
+    replicas_->all_reduce_(mine.front().tensor);
+    return mine.front().tensor;
+  }
+  const MemoryScope scope(MemoryCategory::communication);
+  const int64_t count = bucket.layout.count(group_.rank());
+  const Tensor& first = mine.front().tensor;
+  const Tensor own = Tensor::empty({count * static_cast<int64_t>(mine.size())}, first.dtype(), first.device());
+  for (size_t i = 0; i < mine.size(); ++i) own.narrow(0, static_cast<int64_t>(i) * count, count).copy_(mine[i].tensor);
+  std::vector<int64_t> counts;
+  for (const auto& theirs : nodes) counts.push_back(count * static_cast<int64_t>(theirs.size()));
+  const Tensor all = replicas_->all_gather(own, counts);
+  CanonicalSum sum(total_);
+  int64_t at = 0;
+  for (const auto& theirs : nodes) {
+    for (const MicroBatchRange& node : theirs) {
+      sum.add(node, all.narrow(0, at, count));
+      at += count;
+    }
+  }
+  return sum.take();
+}
+
 Tensor GradientSums::finish(size_t number) {
   State& bucket = buckets_[number];
   const MemoryScope scope(MemoryCategory::gradients);
   const DType dtype = bucket.unrounded ? bucket.sum_dtype : bucket.dtype;
-  if (group_.size() == 1) return joined_sums(bucket).to(dtype);
+  if (alone()) return joined_sums(bucket).to(dtype);
   collect(bucket);
-  Tensor sum = bucket.sum->take();
+  Tensor sum = replicas_ == nullptr ? bucket.sum->take() : sum_of_replicas(bucket);
   bucket.sum.reset();
   // One of several nodes that came together: the others' memory is not needed any more.
   if (sum.storage()->bytes() != sum.numel() * size_of(sum.dtype())) sum = sum.clone();

@@ -3,6 +3,7 @@
 
 #include <map>
 #include <mutex>
+#include <tuple>
 
 #include "core/autograd.h"
 #include "core/memory.h"
@@ -30,10 +31,12 @@ struct Case {
   int64_t layers = 3, width = 24, context = 7, vocab = 131;  // tables and matrices are cut inside, at odd places
   int64_t rows = 2;
   int64_t steps = 3;
+  int replicas = 1;  ///< groups of `ranks`
 };
 
 std::string title(const Case& c) {
-  return concat(c.ranks, " ranks, ", c.micro_batches, " micro-batches each, ", c.dtype, c.trust_ratio ? ", LAMB" : "",
+  return concat("ZeRO ", static_cast<int>(c.zero), ", ", c.replicas, " replicas of ", c.ranks, " ranks, ",
+                c.micro_batches, " micro-batches each, ", c.dtype, c.trust_ratio ? ", LAMB" : "",
                 c.recompute ? ", recomputed" : "", c.without_values ? ", drawn" : "", ", buckets of ", c.bucket_bytes);
 }
 
@@ -51,8 +54,7 @@ std::pair<Tensor, Tensor> data_of(const Case& c, int64_t step, int64_t micro_bat
 /// One rank's model, its shards, and what runs it unit by unit.
 struct Rank {
   const Case& c;
-  Group& world;
-  Group alone;
+  Group shards, copies, alone;
   models::Gpt gpt;
   DataParallel parallel;
   optim::Adam optimizer;
@@ -73,15 +75,25 @@ struct Rank {
   /// @param at_wpe  called when the gradient of the positions is there, before it is sent
   Rank(const Case& of, Group& group, const std::function<void()>& at_wpe = {})
       : c(of),
-        world(group),
+        shards(members(group, "shards", [&](int rank) { return rank / c.ranks == group.rank() / c.ranks; })),
+        copies(members(group, "copies", [&](int rank) { return rank % c.ranks == group.rank() % c.ranks; })),
         alone(group.subgroup(std::vector<int>{group.rank()}, concat("alone, ", static_cast<int>(c.zero)))),
         gpt(config(c), Device::cpu(), 3, c.dtype, {.separate_head = true, .values = !c.without_values}),
-        parallel(group, watched(at_wpe),
+        parallel(shards, watched(at_wpe),
                  {.zero = c.zero,
                   .bucket_bytes = c.bucket_bytes,
                   .second_uses = {{.parameter = "wte.weight", .leaf = gpt.head()}},
-                  .units = c.zero == Zero::kParameters ? gpt.units() : std::vector<std::vector<std::string>>{}}),
+                  .units = c.zero == Zero::kParameters ? gpt.units() : std::vector<std::vector<std::string>>{},
+                  .replicas = c.replicas > 1 ? &copies : nullptr}),
         optimizer((draw(), parallel.parameters()), adam(c), parallel.norms()) {}
+
+  Group members(Group& world, const char* name, const std::function<bool(int rank)>& belongs) const {
+    std::vector<int> ranks;
+    for (int rank = 0; rank < world.size(); ++rank) {
+      if (belongs(rank)) ranks.push_back(rank);
+    }
+    return world.subgroup(ranks, concat(name, ' ', ranks.front(), ", ", static_cast<int>(c.zero)));
+  }
 
   Parameters watched(const std::function<void()>& at_wpe) const {
     Parameters all = gpt.parameters();
@@ -94,7 +106,7 @@ struct Rank {
   }
 
   models::GptStep settings(int64_t j) const {
-    const double all = static_cast<double>(c.ranks * c.micro_batches * c.rows * c.context);
+    const double all = static_cast<double>(c.replicas * c.ranks * c.micro_batches * c.rows * c.context);
     return {.step = static_cast<uint64_t>(step), .first_row = j * c.rows, .valid_tokens = all};
   }
 
@@ -133,7 +145,7 @@ struct Rank {
   }
 
   double train(const std::function<void()>& in_unit = {}) {
-    parallel.begin_step(std::vector<int64_t>(static_cast<size_t>(c.ranks), c.micro_batches));
+    parallel.begin_step(std::vector<int64_t>(static_cast<size_t>(c.replicas * c.ranks), c.micro_batches));
     run(in_unit);
     parallel.reduce();
     const double norm = optimizer.step(0.01).grad_norm;
@@ -161,7 +173,7 @@ Outcome train(const Case& c) {
   Outcome outcome;
   std::mutex mutex;
   int finished = 0;
-  run_threads(c.ranks, [&](Group& world) {
+  run_threads(c.replicas * c.ranks, [&](Group& world) {
     Rank rank(c, world);
     Outcome own;
     for (int64_t step = 0; step < c.steps; ++step) own.norms.push_back(rank.train());
@@ -218,6 +230,41 @@ TEST(Zero3, HasThemForAnySizeOfBucketsAndOneBlock) {
   }
 }
 
+TEST(HybridSharding, HasTheBitsOfOneProcess) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    // Micro-batches that make one node in every replica, and some that do not.
+    for (const auto& [replicas, ranks, micro_batches] :
+         std::vector<std::tuple<int, int, int>>{{2, 2, 1}, {2, 2, 3}, {3, 2, 2}, {2, 1, 3}, {2, 3, 1}}) {
+      std::vector<Case> others;
+      for (const Zero zero : {Zero::kNone, Zero::kOptimizer, Zero::kGradients, Zero::kParameters}) {
+        Case c{ranks, micro_batches, zero, dtype, true};
+        c.replicas = replicas, c.steps = 2;
+        others.push_back(c);
+      }
+      Case alone{1, replicas * ranks * micro_batches, Zero::kNone, dtype, true};
+      alone.steps = 2;
+      expect_same(alone, others);
+    }
+  }
+}
+
+TEST(HybridSharding, SendsOnlyRangesBetweenReplicas) {
+  std::mutex mutex;
+  double sent = 0;
+  Case c{2, 2};
+  c.replicas = 2, c.width = 64, c.context = 16, c.vocab = 128;
+  run_threads(c.ranks * c.replicas, [&](Group& world) {
+    Rank rank(c, world);
+    const auto bytes = [&] { return static_cast<double>(rank.copies.traffic(Collective::all_reduce).bytes_sent); };
+    const double before = bytes();
+    rank.train();
+    const std::lock_guard lock(mutex);
+    sent += (bytes() - before) / (c.ranks * c.replicas);
+  });
+  const auto p = static_cast<double>(Rank::config(c).parameter_count() + c.vocab * c.width);
+  EXPECT_NEAR(sent, 2 * 4 * p / c.ranks * (c.replicas - 1) / c.replicas, 1e-6);
+}
+
 TEST(Zero3, SendsTheBytesOfItsFormula) {
   for (const int ranks : {2, 4}) {
     for (const int micro_batches : {1, 2, 4}) {
@@ -230,7 +277,7 @@ TEST(Zero3, SendsTheBytesOfItsFormula) {
         const auto all = [&] {
           int64_t bytes = 0;
           for (const Collective op : {Collective::reduce_scatter, Collective::all_gather, Collective::all_to_all})
-            bytes += world.traffic(op).bytes_sent;
+            bytes += rank.shards.traffic(op).bytes_sent;
           return static_cast<double>(bytes);
         };
         const double before = all();
