@@ -19,7 +19,52 @@ Storage::Storage(Device device, int64_t bytes, Allocator& allocator)
       category_(MemoryScope::current()),
       data_(allocator_->allocate(static_cast<size_t>(bytes), category_)) {}
 
-Storage::~Storage() { allocator_->free(data_); }
+Storage::Storage(Device device, int64_t bytes, std::string what)
+    : device_(device),
+      bytes_(bytes),
+      allocator_(nullptr),
+      category_(MemoryScope::current()),
+      released_(true),
+      what_(std::move(what)) {}
+
+Storage::~Storage() {
+  if (owner_ == nullptr && data_ != nullptr) allocator_->free(data_);
+}
+
+void Storage::recount(MemoryCategory category) {
+  category_ = category;
+  if (owner_ != nullptr)
+    owner_->recount(category);
+  else if (data_ != nullptr)
+    allocator_->recount(data_, category);
+}
+
+void Storage::release(std::string what) {
+  if (owner_ == nullptr && data_ != nullptr) allocator_->free(data_);
+  owner_ = nullptr;
+  data_ = nullptr;
+  released_ = true;
+  what_ = std::move(what);
+}
+
+void Storage::lend(std::shared_ptr<Storage> owner, int64_t offset) {
+  if (!released_)
+    fail(ErrorKind::kState, "storage", "memory can be lent only where it was released; these ", grouped(bytes_),
+         " bytes have theirs");
+  if (owner->device_ != device_ || offset < 0 || offset > owner->bytes_ - bytes_) {
+    fail(ErrorKind::kIndex, "storage", what_, " needs ", grouped(bytes_), " bytes on ", device_, "; what is lent has ",
+         grouped(owner->bytes_), " on ", owner->device_, " and begins at ", grouped(offset));
+  }
+  void* begin = owner->data();
+  data_ = begin == nullptr ? nullptr : static_cast<char*>(begin) + offset;
+  owner_ = std::move(owner);
+  released_ = false;
+}
+
+void Storage::refuse() const {
+  fail(ErrorKind::kState, "storage", what_, " is released: its ", grouped(bytes_),
+       " bytes are not in memory now. Hint: reach for them only between getting the memory and giving it back");
+}
 
 // ---- making ----
 
@@ -54,7 +99,15 @@ Tensor Tensor::pinned(const Shape& shape, DType dtype, Device device) {
   return allocated(shape, dtype, Device::cpu(), pinned_allocator(device));
 }
 
+Tensor Tensor::without_memory(const Shape& shape, DType dtype, Device device, std::string what) {
+  return over(shape, dtype, [&](int64_t bytes) { return std::make_shared<Storage>(device, bytes, std::move(what)); });
+}
+
 Tensor Tensor::allocated(const Shape& shape, DType dtype, Device device, Allocator& allocator) {
+  return over(shape, dtype, [&](int64_t bytes) { return std::make_shared<Storage>(device, bytes, allocator); });
+}
+
+Tensor Tensor::over(const Shape& shape, DType dtype, const std::function<std::shared_ptr<Storage>(int64_t)>& storage) {
   const int64_t count = weft::numel(shape, "Tensor::empty");
   int64_t bytes = 0;
   if (__builtin_mul_overflow(count, size_of(dtype), &bytes)) {
@@ -62,7 +115,7 @@ Tensor Tensor::allocated(const Shape& shape, DType dtype, Device device, Allocat
   }
   Tensor out;
   out.impl_ = std::make_shared<Impl>();
-  out.impl_->storage = std::make_shared<Storage>(device, bytes, allocator);
+  out.impl_->storage = storage(bytes);
   out.impl_->shape = shape;
   out.impl_->strides = contiguous_strides(shape);
   out.impl_->numel = count;
@@ -104,8 +157,9 @@ int64_t Tensor::size(int64_t dim) const { return shape()[normalize_dim(dim, rank
 
 void* Tensor::raw() const {
   const Impl& impl = get();
-  if (impl.storage->data() == nullptr) return nullptr;  // no bytes, whatever the offset of an empty view
-  return static_cast<char*>(impl.storage->data()) + impl.offset * size_of(impl.dtype);
+  void* const data = impl.storage->data();
+  if (data == nullptr) return nullptr;  // no bytes, whatever the offset of an empty view
+  return static_cast<char*>(data) + impl.offset * size_of(impl.dtype);
 }
 
 std::string Tensor::describe() const { return defined() ? concat(dtype(), ' ', shape()) : "undefined"; }

@@ -24,11 +24,17 @@ class Storage {
  public:
   /// @param allocator  where the bytes come from: the device's, or that of a device which may read them from afar
   Storage(Device device, int64_t bytes, Allocator& allocator);
+  /// Without memory, as after release(what).
+  Storage(Device device, int64_t bytes, std::string what);
   ~Storage();
   Storage(const Storage&) = delete;
   Storage& operator=(const Storage&) = delete;
 
-  void* data() const { return data_; }
+  /// Null if it has no bytes. @throws Error kState, naming what it is, while it is released.
+  void* data() const {
+    if (released_) refuse();
+    return data_;
+  }
   int64_t bytes() const { return bytes_; }
   Device device() const { return device_; }
   uint64_t version() const { return version_; }
@@ -36,18 +42,33 @@ class Storage {
   /// Notes an in-place change by `op` (a string literal).
   void bump(const char* op) { ++version_, last_change_ = op; }
   /// Counts the bytes under another category from now on.
-  void recount(MemoryCategory category) { allocator_->recount(data_, category), category_ = category; }
+  void recount(MemoryCategory category);
   MemoryCategory category() const { return category_; }
+
+  /// Gives the memory back while tensors (a parameter's handles, and what rules saved of it) still refer to it. Until
+  /// lend() gives it memory again, reaching for its elements is an error that names `what` ("parameter \"wte\"").
+  void release(std::string what);
+  /// From now on the memory is that of `owner` from byte `offset` on, which lives until release(). That the elements
+  /// are those from before is the caller's promise: this is no change. @throws Error kState unless it is released;
+  /// kIndex if the owner has too few bytes or is on another device.
+  void lend(std::shared_ptr<Storage> owner, int64_t offset);
+  bool is_released() const { return released_; }
+
   /// How a rule that saves this is to have it again (autograd::remade); null: by keeping it.
   const std::shared_ptr<autograd::Recipe>& recipe() const { return recipe_; }
   void set_recipe(std::shared_ptr<autograd::Recipe> recipe) { recipe_ = std::move(recipe); }
 
  private:
+  [[noreturn]] void refuse() const;
+
   Device device_;
   int64_t bytes_;
-  Allocator* allocator_;
+  Allocator* allocator_;  // null: without memory of its own from the start
   MemoryCategory category_;
-  void* data_;
+  void* data_ = nullptr;
+  bool released_ = false;
+  std::string what_;                // it is, once it was released
+  std::shared_ptr<Storage> owner_;  // of the memory, where it was lent
   std::shared_ptr<autograd::Recipe> recipe_;
   uint64_t version_ = 0;
   const char* last_change_ = "nothing";
@@ -67,6 +88,8 @@ class Tensor {
   /// the host goes on (Backend::copy_async). Host code may use it when no copy of it is under way. Counted by
   /// pinned_allocator(device).
   static Tensor pinned(const Shape& shape, DType dtype, Device device);
+  /// A tensor whose storage is released (Storage::release) and waits for memory.
+  static Tensor without_memory(const Shape& shape, DType dtype, Device device, std::string what);
   static Tensor full(const Shape& shape, double value, DType dtype = DType::f32, Device device = Device::cpu());
   static Tensor zeros(const Shape& shape, DType dtype = DType::f32, Device device = Device::cpu()) {
     return full(shape, 0, dtype, device);
@@ -194,6 +217,7 @@ class Tensor {
 
  private:
   static Tensor allocated(const Shape& shape, DType dtype, Device device, Allocator& allocator);
+  static Tensor over(const Shape& shape, DType dtype, const std::function<std::shared_ptr<Storage>(int64_t)>& storage);
   Impl& get() const;
   std::shared_ptr<Impl> impl_;
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <map>
 
 #include "core/autograd.h"
 #include "core/memory.h"
@@ -27,10 +28,21 @@ std::optional<MicroBatchRange> joined(const std::vector<std::vector<MicroBatchRa
   return sum.parts().front().range;
 }
 
+/// Memory for this rank's range, which stays.
+Tensor kept(int64_t count, DType dtype, Device device) {
+  const MemoryScope scope(MemoryCategory::gradients);
+  return Tensor::empty({count}, dtype, device);
+}
+
 }  // namespace
 
-GradientSums::GradientSums(Group& group, bool every_micro_batch, std::vector<Leaf> leaves, std::vector<Bucket> buckets)
-    : group_(group), every_micro_batch_(every_micro_batch), leaves_(std::move(leaves)), bucket_of_(leaves_.size()) {
+GradientSums::GradientSums(Group& group, Group* replicas, bool every_micro_batch, std::vector<Leaf> leaves,
+                           std::vector<Bucket> buckets)
+    : group_(group),
+      replicas_(replicas),
+      every_micro_batch_(every_micro_batch),
+      leaves_(std::move(leaves)),
+      bucket_of_(leaves_.size()) {
   for (Bucket& bucket : buckets) {
     const DType dtype = leaves_[bucket.layout.tensors().front()].tensor.dtype();
     for (const size_t leaf : bucket.layout.tensors()) bucket_of_[leaf] = buckets_.size();
@@ -39,8 +51,11 @@ GradientSums::GradientSums(Group& group, bool every_micro_batch, std::vector<Lea
 }
 
 void GradientSums::begin(std::span<const int64_t> micro_batches) {
-  if (micro_batches.size() != static_cast<size_t>(group_.size()))
-    fail(ErrorKind::kValue, kWhere, "there are ", group_.size(), " ranks, but micro-batches of ", micro_batches.size());
+  const int replicas = replicas_ == nullptr ? 1 : replicas_->size();
+  const auto ranks = static_cast<size_t>(group_.size());
+  if (micro_batches.size() != ranks * static_cast<size_t>(replicas))
+    fail(ErrorKind::kValue, kWhere, "there are ", ranks * static_cast<size_t>(replicas),
+         " ranks, but micro-batches of ", micro_batches.size());
   for (size_t rank = 0; rank < micro_batches.size(); ++rank) {
     if (micro_batches[rank] < 1)
       fail(ErrorKind::kValue, kWhere, "rank ", rank, " must have at least one micro-batch, got ", micro_batches[rank]);
@@ -49,12 +64,21 @@ void GradientSums::begin(std::span<const int64_t> micro_batches) {
            micro_batches[0], " on rank 0 and ", micro_batches[rank], " on rank ", rank);
     }
   }
-  counts_.assign(micro_batches.begin(), micro_batches.end());
+  const size_t replica = replicas_ == nullptr ? 0 : static_cast<size_t>(replicas_->rank());
+  const auto own = micro_batches.subspan(replica * ranks, ranks);
+  counts_.assign(own.begin(), own.end());
+  replica_starts_.clear();
   total_ = 0;
-  for (const int64_t count : counts_) total_ += count;
+  for (size_t rank = 0; rank < micro_batches.size(); ++rank) {
+    if (rank % ranks == 0) replica_starts_.push_back(total_);
+    total_ += micro_batches[rank];
+  }
+  replica_starts_.push_back(total_);
+  first_ = replica_starts_[replica];
   seen_.assign(leaves_.size(), 0);
   sums_.assign(leaves_.size(), std::nullopt);
   waiting_.assign(leaves_.size(), {});
+  started_.clear();
   for (State& bucket : buckets_) {
     bucket.rounds = 0, bucket.transfers.clear(), bucket.sum.reset();
     // 16-bit gradients are added up in f32 and rounded once. Groups do so themselves where one reduction is the whole
@@ -68,8 +92,8 @@ void GradientSums::begin(std::span<const int64_t> micro_batches) {
 int64_t GradientSums::number(int rank, int64_t i) const {
   // Reduced once in a step, a rank's micro-batches follow each other, so that it can add up most of them itself;
   // reduced one by one, those of all ranks that are reduced together do.
-  if (every_micro_batch_) return i * group_.size() + rank;
-  int64_t before = 0;
+  if (every_micro_batch_) return first_ + i * group_.size() + rank;
+  int64_t before = first_;
   for (int r = 0; r < rank; ++r) before += counts_[static_cast<size_t>(r)];
   return before + i;
 }
@@ -86,23 +110,25 @@ std::vector<std::vector<MicroBatchRange>> GradientSums::nodes_of_round(int64_t i
 }
 
 void GradientSums::take(size_t leaf) {
+  const MemoryScope scope(MemoryCategory::gradients);
   const Tensor gradient = leaves_[leaf].tensor.grad();
   leaves_[leaf].tensor.clear_grad();
   if (seen_[leaf] >= count()) {
     fail(ErrorKind::kState, kWhere, "the gradient of ", quoted(leaves_[leaf].name),
          " is there more often than for the ", count(), " micro-batches of this rank");
   }
-  State& bucket = buckets_[bucket_of_[leaf]];
+  const size_t number_of_bucket = bucket_of_[leaf];
+  const State& bucket = buckets_[number_of_bucket];
   const Tensor wide = gradient.contiguous().to(bucket.sum_dtype);
   const int64_t j = number(group_.rank(), seen_[leaf]++);
-  if (every_micro_batch_ && group_.size() > 1) {
+  if (every_micro_batch_ && !alone()) {
     waiting_[leaf].push_back(wide);
   } else {
     if (!sums_[leaf]) sums_[leaf].emplace(total_);
     sums_[leaf]->add({j, j + 1}, wide);
   }
   // One rank alone has all of every sum.
-  if (group_.size() > 1 && ready(bucket)) start(bucket);
+  if (!alone() && ready(bucket)) start(number_of_bucket);
 }
 
 /// Whether all leaves of a bucket have what its next transfer takes.
@@ -121,32 +147,34 @@ void GradientSums::check_complete() const {
 }
 
 /// Sends a bucket's sums to the ranks that keep them.
-void GradientSums::start(State& bucket) {
+void GradientSums::start(size_t number_of_bucket) {
   const MemoryScope scope(MemoryCategory::communication);
   const autograd::NoGrad no_grad;
+  State& bucket = buckets_[number_of_bucket];
+  started_.push_back(number_of_bucket);
   const auto nodes = nodes_of_round(bucket.rounds++);
   const ShardBucket& layout = bucket.layout;
   const auto& mine = nodes[static_cast<size_t>(group_.rank())];
-  std::vector<std::vector<CanonicalSum::Part>> parts;  // [leaf of the bucket][node]
+  std::map<size_t, std::vector<CanonicalSum::Part>> parts;  // [leaf][node]
   for (const size_t leaf : layout.tensors()) {
     if (every_micro_batch_) {
-      parts.push_back({{mine.front(), waiting_[leaf].front()}});
+      parts[leaf] = {{mine.front(), waiting_[leaf].front()}};
       waiting_[leaf].pop_front();
     } else {
-      parts.push_back(sums_[leaf]->parts());
+      parts[leaf] = sums_[leaf]->parts();
       sums_[leaf].reset();
     }
   }
-  const Device device = parts.front().front().tensor.device();
+  const Device device = leaves_[layout.tensors().front()].tensor.device();
   const int64_t count = layout.count(group_.rank());
   if (const auto whole = joined(nodes, total_)) {
     const Tensor flat = Tensor::empty({layout.elements()}, bucket.sum_dtype, device);
     for (size_t i = 0; i < parts.size(); ++i) {
-      const Tensor& gradient = parts[i].front().tensor;
+      const Tensor& gradient = parts.at(layout.tensors()[i]).front().tensor;
       flat.narrow(0, layout.start(i), gradient.numel()).copy_(gradient.reshape({-1}));
     }
     parts.clear();
-    const Tensor output = Tensor::empty({count}, bucket.sum_dtype, device);
+    const Tensor output = kept(count, bucket.sum_dtype, device);
     bucket.transfers.push_back(
         {group_.reduce_scatter_async(flat, output, Reduction::sum, layout.counts()), output, {*whole}});
     return;
@@ -164,18 +192,15 @@ void GradientSums::start(State& bucket) {
   int64_t at = 0;
   for (int rank = 0; rank < group_.size(); ++rank) {
     for (size_t node = 0; node < mine.size(); ++node) {
-      for (size_t i = 0; i < parts.size(); ++i) {
-        const int64_t begin = std::max(layout.cut(rank), layout.start(i)),
-                      end = std::min(layout.cut(rank + 1), layout.start(i + 1));
-        if (begin >= end) continue;
-        flat.narrow(0, at, end - begin)
-            .copy_(parts[i][node].tensor.reshape({-1}).narrow(0, begin - layout.start(i), end - begin));
-        at += end - begin;
-      }
+      layout.for_each_piece(rank, [&](const ShardPiece& piece, int64_t begin) {
+        const Tensor& sum = parts.at(piece.tensor)[node].tensor;
+        flat.narrow(0, at + begin, piece.count()).copy_(sum.reshape({-1}).narrow(0, piece.begin, piece.count()));
+      });
+      at += layout.count(rank);
     }
   }
   parts.clear();
-  const Tensor output = Tensor::empty({count * static_cast<int64_t>(coming.size())}, bucket.sum_dtype, device);
+  const Tensor output = kept(count * static_cast<int64_t>(coming.size()), bucket.sum_dtype, device);
   bucket.transfers.push_back({group_.all_to_all_async(flat, output, send, receive), output, coming});
 }
 
@@ -191,11 +216,8 @@ Tensor GradientSums::joined_sums(const State& bucket) {
   return flat;
 }
 
-Tensor GradientSums::finish(size_t number) {
-  State& bucket = buckets_[number];
+void GradientSums::collect(State& bucket) {
   const MemoryScope scope(MemoryCategory::gradients);
-  const DType dtype = bucket.unrounded ? bucket.sum_dtype : bucket.dtype;
-  if (group_.size() == 1) return joined_sums(bucket).to(dtype);
   const int64_t count = bucket.layout.count(group_.rank());
   for (Transfer& transfer : bucket.transfers) {
     transfer.work.wait();
@@ -206,8 +228,51 @@ Tensor GradientSums::finish(size_t number) {
     }
   }
   bucket.transfers.clear();
-  const Tensor sum = bucket.sum->take();
+}
+
+void GradientSums::settle(size_t count) {
+  for (size_t i = 0; i < count; ++i) collect(buckets_[started_[i]]);
+}
+
+/// What this rank and those in its place have, added up.
+Tensor GradientSums::sum_of_replicas(const State& bucket) {
+  const std::vector<CanonicalSum::Part>& mine = bucket.sum->parts();
+  std::vector<std::vector<MicroBatchRange>> nodes;
+  for (size_t replica = 0; replica + 1 < replica_starts_.size(); ++replica)
+    nodes.push_back(CanonicalSum::nodes({replica_starts_[replica], replica_starts_[replica + 1]}, total_));
+  if (joined(nodes, total_)) {
+    replicas_->all_reduce_(mine.front().tensor);
+    return mine.front().tensor;
+  }
+  const MemoryScope scope(MemoryCategory::communication);
+  const int64_t count = bucket.layout.count(group_.rank());
+  const Tensor& first = mine.front().tensor;
+  const Tensor own = Tensor::empty({count * static_cast<int64_t>(mine.size())}, first.dtype(), first.device());
+  for (size_t i = 0; i < mine.size(); ++i) own.narrow(0, static_cast<int64_t>(i) * count, count).copy_(mine[i].tensor);
+  std::vector<int64_t> counts;
+  for (const auto& theirs : nodes) counts.push_back(count * static_cast<int64_t>(theirs.size()));
+  const Tensor all = replicas_->all_gather(own, counts);
+  CanonicalSum sum(total_);
+  int64_t at = 0;
+  for (const auto& theirs : nodes) {
+    for (const MicroBatchRange& node : theirs) {
+      sum.add(node, all.narrow(0, at, count));
+      at += count;
+    }
+  }
+  return sum.take();
+}
+
+Tensor GradientSums::finish(size_t number) {
+  State& bucket = buckets_[number];
+  const MemoryScope scope(MemoryCategory::gradients);
+  const DType dtype = bucket.unrounded ? bucket.sum_dtype : bucket.dtype;
+  if (alone()) return joined_sums(bucket).to(dtype);
+  collect(bucket);
+  Tensor sum = replicas_ == nullptr ? bucket.sum->take() : sum_of_replicas(bucket);
   bucket.sum.reset();
+  // One of several nodes that came together: the others' memory is not needed any more.
+  if (sum.storage()->bytes() != sum.numel() * size_of(sum.dtype())) sum = sum.clone();
   return sum.to(dtype);
 }
 

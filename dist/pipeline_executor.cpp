@@ -33,29 +33,39 @@ PipelineExecutor::PipelineExecutor(Group& group, PipelineSchedule schedule, std:
 std::vector<Tensor> PipelineExecutor::run(double loss_scale) {
   const std::vector<PipelineAction>& actions = schedule_.actions[static_cast<size_t>(group_.rank())];
   posted_ = 0;
+  progress_.clear();
   for (size_t i = 0; i < actions.size(); ++i) {
     const PipelineAction& action = actions[i];
     if (is_send(action.op)) {
       send(action);
     } else if (is_compute(action.op)) {
       post_receives(i + 1);
-      const Key key{action.stage, action.micro_batch};
-      if (action.op == Op::kForward) {
-        forward(action);
-      } else if (action.op == Op::kBackward) {
-        backward(action, loss_scale);
-      } else if (action.op == Op::kBackwardInput) {
-        const autograd::DeferredGradients::Scope scope(weight_gradients_[key]);
-        backward(action, loss_scale);
-      } else {
-        weight_gradients_.at(key).run();
-        weight_gradients_.erase(key);
-      }
+      const Pass pass = action.op == Op::kForward ? Pass::kForward : Pass::kBackward;
+      Progress& progress = progress_[{action.stage, pass}];
+      if (!std::exchange(progress.begun, true) && hooks_.begin) hooks_.begin(action.stage, pass);
+      compute(action, loss_scale);
+      if (action.op != Op::kBackwardInput && ++progress.done == schedule_.shape.micro_batches && hooks_.end)
+        hooks_.end(action.stage, pass);
     }
   }
   for (const Work& work : sending_) work.wait();
   sending_.clear();
   return std::exchange(losses_, {});
+}
+
+void PipelineExecutor::compute(const PipelineAction& action, double loss_scale) {
+  const Key key{action.stage, action.micro_batch};
+  if (action.op == Op::kForward) {
+    forward(action);
+  } else if (action.op == Op::kBackward) {
+    backward(action, loss_scale);
+  } else if (action.op == Op::kBackwardInput) {
+    const autograd::DeferredGradients::Scope scope(weight_gradients_[key]);
+    backward(action, loss_scale);
+  } else {
+    weight_gradients_.at(key).run();
+    weight_gradients_.erase(key);
+  }
 }
 
 /// Posts what is received before action `from` and between it and the computation after it.

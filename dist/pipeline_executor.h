@@ -5,6 +5,7 @@
 
 #include "core/autograd.h"
 #include "dist/group.h"
+#include "dist/pass.h"
 #include "dist/pipeline_schedule.h"
 
 namespace weft::dist {
@@ -18,6 +19,12 @@ struct BoundaryTensor {
 /// A stage of a model: its outputs from its inputs. The first stage has no inputs and knows the micro-batch's data; the
 /// outputs of the last are one tensor, the loss of the micro-batch, with one element.
 using PipelineStage = std::function<std::vector<Tensor>(int micro_batch, const std::vector<Tensor>& inputs)>;
+
+/// Told when a stage's passes of a step in one direction begin and have ended, over all micro-batches: what holds a
+/// stage's weights only while it runs (DataParallel::begin_unit) is made of this. Either may be empty.
+struct PipelineHooks {
+  std::function<void(int stage, Pass pass)> begin, end;
+};
 
 /// Follows a schedule on the ranks of a group: one rank's part of it. Gradients of a stage's weights are added to their
 /// grad() as its backward passes run, in the order of the micro-batches in every schedule; where those are split, what
@@ -36,6 +43,9 @@ class PipelineExecutor {
   /// @return on the last stage's rank the micro-batches' losses, outside any graph; elsewhere nothing.
   std::vector<Tensor> run(double loss_scale = 1);
 
+  /// From now on these are told.
+  void set_hooks(PipelineHooks hooks) { hooks_ = std::move(hooks); }
+
   const PipelineSchedule& schedule() const { return schedule_; }
 
  private:
@@ -49,6 +59,13 @@ class PipelineExecutor {
   };
   using Key = std::pair<int, int>;  // stage, micro-batch
 
+  /// How far a stage has come in one direction.
+  struct Progress {
+    bool begun = false;
+    int done = 0;
+  };
+
+  void compute(const PipelineAction& action, double loss_scale);
   void post_receives(size_t from);
   std::vector<Tensor> arrived(std::map<Key, Arriving>& from, Key key);
   void forward(const PipelineAction& action);
@@ -61,7 +78,9 @@ class PipelineExecutor {
   std::vector<PipelineStage> stages_;
   std::vector<BoundaryTensor> boundary_;
   Device device_;
+  PipelineHooks hooks_;
   // of the step under way
+  std::map<std::pair<int, Pass>, Progress> progress_;
   size_t posted_ = 0;  ///< actions whose receives have been posted
   std::map<Key, Kept> kept_;
   std::map<Key, Arriving> activations_, gradients_;

@@ -39,8 +39,12 @@ const char* words(Op op) {
 
 Actions gpipe(const PipelineShape& shape, int rank) {
   Actions actions;
-  for (int i = 0; i < shape.micro_batches; ++i) actions.push_back({Op::kForward, rank, i});
-  for (int i = 0; i < shape.micro_batches; ++i) actions.push_back({Op::kBackward, rank, i});
+  for (int chunk = 0; chunk < shape.chunks; ++chunk) {
+    for (int i = 0; i < shape.micro_batches; ++i) actions.push_back({Op::kForward, chunk * shape.ranks + rank, i});
+  }
+  for (int chunk = shape.chunks; chunk-- > 0;) {
+    for (int i = 0; i < shape.micro_batches; ++i) actions.push_back({Op::kBackward, chunk * shape.ranks + rank, i});
+  }
   return actions;
 }
 
@@ -154,7 +158,7 @@ std::vector<int> held_by(PipelineKind kind, const PipelineShape& shape) {
   for (int rank = 0; rank < shape.ranks; ++rank) {
     switch (kind) {
       case PipelineKind::kGPipe:
-        most.push_back(shape.micro_batches);
+        most.push_back(shape.micro_batches * shape.chunks);
         break;
       case PipelineKind::kZeroBubble:
         most.push_back(std::min(shape.micro_batches, shape.ranks));
@@ -329,13 +333,15 @@ PipelineSchedule make_pipeline_schedule(PipelineKind kind, const PipelineShape& 
   require(shape.ranks >= 1 && shape.ranks <= kMost, "ranks", shape.ranks, "from 1 to 65,536");
   require(shape.micro_batches >= 1 && shape.micro_batches <= kMost, "micro_batches", shape.micro_batches,
           "from 1 to 65,536");
-  if (kind == PipelineKind::kInterleaved) {
+  if (kind == PipelineKind::kInterleaved || kind == PipelineKind::kGPipe) {
     require(shape.chunks >= 1 && shape.chunks <= kMost / shape.ranks, "chunks", shape.chunks,
             "at least 1, and at most 65,536 stages in all");
-    require(shape.micro_batches % shape.ranks == 0, "micro_batches", shape.micro_batches,
-            concat("a multiple of the ", shape.ranks, " ranks in the interleaved schedule"));
   } else {
     require(shape.chunks == 1, "chunks", shape.chunks, concat("1 in schedule ", name(kind)));
+  }
+  if (kind == PipelineKind::kInterleaved) {
+    require(shape.micro_batches % shape.ranks == 0, "micro_batches", shape.micro_batches,
+            concat("a multiple of the ", shape.ranks, " ranks in the interleaved schedule"));
   }
   PipelineSchedule schedule;
   schedule.kind = kind;

@@ -33,7 +33,8 @@ bool is_compute(PipelineOp op);
 bool is_send(PipelineOp op);
 
 enum class PipelineKind : uint8_t {
-  kGPipe,        ///< all forwards, then all backwards (Huang et al. 2019)
+  kGPipe,        ///< all forwards, then all backwards (Huang et al. 2019); with several stages a
+                 ///< rank one stage after the other (breadth-first, Lamy-Poirier 2023)
   k1F1B,         ///< one forward, one backward: holds at most `ranks` micro-batches (Narayanan et al. 2019, 2021)
   kInterleaved,  ///< 1F1B with several smaller stages a rank: a bubble `chunks` times smaller (Narayanan et al. 2021)
   kZeroBubble,   ///< ZB-H1: weight gradients wait and fill the bubble, with the memory of 1F1B (Qi et al. 2023)
@@ -45,7 +46,7 @@ std::ostream& operator<<(std::ostream& out, PipelineKind kind);
 struct PipelineShape {
   int ranks = 1;          ///< p
   int micro_batches = 1;  ///< m, of one optimizer step
-  int chunks = 1;         ///< v, stages a rank; other than 1 for kInterleaved alone
+  int chunks = 1;         ///< v, stages a rank; other than 1 for kInterleaved and kGPipe alone
 };
 
 /// What every rank does in one optimizer step.
@@ -62,8 +63,8 @@ struct PipelineSchedule {
 
 /// The schedule of a kind, with every transfer in it. Between two ranks transfers are received in the order in which
 /// they are sent, so that no tags are needed.
-/// @throws Error kValue: fewer than one rank, micro-batch or chunk; more than one chunk but for kInterleaved; for
-///         kInterleaved, micro-batches that the ranks do not divide.
+/// @throws Error kValue: fewer than one rank, micro-batch or chunk; more than one chunk but for kInterleaved and
+///         kGPipe; for kInterleaved, micro-batches that the ranks do not divide.
 PipelineSchedule make_pipeline_schedule(PipelineKind kind, const PipelineShape& shape);
 
 /// Proves a schedule right before it runs: every forward and every backward (whole, or input then weights) of every

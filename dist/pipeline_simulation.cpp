@@ -102,6 +102,8 @@ PipelineTimeline simulate_pipeline(const PipelineSchedule& schedule, const Pipel
 
 std::optional<double> pipeline_bubble(PipelineKind kind, const PipelineShape& shape, double f, double b, double w) {
   const double others = shape.ranks - 1;
+  // With several stages a rank, fewer micro-batches than ranks do not fill the time until the first comes around.
+  if (kind == PipelineKind::kGPipe && shape.chunks > 1 && shape.micro_batches < shape.ranks) return std::nullopt;
   if (kind != PipelineKind::kZeroBubble) return others * (f + b + w);
   if (shape.micro_batches < shape.ranks) return std::nullopt;
   return others * (f + std::max(0.0, b - w));

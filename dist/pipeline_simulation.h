@@ -41,7 +41,8 @@ PipelineTimeline simulate_pipeline(const PipelineSchedule& schedule, const Pipel
 ///   GPipe, 1F1B    (p - 1) (f + b + w)
 ///   interleaved    (p - 1) (f + b + w) too, but of stages that are v times smaller
 ///   zero bubble    (p - 1) (f + max(0, b - w)); for w <= b that is (p - 1) (f + b - w) (Qi et al. 2023, ZB-H1)
-/// None for a zero-bubble schedule of fewer micro-batches than ranks, which has no such formula.
+/// None for a zero-bubble schedule, or GPipe with several stages a rank, of fewer micro-batches than ranks, which has
+/// no such formula.
 std::optional<double> pipeline_bubble(PipelineKind kind, const PipelineShape& shape, double f, double b, double w);
 
 }  // namespace weft::dist

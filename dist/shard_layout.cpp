@@ -6,16 +6,21 @@
 
 namespace weft::dist {
 
-ShardBucket::ShardBucket(std::vector<size_t> tensors, std::span<const int64_t> sizes, int ranks, int64_t align)
+ShardBucket::ShardBucket(std::vector<size_t> tensors, std::span<const int64_t> sizes, int ranks, int64_t align,
+                         int64_t spacing)
     : tensors_(std::move(tensors)), starts_{0}, cuts_{0} {
   constexpr const char* kWhere = "shard layout";
   if (ranks < 1) fail(ErrorKind::kValue, kWhere, "ranks must be at least 1, got ", ranks);
   if (align < 1) fail(ErrorKind::kValue, kWhere, "align must be at least 1, got ", align);
+  if (spacing < 1 || align % spacing != 0)
+    fail(ErrorKind::kValue, kWhere, "align must be a multiple of a spacing of at least 1, got ", align, " and ",
+         spacing);
   for (const size_t tensor : tensors_) {
     if (tensor >= sizes.size())
       fail(ErrorKind::kIndex, kWhere, "there are ", sizes.size(), " tensors, and ", tensor, " is not one of them");
     if (sizes[tensor] < 0) fail(ErrorKind::kValue, kWhere, "tensor ", tensor, " has a negative size: ", sizes[tensor]);
-    starts_.push_back(starts_.back() + sizes[tensor]);
+    sizes_.push_back(sizes[tensor]);
+    starts_.push_back(starts_.back() + (sizes[tensor] + spacing - 1) / spacing * spacing);
   }
   for (int rank = 1; rank < ranks; ++rank) {
     // The allowed place nearest to an even share, which is in the tensor that has it.
@@ -40,11 +45,15 @@ std::vector<int64_t> ShardBucket::counts() const {
 
 std::vector<ShardPiece> ShardBucket::pieces(int rank) const {
   std::vector<ShardPiece> pieces;
-  for (size_t i = 0; i < tensors_.size(); ++i) {
-    const int64_t begin = std::max(cut(rank), starts_[i]), end = std::min(cut(rank + 1), starts_[i + 1]);
-    if (begin < end) pieces.push_back({tensors_[i], begin - starts_[i], end - starts_[i]});
-  }
+  for_each_piece(rank, [&](const ShardPiece& piece, int64_t) { pieces.push_back(piece); });
   return pieces;
+}
+
+void ShardBucket::for_each_piece(int rank, const std::function<void(const ShardPiece&, int64_t)>& each) const {
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const int64_t begin = std::max(cut(rank), starts_[i]), end = std::min(cut(rank + 1), starts_[i] + sizes_[i]);
+    if (begin < end) each({tensors_[i], begin - starts_[i], end - starts_[i]}, begin - cut(rank));
+  }
 }
 
 std::vector<std::vector<size_t>> transfer_buckets(std::span<const int64_t> sizes, std::span<const int64_t> widths,

@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -22,8 +23,11 @@ class ShardBucket {
  public:
   /// Lays out `tensors` (numbers in `sizes`, which are in elements). A tensor is cut only at multiples of `align` of
   /// its own elements, so that what is computed over aligned blocks does not depend on the number of ranks.
-  /// @throws Error kValue for a negative size, or ranks or align below 1; kIndex for a number outside `sizes`.
-  ShardBucket(std::vector<size_t> tensors, std::span<const int64_t> sizes, int ranks, int64_t align);
+  /// Tensors begin at multiples of `spacing`; what lies between them is nobody's, but counts as elements of a rank.
+  /// @throws Error kValue for a negative size, ranks, align or spacing below 1, or an align that is no multiple of the
+  /// spacing; kIndex for a number outside `sizes`.
+  ShardBucket(std::vector<size_t> tensors, std::span<const int64_t> sizes, int ranks, int64_t align,
+              int64_t spacing = 1);
 
   const std::vector<size_t>& tensors() const { return tensors_; }
   int64_t elements() const { return starts_.back(); }
@@ -37,9 +41,12 @@ class ShardBucket {
   std::vector<int64_t> counts() const;
   /// What rank r has, in order: at most one range of each tensor.
   std::vector<ShardPiece> pieces(int rank) const;
+  /// Calls each(piece, at) for them; `at` is where a piece begins in what rank r has.
+  void for_each_piece(int rank, const std::function<void(const ShardPiece& piece, int64_t at)>& each) const;
 
  private:
   std::vector<size_t> tensors_;
+  std::vector<int64_t> sizes_;
   std::vector<int64_t> starts_, cuts_;
 };
 

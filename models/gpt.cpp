@@ -276,7 +276,7 @@ Gpt::Gpt(const GptConfig& config, Device device, uint64_t seed, DType dtype, con
     before = range.end;
   }
   const bool embeds = part_.layers.front().begin == 0, has_head = part_.layers.back().end == config.layers;
-  const Init init{seed, dtype, device};
+  const Init init{.seed = seed, .dtype = dtype, .device = device, .values = part_.values};
   if (embeds || has_head) {
     wte_ = std::make_unique<Embedding>(config.vocab, config.width, kDeviation, init.at("wte"), split_);
     add("wte", *wte_);
@@ -367,6 +367,20 @@ void Gpt::require_whole(const char* what) const {
     fail(ErrorKind::kState, "gpt", what, " needs the whole model; this process holds ", parameters().size(),
          " of its parameters");
   }
+}
+
+std::vector<std::vector<std::string>> Gpt::units() const {
+  require_whole("a list of units");
+  std::vector<std::vector<std::string>> units(blocks_.size() + 1);
+  units.back().push_back("wte.weight");
+  for (const Parameter& parameter : parameters()) {
+    const std::string& name = parameter.name;
+    const size_t unit = name.starts_with("h.")     ? std::stoul(name.substr(2))
+                        : name.starts_with("ln_f") ? blocks_.size()
+                                                   : 0;
+    units[unit].push_back(name);
+  }
+  return units;
 }
 
 GptStream Gpt::begin(const Tensor& ids, const GptStep& step) const {

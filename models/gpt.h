@@ -90,6 +90,9 @@ struct GptPart {
   /// ids and targets of its own tokens, [B, GptStep::layout->count(rank)], and its loss and its gradients are its
   /// tokens' shares of those of the whole sequences: they add up over the ranks. Must outlive the model and its graphs.
   dist::Group* context = nullptr;
+  /// false: parameters have no memory until somebody gives it to them (DataParallel with Zero::kParameters); what they
+  /// begin with is drawn into its shards by Module::draw().
+  bool values = true;
 };
 
 /// Decoder-only transformer with GPT-2's architecture: learned positions, pre-layer-norm blocks, tanh GELU, the head
@@ -122,6 +125,11 @@ class Gpt : public Module {
   /// [this rank's share of the B T rows, C]. Their dtype is dtype().
   Shape stream_shape(const Shape& ids) const;
   DType dtype() const { return dtype_; }
+
+  /// A model in units that run one after the other, with a GptStream between them: unit 0 is begin() and block 0, unit
+  /// i block i, and unit `layers` is finish(). These are the parameters of each by name; the token embedding is in the
+  /// first and the last. @throws Error kState unless this process holds the whole model.
+  std::vector<std::vector<std::string>> units() const;
 
   bool embeds() const { return wpe_ != nullptr; }
   bool has_head() const { return ln_f_ != nullptr; }

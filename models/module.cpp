@@ -7,35 +7,56 @@
 
 namespace weft::models {
 
-Tensor Module::add(const std::string& name, Tensor tensor, ParameterRole role) {
-  tensor.requires_grad_();
-  own_.push_back({name, std::move(tensor), role});
-  return own_.back().tensor;
+Tensor Module::add(const std::string& name, InitialTensor initial, ParameterRole role) {
+  initial.tensor.requires_grad_();
+  own_.push_back({{name, std::move(initial.tensor), role}, std::move(initial.values)});
+  return own_.back().parameter.tensor;
 }
 
-Tensor Module::add(const std::string& name, Tensor tensor, ParameterRole role, const TensorPart& part) {
-  Tensor added = add(name, std::move(tensor), role);
-  if (!part.is_whole()) own_.back().part = part;
+Tensor Module::add(const std::string& name, InitialTensor initial, ParameterRole role, const TensorPart& part) {
+  Tensor added = add(name, std::move(initial), role);
+  if (!part.is_whole()) own_.back().parameter.part = part;
   return added;
 }
 
 void Module::add(const std::string& name, Module& part) { parts_.emplace_back(name, &part); }
 
-void Module::collect(const std::string& prefix, Parameters& into) const {
-  for (const Parameter& parameter : own_) {
-    const bool tied =
-        std::any_of(into.begin(), into.end(), [&](const Parameter& p) { return p.tensor.is_same(parameter.tensor); });
-    if (tied) continue;
-    into.push_back(parameter);
-    into.back().name = prefix + parameter.name;
-  }
-  for (const auto& [name, part] : parts_) part->collect(prefix + name + ".", into);
+void Module::for_each(const std::string& prefix,
+                      const std::function<void(const std::string&, const Own&)>& each) const {
+  for (const Own& own : own_) each(prefix + own.parameter.name, own);
+  for (const auto& [name, part] : parts_) part->for_each(prefix + name + ".", each);
 }
 
 Parameters Module::parameters() const {
   Parameters all;
-  collect("", all);
+  for_each("", [&](const std::string& name, const Own& own) {
+    const bool tied =
+        std::any_of(all.begin(), all.end(), [&](const Parameter& p) { return p.tensor.is_same(own.parameter.tensor); });
+    if (tied) return;
+    all.push_back(own.parameter);
+    all.back().name = name;
+  });
   return all;
+}
+
+void Module::draw(const Parameters& parameters, const std::vector<TensorPart>& parts) const {
+  if (parts.size() != parameters.size())
+    fail(ErrorKind::kValue, "model", "there are ", parameters.size(), " parameters, but ", parts.size(), " parts");
+  std::map<std::string, const Own*> known;
+  for_each("", [&](const std::string& name, const Own& own) { known.emplace(name, &own); });
+  const autograd::NoGrad no_grad;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const Parameter& parameter = parameters[i];
+    const auto found = known.find(parameter.name);
+    if (found == known.end()) fail(ErrorKind::kData, "model", "there is no parameter ", quoted(parameter.name));
+    const Parameter& own = found->second->parameter;
+    const Shape& whole = own.part ? own.part->whole : own.tensor.shape();
+    if (!(parts[i].whole == whole) || parameter.tensor.numel() != parts[i].count()) {
+      fail(ErrorKind::kData, "model", "parameter ", quoted(parameter.name), " is ", whole, "; asked for ",
+           describe(parts[i]), " of it in ", parameter.tensor.describe());
+    }
+    Tensor(parameter.tensor).copy_(found->second->values(parts[i]).reshape(parameter.tensor.shape()));
+  }
 }
 
 NamedTensors Module::named_tensors() const {
@@ -95,19 +116,28 @@ Init Init::at(const std::string& part) const {
   return inner;
 }
 
-Tensor Init::normal(const std::string& name, const TensorPart& part, double deviation) const {
+InitialTensor Init::make(const TensorPart& part, std::function<Tensor(const TensorPart&)> values_of) const {
   const MemoryScope scope(MemoryCategory::parameters);
-  const RandomStream stream(seed, "init/" + (path.empty() ? name : path + "." + name));
-  const Tensor values = Tensor::empty({part.count()}, dtype == DType::f64 ? DType::f64 : DType::f32);
-  part.for_each_run([&](int64_t at, int64_t from, int64_t count) {
-    fill_normal(values.narrow(0, from, count), stream, 0, deviation, static_cast<uint64_t>(at));
-  });
-  return values.reshape(part.shape()).to(dtype).to(device);
+  Tensor tensor = values ? values_of(part)
+                         : Tensor::without_memory(part.shape(), dtype, device, concat("a parameter of ", quoted(path)));
+  return {std::move(tensor), std::move(values_of)};
 }
 
-Tensor Init::constant(const Shape& shape, double value) const {
-  const MemoryScope scope(MemoryCategory::parameters);
-  return Tensor::full(shape, value, dtype, device);
+InitialTensor Init::normal(const std::string& name, const TensorPart& part, double deviation) const {
+  const RandomStream stream(seed, "init/" + (path.empty() ? name : path + "." + name));
+  return make(part, [stream, deviation, type = dtype, place = device](const TensorPart& wanted) {
+    const Tensor drawn = Tensor::empty({wanted.count()}, type == DType::f64 ? DType::f64 : DType::f32);
+    wanted.for_each_run([&](int64_t at, int64_t from, int64_t count) {
+      fill_normal(drawn.narrow(0, from, count), stream, 0, deviation, static_cast<uint64_t>(at));
+    });
+    return drawn.reshape(wanted.shape()).to(type).to(place);
+  });
+}
+
+InitialTensor Init::constant(const Shape& shape, double value) const {
+  return make(TensorPart::all(shape), [value, type = dtype, place = device](const TensorPart& wanted) {
+    return Tensor::full(wanted.shape(), value, type, place);
+  });
 }
 
 }  // namespace weft::models

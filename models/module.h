@@ -9,6 +9,13 @@
 
 namespace weft::models {
 
+/// A new parameter, or a part of one, and what the parameter's elements are at first: values(part) makes those of any
+/// part of it, in its dtype and on its device.
+struct InitialTensor {
+  Tensor tensor;
+  std::function<Tensor(const TensorPart& part)> values;
+};
+
 /// A part of a model: named parameters, named parts, and whether it is being trained. Parts are members of the class
 /// that registers them, so a Module stays where it was made.
 class Module {
@@ -28,6 +35,11 @@ class Module {
   /// Copies values into the parameters. @throws Error kData if one is missing, unknown, or of another shape or dtype.
   void load(const NamedTensors& tensors);
 
+  /// Writes what a new model begins with into tensors that hold parts[i] of parameters[i], which is found by its name:
+  /// what is needed where parameters were made without values (Init::values). @throws Error kData for a name or a shape
+  /// that this does not have.
+  void draw(const Parameters& parameters, const std::vector<TensorPart>& parts) const;
+
   /// Training mode turns dropout on. New modules are in it.
   void train(bool on = true);
   void eval() { train(false); }
@@ -40,14 +52,19 @@ class Module {
   Module() = default;
   /// Adds a parameter; the tensor becomes a leaf that requires a gradient. `part`: what it is of the whole parameter,
   /// if not all of it.
-  Tensor add(const std::string& name, Tensor tensor, ParameterRole role);
-  Tensor add(const std::string& name, Tensor tensor, ParameterRole role, const TensorPart& part);
+  Tensor add(const std::string& name, InitialTensor initial, ParameterRole role);
+  Tensor add(const std::string& name, InitialTensor initial, ParameterRole role, const TensorPart& part);
   void add(const std::string& name, Module& part);
 
  private:
-  void collect(const std::string& prefix, Parameters& into) const;
+  struct Own {
+    Parameter parameter;
+    std::function<Tensor(const TensorPart& part)> values;
+  };
+  /// Calls each(full name, parameter) for every one below here, tied ones as often as they are there.
+  void for_each(const std::string& prefix, const std::function<void(const std::string&, const Own&)>& each) const;
 
-  std::vector<Parameter> own_;
+  std::vector<Own> own_;
   std::vector<std::pair<std::string, Module*>> parts_;
   bool training_ = true;
 };
@@ -58,12 +75,16 @@ struct Init {
   DType dtype = DType::f32;
   Device device = Device::cpu();
   std::string path = {};  ///< name of the module being made
+  bool values = true;     ///< false: parameters have no memory yet (Tensor::without_memory)
 
   Init at(const std::string& part) const;
   /// Normal values with mean 0, drawn from the stream "init/<path>.<name>". A part has the values that the whole tensor
   /// has there, which is never made.
-  Tensor normal(const std::string& name, const TensorPart& part, double deviation) const;
-  Tensor constant(const Shape& shape, double value) const;
+  InitialTensor normal(const std::string& name, const TensorPart& part, double deviation) const;
+  InitialTensor constant(const Shape& shape, double value) const;
+
+ private:
+  InitialTensor make(const TensorPart& part, std::function<Tensor(const TensorPart&)> values_of) const;
 };
 
 }  // namespace weft::models

@@ -76,7 +76,8 @@ std::vector<int> split(int stages) {
   return cuts;
 }
 
-Outcome piped(PipelineKind kind, const PipelineShape& shape, double scale, int steps = 1) {
+Outcome piped(PipelineKind kind, const PipelineShape& shape, double scale, int steps = 1,
+              const std::function<PipelineHooks(int rank)>& hooks = {}) {
   Outcome outcome;
   outcome.gradients.resize(2 * kLayers);
   std::mutex mutex;
@@ -94,6 +95,7 @@ Outcome piped(PipelineKind kind, const PipelineShape& shape, double scale, int s
       });
     }
     PipelineExecutor executor(world, schedule, stages, {{{kRows, kWidth}}, {{kRows, kWidth}}});
+    if (hooks) executor.set_hooks(hooks(world.rank()));
     std::vector<Tensor> losses;
     for (int step = 0; step < steps; ++step) {
       for (size_t i = 0; i < kLayers; ++i) model.weights[i].clear_grad(), model.biases[i].clear_grad();
@@ -118,7 +120,8 @@ TEST(PipelineExecutor, HasTheBitsOfOneProcessInEverySchedule) {
     for (const PipelineKind kind :
          {PipelineKind::kGPipe, PipelineKind::k1F1B, PipelineKind::kInterleaved, PipelineKind::kZeroBubble}) {
       for (int ranks = 1; ranks <= 4; ++ranks) {
-        for (int chunks = 1; chunks <= (kind == PipelineKind::kInterleaved ? 3 : 1); ++chunks) {
+        const bool chunked = kind == PipelineKind::kInterleaved || kind == PipelineKind::kGPipe;
+        for (int chunks = 1; chunks <= (chunked ? 3 : 1); ++chunks) {
           if (kind == PipelineKind::kInterleaved && micro_batches % ranks != 0) continue;
           const Outcome outcome = piped(kind, {ranks, micro_batches, chunks}, 0.25);
           EXPECT_EQ(outcome.gradients, expected.gradients) << kind << ' ' << ranks << ' ' << micro_batches;
@@ -131,6 +134,27 @@ TEST(PipelineExecutor, HasTheBitsOfOneProcessInEverySchedule) {
 
 TEST(PipelineExecutor, RunsOneStepAfterAnother) {
   EXPECT_EQ(piped(PipelineKind::k1F1B, {3, 5}, 1, 4).gradients, alone(5, 1).gradients);
+}
+
+TEST(PipelineExecutor, HooksAreToldWhenAStageBeginsAndEnds) {
+  const auto told_by = [](PipelineKind kind, const PipelineShape& shape) {
+    std::vector<std::string> told(static_cast<size_t>(shape.ranks));
+    piped(kind, shape, 1, 1, [&](int rank) {
+      const auto note = [&text = told[static_cast<size_t>(rank)]](const char* what) {
+        return [&text, what](int stage, Pass pass) {
+          text += concat(what, stage, pass == Pass::kForward ? 'f' : 'b', ' ');
+        };
+      };
+      return PipelineHooks{note("+"), note("-")};
+    });
+    return told;
+  };
+  EXPECT_EQ(told_by(PipelineKind::kGPipe, {1, 3, 3}),
+            (std::vector<std::string>{"+0f -0f +1f -1f +2f -2f +2b -2b +1b -1b +0b -0b "}));
+  EXPECT_EQ(told_by(PipelineKind::kGPipe, {2, 2, 2}),
+            (std::vector<std::string>{"+0f -0f +2f -2f +2b -2b +0b -0b ", "+1f -1f +3f -3f +3b -3b +1b -1b "}));
+  EXPECT_EQ(told_by(PipelineKind::kZeroBubble, {2, 3}),
+            (std::vector<std::string>{"+0f +0b -0f -0b ", "+1f +1b -1f -1b "}));
 }
 
 TEST(PipelineExecutor, StagesThatGiveTheWrongThingAreNamed) {

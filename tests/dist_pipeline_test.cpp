@@ -24,7 +24,8 @@ std::vector<PipelineSchedule> all_schedules() {
   for (const PipelineKind kind : kKinds) {
     for (int ranks = 1; ranks <= 8; ++ranks) {
       for (const int micro_batches : {1, 2, ranks, ranks + 1, 2 * ranks, 3 * ranks + 1, 4 * ranks}) {
-        for (int chunks = 1; chunks <= (kind == PipelineKind::kInterleaved ? 4 : 1); ++chunks) {
+        const bool chunked = kind == PipelineKind::kInterleaved || kind == PipelineKind::kGPipe;
+        for (int chunks = 1; chunks <= (chunked ? 4 : 1); ++chunks) {
           if (kind == PipelineKind::kInterleaved && micro_batches % ranks != 0) continue;
           all.push_back(make_pipeline_schedule(kind, {ranks, micro_batches, chunks}));
         }

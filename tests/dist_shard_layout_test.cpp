@@ -54,6 +54,28 @@ TEST(ShardLayout, SharesAreEvenButForABlock) {
   }
 }
 
+TEST(ShardLayout, SpacedTensorsBeginAtMultiples) {
+  for (const auto& sizes : kModels) {
+    for (int ranks = 1; ranks <= 9; ++ranks) {
+      const ShardBucket bucket(all_of(sizes), sizes, ranks, 1024, 64);
+      std::vector<int64_t> next(sizes.size(), 0);
+      for (int rank = 0; rank < ranks; ++rank) {
+        bucket.for_each_piece(rank, [&](const ShardPiece& piece, int64_t at) {
+          EXPECT_EQ(bucket.start(piece.tensor) % 64, 0);
+          EXPECT_EQ(bucket.cut(rank) + at, bucket.start(piece.tensor) + piece.begin);
+          EXPECT_LE(at + piece.count(), bucket.count(rank));
+          EXPECT_EQ(piece.begin, next[piece.tensor]);
+          EXPECT_EQ(piece.begin % 1024, 0);
+          next[piece.tensor] = piece.end;
+        });
+      }
+      EXPECT_EQ(next, sizes);
+      EXPECT_LT(bucket.elements(),
+                std::accumulate(sizes.begin(), sizes.end(), int64_t{1}) + 64 * static_cast<int64_t>(sizes.size()));
+    }
+  }
+}
+
 TEST(ShardLayout, MoreRanksThanElementsLeaveSomeWithNothing) {
   const std::vector<int64_t> sizes = {2, 1};
   const ShardBucket bucket(all_of(sizes), sizes, 8, 1);
@@ -75,6 +97,9 @@ TEST(ShardLayout, WhatMakesNoSenseIsRefused) {
   const std::vector<int64_t> sizes = {4, -1};
   EXPECT_ERROR(ErrorKind::kValue, "ranks must be at least 1", ShardBucket({0}, sizes, 0, 1));
   EXPECT_ERROR(ErrorKind::kValue, "align must be at least 1", ShardBucket({0}, sizes, 1, 0));
+  EXPECT_ERROR(ErrorKind::kValue, "a multiple of a spacing of at least 1, got 8 and 3",
+               ShardBucket({0}, sizes, 1, 8, 3));
+  EXPECT_ERROR(ErrorKind::kValue, "a multiple of a spacing", ShardBucket({0}, sizes, 1, 8, 0));
   EXPECT_ERROR(ErrorKind::kValue, "tensor 1 has a negative size", ShardBucket({1}, sizes, 1, 1));
   EXPECT_ERROR(ErrorKind::kIndex, "there are 2 tensors, and 2", ShardBucket({2}, sizes, 1, 1));
   EXPECT_ERROR(ErrorKind::kValue, "at least 1 byte", transfer_buckets({}, {}, 0));

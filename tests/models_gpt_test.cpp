@@ -10,6 +10,7 @@
 #include "models/trainer.h"
 #include "ops/gemm.h"
 #include "optim/adam.h"
+#include "tests/error_of.h"
 
 namespace weft::models {
 namespace {
@@ -53,6 +54,53 @@ TEST(Gpt, InitialWeightsDependOnSeedAndNameAlone) {
   EXPECT_EQ(first(a), first(b));
   EXPECT_NE(first(a), first(c));
   EXPECT_EQ(first(a), first(d)) << "another layer must not move the random numbers of this one";
+}
+
+TEST(Gpt, AModelWithoutMemoryIsDrawnInPiecesToTheSameBits) {
+  for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+    const Gpt whole(tiny(), Device::cpu(), 3, dtype);
+    const int64_t before = allocator(Device::cpu()).statistics().total.current;
+    const Gpt empty(tiny(), Device::cpu(), 3, dtype, {.values = false});
+    EXPECT_EQ(allocator(Device::cpu()).statistics().total.current, before);
+    for (const Parameter& parameter : whole.parameters()) {
+      const TensorPart all = TensorPart::all(parameter.tensor.shape());
+      const int64_t cut = all.count() / 3;
+      std::vector<TensorPart> parts = {all, all.elements(0, cut), all.elements(cut, all.count())};
+      if (all.whole.rank() == 2) parts.push_back(TensorPart::along(all.whole, 1, {{1, 3}, {5, 9}}).elements(1, 20));
+      for (const TensorPart& part : parts) {
+        const Tensor drawn = Tensor::empty(part.shape(), dtype);
+        empty.draw({{parameter.name, drawn}}, {part});
+        EXPECT_EQ(drawn.to_vector<double>(), part.of(parameter.tensor.detach()).to_vector<double>()) << parameter.name;
+      }
+      const Tensor drawn = Tensor::empty(all.whole, dtype);
+      empty.draw({{parameter.name, drawn}}, {all});
+      EXPECT_EQ(drawn.to_vector<double>(), parameter.tensor.to_vector<double>()) << parameter.name;
+    }
+  }
+  const Gpt gpt(tiny(), Device::cpu(), 3, DType::f32, {.values = false});
+  const Tensor two = Tensor::empty({2});
+  const TensorPart all = TensorPart::all({2}), table = TensorPart::all({23, 16});
+  EXPECT_ERROR(ErrorKind::kData, "there is no parameter \"wte\"", gpt.draw({{"wte", two}}, {all}));
+  EXPECT_ERROR(ErrorKind::kData, "parameter \"wte.weight\" is [23, 16]; asked for [2] of it in f32 [2]",
+               gpt.draw({{"wte.weight", two}}, {all}));
+  EXPECT_ERROR(ErrorKind::kData, "asked for [23, 16] of it in f32 [2]", gpt.draw({{"wte.weight", two}}, {table}));
+  EXPECT_ERROR(ErrorKind::kValue, "there are 1 parameters, but 0 parts", gpt.draw({{"wte.weight", two}}, {}));
+  EXPECT_ERROR(ErrorKind::kState, "a parameter of \"wte\" is released",
+               gpt.loss(random_ids({1, 8}, 23, "in"), random_ids({1, 8}, 23, "out")));
+}
+
+TEST(Gpt, UnitsHaveEveryParameterAndTheTiedOneTwice) {
+  const Gpt gpt(tiny(), Device::cpu(), 3);
+  const auto units = gpt.units();
+  ASSERT_EQ(units.size(), 3u);
+  size_t count = 0;
+  for (const auto& unit : units) count += unit.size();
+  EXPECT_EQ(count, gpt.parameters().size() + 1);
+  EXPECT_EQ(units[0].front(), "wte.weight");
+  EXPECT_EQ(units[1].front(), "h.1.ln_1.weight");
+  EXPECT_EQ(units[2], (std::vector<std::string>{"wte.weight", "ln_f.weight", "ln_f.bias"}));
+  const Gpt half(tiny(), Device::cpu(), 3, DType::f32, {.layers = {{0, 1}}});
+  EXPECT_ERROR(ErrorKind::kState, "a list of units needs the whole model", half.units());
 }
 
 TEST(Gpt, TheFirstLossIsThatOfAUniformGuess) {
@@ -139,7 +187,7 @@ TEST(Gpt, TrainingIsBitEqualOnOneTwoAndThreeThreads) {
 }
 
 /// Everything on one instruction set: the products by name, all other ops by the targets of Highway that it may use.
-class GptOnEveryIsa : public testing::TestWithParam<std::pair<const char*, int64_t>> {
+class GptOnEveryIsa : public ::testing::TestWithParam<std::pair<const char*, int64_t>> {
  protected:
   void SetUp() override {
     const auto& [name, targets] = GetParam();
@@ -152,9 +200,9 @@ class GptOnEveryIsa : public testing::TestWithParam<std::pair<const char*, int64
   }
 };
 INSTANTIATE_TEST_SUITE_P(Isa, GptOnEveryIsa,
-                         testing::Values(std::pair("avx512bf16", int64_t{HWY_AVX3}),
-                                         std::pair("avx512", int64_t{HWY_AVX3}), std::pair("avx2", int64_t{HWY_AVX2}),
-                                         std::pair("portable", int64_t{0})),
+                         ::testing::Values(std::pair("avx512bf16", int64_t{HWY_AVX3}),
+                                           std::pair("avx512", int64_t{HWY_AVX3}), std::pair("avx2", int64_t{HWY_AVX2}),
+                                           std::pair("portable", int64_t{0})),
                          [](const auto& info) { return std::string(info.param.first); });
 
 /// Mean loss of the last 10 of 80 steps on tokens of which each follows from the two before it.
