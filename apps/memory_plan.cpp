@@ -256,7 +256,7 @@ RankBytes rank_bytes(const TrainOptions& o, const dist::Mesh& mesh, int64_t voca
   const int64_t p = most / mesh.size(dist::Axis::tp), w = size_of(o.dtype());
   const int64_t n = mesh.size(dist::Axis::dp) * mesh.size(dist::Axis::cp);
   const auto share = [&](dist::Zero from, int64_t bytes) { return o.zero >= from ? bytes / n : bytes; };
-  return {.weights = w * p,
+  return {.weights = share(dist::Zero::kParameters, w * p),
           .gradients = share(dist::Zero::kGradients, w * p),
           .optimizer = share(dist::Zero::kOptimizer, (w == 2 ? 12 : 8) * p)};
 }

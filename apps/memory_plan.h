@@ -35,7 +35,7 @@ std::string what_would_fit(const TrainOptions& options, Device device, const Pla
 /// Bytes of weights, gradients and optimizer state that a rank holds between steps, by formula: with P numbers of its
 /// part of the model (the largest stage of pp, cut into tp parts), n = dp cp copies and elements of w bytes
 ///   weights w P, gradients w P, AdamW and LAMB 8 P (and 4 P of f32 masters for elements of 2 bytes),
-/// of which ZeRO keeps 1/n: 1 the last, 2 the last two, 3 all.
+/// of which ZeRO keeps 1/n: 1 the last, 2 the last two, 3 all (and while they run, the weights of two units whole).
 struct RankBytes {
   int64_t weights = 0, gradients = 0, optimizer = 0;
   int64_t total() const { return weights + gradients + optimizer; }

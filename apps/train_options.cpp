@@ -60,8 +60,13 @@ void TrainOptions::declare(Options& o) {
       "how ranks are laid out, dp=2,pp=2 say: dp ranks train copies of the model on a share of a step's micro-batches, "
       "pp ranks have a range of its layers each, cp ranks a share of each sequence, tp ranks a share of every layer; "
       "empty: dp with all of them");
-  o.add("zero", &zero, {{"0", dist::Zero::kNone}, {"1", dist::Zero::kOptimizer}, {"2", dist::Zero::kGradients}},
-        "what ranks share out instead of each keeping all of it (ZeRO): 1 the optimizer's state, 2 gradients too");
+  o.add("zero", &zero,
+        {{"0", dist::Zero::kNone},
+         {"1", dist::Zero::kOptimizer},
+         {"2", dist::Zero::kGradients},
+         {"3", dist::Zero::kParameters}},
+        "what ranks share out instead of each keeping all of it (ZeRO): 1 the optimizer's state, 2 gradients too, 3 "
+        "weights too");
   o.add("sequence_parallel", &sequence_parallel,
         "with tp: its ranks also share the rows of the activations between the layers that they share");
   o.add("pipeline", &pipeline, pipeline_kinds(),

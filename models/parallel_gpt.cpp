@@ -25,17 +25,27 @@ std::vector<double> layer_costs(const GptConfig& config) {
   return costs;
 }
 
-/// The layers of a rank's stages: chunk c is stage c * ranks + rank.
-GptPart part_of(const std::vector<int64_t>& stages, int rank, const ParallelOptions& options, dist::Group& tensor,
+/// What of the model a rank holds: chunk c of its stages is stage c * ranks + rank.
+GptPart part_of(const ParallelOptions& options, const GptConfig& config, int rank, dist::Group& tensor,
                 dist::Group& context) {
   GptPart part;
   part.separate_head = true, part.tensor = &tensor, part.sequence = options.sequence, part.context = &context;
-  const int ranks = options.mesh.size(Axis::pp);
-  for (int chunk = 0; chunk < options.chunks; ++chunk) {
-    const auto stage = static_cast<size_t>(chunk * ranks + rank);
+  part.values = options.zero != dist::Zero::kParameters;
+  const std::vector<int64_t> stages = pipeline_stages(options, config);
+  const auto ranks = static_cast<size_t>(options.mesh.size(Axis::pp));
+  for (auto stage = static_cast<size_t>(rank); stage + 1 < stages.size(); stage += ranks)
     part.layers.push_back({stages[stage], stages[stage + 1]});
-  }
   return part;
+}
+
+/// ParallelGpt::cuts_.
+std::vector<int64_t> cuts_of(const ParallelOptions& options, const GptConfig& config) {
+  if (options.zero != dist::Zero::kParameters || options.mesh.size(Axis::pp) > 1)
+    return pipeline_stages(options, config);
+  std::vector<int64_t> cuts(static_cast<size_t>(config.layers) + 1);
+  std::iota(cuts.begin(), cuts.end(), int64_t{0});
+  cuts.push_back(config.layers);
+  return cuts;
 }
 
 const ParallelOptions& checked(const dist::Group& world, const ParallelOptions& options) {
@@ -85,7 +95,6 @@ std::vector<int64_t> pipeline_stages(const ParallelOptions& options, const GptCo
 ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, const GptConfig& config, Device device,
                          uint64_t seed, DType dtype)
     : options_(checked(world, options)),
-      stages_(pipeline_stages(options, config)),
       device_(device),
       dtype_(dtype),
       data_(world.subgroup(options.mesh, kData)),
@@ -93,7 +102,14 @@ ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, con
       tensor_(world.subgroup(options.mesh, kTensor)),
       context_(world.subgroup(options.mesh, kContext)),
       gradients_(world.subgroup(options.mesh, kGradients)),
-      gpt_(config, device, seed, dtype, part_of(stages_, pipeline_.rank(), options, tensor_, context_)) {
+      cuts_(cuts_of(options, config)),
+      gpt_(config, device, seed, dtype, part_of(options, config, pipeline_.rank(), tensor_, context_)) {
+  std::vector<std::string> names;
+  std::vector<int64_t> places;
+  for (const Parameter& parameter : gpt_.parameters()) {
+    names.push_back(parameter.name);
+    places.push_back(place_of(parameter.name, config));
+  }
   const int last = pipeline_.size() - 1;
   dist::DataParallelOptions data_options{.zero = options.zero, .bucket_bytes = options.bucket_bytes};
   if (gpt_.embeds() && gpt_.has_head()) {
@@ -102,13 +118,13 @@ ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, con
     ends_.emplace(pipeline_.subgroup(std::array{0, last}, concat("ends of ", pipeline_.name())));
     data_options.second_uses = {{.parameter = kTable, .pair = &*ends_}};
   }
-  data_parallel_ = std::make_unique<dist::DataParallel>(gradients_, gpt_.parameters(), data_options);
-  std::vector<std::string> names;
-  std::vector<int64_t> places;
-  for (const Parameter& parameter : gpt_.parameters()) {
-    names.push_back(parameter.name);
-    places.push_back(place_of(parameter.name, config));
+  if (runs_units()) {
+    data_options.units = gpt_.units();
+  } else if (sharded()) {
+    data_options.units = {names};
   }
+  data_parallel_ = std::make_unique<dist::DataParallel>(gradients_, gpt_.parameters(), data_options);
+  if (sharded()) gpt_.draw(parameters(), parts());
   const dist::MeshNorms::Groups groups{.shards = options.zero == dist::Zero::kNone ? nullptr : &gradients_,
                                        .tensor = &tensor_,
                                        .stages = last > 0 ? &pipeline_ : nullptr};
@@ -116,16 +132,6 @@ ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, con
 }
 
 ParallelGpt::~ParallelGpt() = default;
-
-std::vector<TensorPart> ParallelGpt::parts() const {
-  std::vector<TensorPart> parts;
-  for (const Parameter& parameter : gpt_.parameters()) {
-    const dist::ShardPiece& piece = data_parallel_->pieces()[parts.size()];
-    const TensorPart slices = parameter.part ? *parameter.part : TensorPart::all(parameter.tensor.shape());
-    parts.push_back(slices.elements(piece.begin, piece.end));
-  }
-  return parts;
-}
 
 std::vector<int64_t> ParallelGpt::shares(int64_t micro_batches) const {
   if (micro_batches < data_.size() || (!consecutive() && micro_batches % data_.size() != 0)) {
@@ -164,28 +170,35 @@ ParallelGpt::OwnTokens ParallelGpt::own_tokens(const MicroBatch& batch, GptStep 
   return {{own(batch.inputs), own(batch.targets)}, step};
 }
 
-Tensor ParallelGpt::forward(const OwnTokens& own) {
-  const auto& [batch, step] = own;
-  const Shape& ids = batch.inputs.shape();
-  const Shape shape = gpt_.stream_shape(ids);
+Tensor ParallelGpt::forward(const std::optional<OwnTokens>& own) {
   const int rank = pipeline_.rank(), ranks = pipeline_.size();
   GptStream stream;
-  for (int chunk = 0; chunk < options_.chunks; ++chunk) {
-    const int stage = chunk * ranks + rank;
-    if (stage == 0) {
-      stream = gpt_.begin(batch.inputs, step);
-    } else if (ranks > 1) {
-      stream = {Tensor::empty(shape, dtype_, device_), Tensor::empty(shape, dtype_, device_), ids};
-      pipeline_.recv_(stream.x, (rank + ranks - 1) % ranks);
-      pipeline_.recv_(stream.branch, (rank + ranks - 1) % ranks);
+  Tensor loss;
+  for (int chunk = 0; chunk < chunks(); ++chunk) {
+    const auto stage = static_cast<size_t>(chunk * ranks + rank);
+    if (runs_units()) data_parallel_->begin_unit(stage, dist::Pass::kForward);
+    if (own) {
+      const auto& [batch, step] = *own;
+      const Shape& ids = batch.inputs.shape();
+      if (stage == 0) {
+        stream = gpt_.begin(batch.inputs, step);
+      } else if (ranks > 1) {
+        const Shape shape = gpt_.stream_shape(ids);
+        stream = {Tensor::empty(shape, dtype_, device_), Tensor::empty(shape, dtype_, device_), ids};
+        pipeline_.recv_(stream.x, (rank + ranks - 1) % ranks);
+        pipeline_.recv_(stream.branch, (rank + ranks - 1) % ranks);
+      }
+      stream = gpt_.blocks(stream, cuts_[stage], cuts_[stage + 1], step);
+      if (stage + 2 == cuts_.size()) {
+        loss = gpt_.finish(stream, batch.targets, step);
+      } else if (ranks > 1) {
+        pipeline_.send(stream.x.contiguous(), (rank + 1) % ranks);
+        pipeline_.send(stream.branch.contiguous(), (rank + 1) % ranks);
+      }
     }
-    stream = gpt_.blocks(stream, stages_[static_cast<size_t>(stage)], stages_[static_cast<size_t>(stage) + 1], step);
-    if (stage == ranks * options_.chunks - 1) return gpt_.finish(stream, batch.targets, step);
-    if (ranks == 1) continue;
-    pipeline_.send(stream.x.contiguous(), (rank + 1) % ranks);
-    pipeline_.send(stream.branch.contiguous(), (rank + 1) % ranks);
+    if (runs_units()) data_parallel_->end_unit(stage, dist::Pass::kForward);
   }
-  return {};
+  return loss;
 }
 
 void ParallelGpt::prepare_pipeline() {
@@ -199,10 +212,10 @@ void ParallelGpt::prepare_pipeline() {
   const std::string wanted = concat(own_.size(), " of ", ids);
   if (executor_ && executor_for_ == wanted) return;
   std::vector<dist::PipelineStage> stages;
-  const int ranks = pipeline_.size(), count = ranks * options_.chunks;
-  for (int chunk = 0; chunk < options_.chunks; ++chunk) {
+  const int ranks = pipeline_.size(), count = ranks * chunks();
+  for (int chunk = 0; chunk < chunks(); ++chunk) {
     const int stage = chunk * ranks + pipeline_.rank();
-    const int64_t first = stages_[static_cast<size_t>(stage)], end = stages_[static_cast<size_t>(stage) + 1];
+    const int64_t first = cuts_[static_cast<size_t>(stage)], end = cuts_[static_cast<size_t>(stage) + 1];
     stages.push_back([this, stage, count, first, end](int micro_batch, const std::vector<Tensor>& inputs) {
       const auto& [batch, step] = own_[static_cast<size_t>(micro_batch)];
       const Tensor& ids = batch.inputs;
@@ -212,10 +225,15 @@ void ParallelGpt::prepare_pipeline() {
       return std::vector<Tensor>{gpt_.finish(stream, batch.targets, step)};
     });
   }
-  const dist::PipelineShape schedule{ranks, static_cast<int>(own_.size()), options_.chunks};
-  executor_.emplace(pipeline_, dist::make_pipeline_schedule(options_.schedule, schedule), std::move(stages),
+  const dist::PipelineShape schedule{ranks, static_cast<int>(own_.size()), chunks()};
+  const auto kind = runs_units() ? dist::PipelineKind::kGPipe : options_.schedule;
+  executor_.emplace(pipeline_, dist::make_pipeline_schedule(kind, schedule), std::move(stages),
                     std::vector<dist::BoundaryTensor>(2, {gpt_.stream_shape(ids), dtype_}), device_);
   executor_for_ = wanted;
+  if (!runs_units()) return;
+  executor_->set_hooks(
+      {.begin = [this](int unit, dist::Pass pass) { data_parallel_->begin_unit(static_cast<size_t>(unit), pass); },
+       .end = [this](int unit, dist::Pass pass) { data_parallel_->end_unit(static_cast<size_t>(unit), pass); }});
 }
 
 Tensor ParallelGpt::run(std::span<const MicroBatch> batches, const std::function<GptStep(size_t)>& settings,
@@ -228,7 +246,7 @@ Tensor ParallelGpt::run(std::span<const MicroBatch> batches, const std::function
   std::vector<OwnTokens> own_batches;
   for (size_t i = 0; i < batches.size(); ++i) own_batches.push_back(own_tokens(batches[i], settings(i)));
   std::vector<Tensor> losses;
-  if (pipeline_.size() == 1) {
+  if (pipeline_.size() == 1 && !sharded()) {
     for (const auto& [batch, step] : own_batches) {
       const Tensor loss = gpt_.loss(batch.inputs, batch.targets, step);
       losses.push_back(loss.detach().reshape({1}));
@@ -237,7 +255,16 @@ Tensor ParallelGpt::run(std::span<const MicroBatch> batches, const std::function
   } else {
     own_ = own_batches;
     prepare_pipeline();
+    // A pipeline's micro-batches are under way in both directions at once: its rank has all weights until they are
+    // done.
+    const bool at_once = sharded() && !runs_units();
+    if (at_once) {
+      data_parallel_->begin_unit(0, dist::Pass::kForward);
+      data_parallel_->end_unit(0, dist::Pass::kForward);
+      data_parallel_->begin_unit(0, dist::Pass::kBackward);
+    }
     for (const Tensor& loss : executor_->run(loss_scale)) losses.push_back(loss.reshape({1}));
+    if (at_once) data_parallel_->end_unit(0, dist::Pass::kBackward);
     own_ = {};
   }
   const autograd::NoGrad no_grad;
@@ -255,13 +282,22 @@ std::vector<double> ParallelGpt::loss_sums(int64_t count,
                                            const std::function<std::pair<MicroBatch, int64_t>(int64_t)>& batch) {
   const autograd::NoGrad no_grad;
   std::vector<double> sums(static_cast<size_t>(count), 0);
-  for (int64_t i = data_.rank(); i < count; i += data_.size()) {
+  const bool at_once = sharded() && !runs_units();
+  if (at_once) data_parallel_->begin_unit(0, dist::Pass::kForward);
+  for (int64_t round = 0; round < count; round += data_.size()) {
+    const int64_t i = round + data_.rank();
+    if (i >= count) {
+      // The others need this rank's weights.
+      if (runs_units()) forward({});
+      continue;
+    }
     const auto [rows, valid] = batch(i);
     GptStep step;
     step.valid_tokens = static_cast<double>(valid);
     const Tensor mean = forward(own_tokens(rows, step));
     if (mean.defined()) sums[static_cast<size_t>(i)] = mean.item() * static_cast<double>(valid);
   }
+  if (at_once) data_parallel_->end_unit(0, dist::Pass::kForward);
   const Tensor all = Tensor::from(sums, {count}, device_);
   if (pipeline_.size() > 1) pipeline_.broadcast_(all, pipeline_.size() - 1);
   if (context_.size() > 1) context_.all_reduce_(all);

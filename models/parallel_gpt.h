@@ -57,15 +57,17 @@ class ParallelGpt {
   /// This rank's part of the model.
   Gpt& gpt() { return gpt_; }
   /// Whether this rank has all of it and of every sequence.
-  bool whole() const { return pipeline_.size() * tensor_.size() * context_.size() == 1; }
+  bool whole() const { return pipeline_.size() * tensor_.size() * context_.size() == 1 && !sharded(); }
   const ParallelOptions& options() const { return options_; }
+  /// Whether weights are shared out too, and whole only while they are used.
+  bool sharded() const { return options_.zero == dist::Zero::kParameters; }
   /// First layer of each stage, and the number of layers.
-  const std::vector<int64_t>& stages() const { return stages_; }
+  std::vector<int64_t> stages() const { return pipeline_stages(options_, gpt_.config()); }
 
   /// What this rank's optimizer updates, under the model's names.
   const Parameters& parameters() const { return data_parallel_->parameters(); }
   /// Which part of the model's tensor each of parameters() is.
-  std::vector<TensorPart> parts() const;
+  std::vector<TensorPart> parts() const { return data_parallel_->parts(); }
   /// For an optimizer over parameters().
   std::shared_ptr<optim::NormReducer> norms() const { return norms_; }
   const dist::DataParallel& data_parallel() const { return *data_parallel_; }
@@ -106,17 +108,23 @@ class ParallelGpt {
     GptStep step;
   };
   OwnTokens own_tokens(const MicroBatch& batch, GptStep step);
-  /// The loss of a micro-batch, on the ranks of the last stage, from this rank's stages one after the other.
-  Tensor forward(const OwnTokens& own);
+  int chunks() const { return static_cast<int>(cuts_.size() - 1) / pipeline_.size(); }
+  /// Whether stages are units of weights, each of which is whole only while it runs.
+  bool runs_units() const { return sharded() && pipeline_.size() == 1; }
+  /// The loss of a micro-batch, on the ranks of the last stage, from this rank's stages one after the other. Of none,
+  /// the weights come and go all the same.
+  Tensor forward(const std::optional<OwnTokens>& own);
   void prepare_pipeline();
 
   ParallelOptions options_;
-  std::vector<int64_t> stages_;
   Device device_;
   DType dtype_;
   dist::Group data_, pipeline_, tensor_, context_;
   dist::Group gradients_;            ///< ranks whose gradients of the same parameters are added up
   std::optional<dist::Group> ends_;  ///< first and last stage, which both have the token embedding
+  /// First layer of each stage, and the number of layers. Where a rank runs units of weights, they are its stages: each
+  /// block, and the final norm with the head, which is a stage without layers.
+  std::vector<int64_t> cuts_;
   Gpt gpt_;
   std::unique_ptr<dist::DataParallel> data_parallel_;
   std::shared_ptr<optim::NormReducer> norms_;

@@ -217,7 +217,7 @@ StepMetrics Trainer::step() {
 void Trainer::explain_loss(double loss) const {
   const auto failed = concat("the loss of step ", step_, " is ", loss, ": ");
   constexpr const char* kAfter = ". No weight was changed by this step. Hint: a lower learning rate or more warm-up";
-  for (const Parameter& parameter : parameters_) {
+  for (const Parameter& parameter : parallel_ != nullptr ? parallel_->parameters() : parameters_) {
     if (const auto at = first_not_finite(parameter.tensor)) {
       fail(ErrorKind::kValue, "trainer", failed, "weight ", quoted(parameter.name), " is ", at->value, " at element ",
            grouped(at->element), kAfter);

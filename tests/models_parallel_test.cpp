@@ -121,9 +121,12 @@ Outcome train(const Case& c) {
     EXPECT_EQ(losses, outcome.losses) << "on rank " << world.rank();
     EXPECT_EQ(norms, outcome.norms) << "on rank " << world.rank();
     EXPECT_EQ(sums, outcome.held_out) << "on rank " << world.rank();
-    for (const Parameter& parameter : parallel.gpt().parameters()) {
+    const Parameters& held = parallel.sharded() ? parallel.parameters() : parallel.gpt().parameters();
+    for (size_t p = 0; p < held.size(); ++p) {
+      const Parameter& parameter = held[p];
       const std::vector<double> values = parameter.tensor.to_vector<double>();
-      const TensorPart part = parameter.part ? *parameter.part : TensorPart::all(parameter.tensor.shape());
+      TensorPart part = parallel.parts()[p];
+      if (!parallel.sharded()) part = parameter.part ? *parameter.part : TensorPart::all(parameter.tensor.shape());
       std::vector<double>& whole = outcome.weights[parameter.name];
       whole.resize(static_cast<size_t>(numel(part.whole)), std::numeric_limits<double>::quiet_NaN());
       part.for_each_run([&](int64_t at, int64_t from, int64_t count) {
@@ -222,6 +225,22 @@ TEST(ParallelGpt, ContextParallelismComposesWithTheRest) {
   expect_close_to_one_rank({.mesh = "pp=2,cp=2", .schedule = PipelineKind::kZeroBubble});
   expect_close_to_one_rank({.mesh = "cp=2,tp=2", .recompute = {.block = true}});
   expect_close_to_one_rank({.mesh = "dp=2,pp=2,cp=2", .zero = Zero::kGradients});
+}
+
+TEST(ParallelGpt, WeightsMayBeSharedOutOnEveryMesh) {
+  for (const char* mesh : {"", "dp=2", "dp=3", "dp=4"})
+    expect_equal_to_one_rank({.mesh = mesh, .zero = Zero::kParameters});
+  expect_equal_to_one_rank({.mesh = "dp=2,pp=2", .zero = Zero::kParameters});
+  expect_equal_to_one_rank({.mesh = "dp=2,pp=2",
+                            .zero = Zero::kParameters,
+                            .schedule = PipelineKind::kInterleaved,
+                            .chunks = 2,
+                            .trust_ratio = true});
+  expect_equal_to_one_rank(
+      {.mesh = "dp=2", .zero = Zero::kParameters, .dtype = DType::bf16, .recompute = {.block = true}});
+  expect_close_to_one_rank({.mesh = "dp=2,tp=2", .zero = Zero::kParameters});
+  expect_close_to_one_rank({.mesh = "dp=2,cp=2", .zero = Zero::kParameters});
+  expect_close_to_one_rank({.mesh = "dp=2,pp=2,tp=2", .zero = Zero::kParameters, .sequence = true});
 }
 
 TEST(ParallelGpt, StagesMayHaveAnyNumbersOfLayers) {
