@@ -1,7 +1,10 @@
 // weft checkpoint: what the checkpoints of a run are, whether they are intact, and what is in one.
 #include "models/checkpoint.h"
 
+#include <algorithm>
+#include <cstdio>
 #include <iostream>
+#include <tuple>
 
 #include "apps/command.h"
 #include "apps/commands.h"
@@ -75,18 +78,20 @@ int checkpoint_verify(std::span<const std::string> args) {
   return 0;
 }
 
-void print_tensors(const char* title, const SafetensorsFile& file) {
+void print_tensors(const char* title, const CheckpointTensors& all) {
   int64_t count = 0;
   size_t widest = 0;
-  for (const SafetensorsEntry& entry : file.tensors()) {
+  for (const CheckpointTensor& entry : all.tensors()) {
     count += numel(entry.shape);
     widest = std::max(widest, entry.name.size());
   }
-  std::cout << title << ": " << file.tensors().size() << " tensors, " << grouped(count) << " numbers, "
-            << human_bytes(static_cast<int64_t>(file.bytes().size())) << '\n';
-  for (const SafetensorsEntry& entry : file.tensors()) {
+  std::cout << title << ": " << all.tensors().size() << " tensors, " << grouped(count) << " numbers, "
+            << human_bytes(all.bytes()) << '\n';
+  for (const CheckpointTensor& entry : all.tensors()) {
     std::cout << "  " << entry.name << std::string(widest - entry.name.size(), ' ') << "  " << entry.dtype << ' '
-              << entry.shape << '\n';
+              << entry.shape;
+    if (entry.pieces.size() > 1) std::cout << ", " << entry.pieces.size() << " pieces";
+    std::cout << '\n';
   }
 }
 
@@ -118,6 +123,97 @@ int checkpoint_show(std::span<const std::string> args) {
   return 0;
 }
 
+/// The bytes of an element as they are stored, and what they stand for.
+std::string element(const Tensor& tensor, int64_t at) {
+  const Tensor one = tensor.reshape({-1}).narrow(0, at, 1).contiguous();
+  const auto* bytes = static_cast<const unsigned char*>(one.raw());
+  std::string hex;
+  for (int64_t i = size_of(tensor.dtype()); i-- > 0;) {
+    char digits[3];
+    std::snprintf(digits, sizeof digits, "%02x", bytes[i]);
+    hex += digits;
+  }
+  char value[32];
+  std::snprintf(value, sizeof value, "%.9g", one.to(DType::f64).item());
+  return concat(value, " (0x", hex, ')');
+}
+
+/// The index of an element of a flattened tensor: "[3, 17]".
+std::string index_of(const Shape& shape, int64_t at) {
+  Shape index = shape;
+  for (int i = shape.rank(); i-- > 0; at /= shape[i]) index[i] = at % shape[i];
+  return concat(index);
+}
+
+struct Difference {
+  std::string text;      ///< "" if there is none
+  int64_t elements = 0;  ///< compared
+  int64_t tensors = 0;
+};
+
+/// The first difference between the tensors of one kind, by name; bits count, so that -0 and 0 differ and a NaN equals
+/// itself.
+Difference difference(const CheckpointTensors& a, const CheckpointTensors& b) {
+  Difference result;
+  const auto say = [&](const auto&... parts) { result.text = concat(parts...); };
+  for (const CheckpointTensor& each : b.tensors()) {
+    if (!a.contains(each.name)) return say(quoted(each.name), " is in the second only"), result;
+  }
+  for (const CheckpointTensor& each : a.tensors()) {
+    const std::string name = quoted(each.name);
+    if (!b.contains(each.name)) return say(name, " is in the first only"), result;
+    const CheckpointTensor& other = b.entry(each.name);
+    if (each.dtype != other.dtype || !(each.shape == other.shape)) {
+      say(name, " is ", each.dtype, ' ', each.shape, " in the first and ", other.dtype, ' ', other.shape,
+          " in the second");
+      return result;
+    }
+    const Tensor left = a.load(each.name), right = b.load(each.name);
+    const int64_t size = size_of(each.dtype), bytes = left.numel() * size;
+    const auto* first = static_cast<const std::byte*>(left.raw());
+    const auto* second = static_cast<const std::byte*>(right.raw());
+    const int64_t at = std::mismatch(first, first + bytes, second).first - first;
+    if (at < bytes) {
+      const int64_t i = at / size;
+      say(name, ' ', each.dtype, ' ', each.shape, " differs first at element ", index_of(each.shape, i), ": ",
+          element(left, i), " and ", element(right, i));
+      return result;
+    }
+    result.elements += left.numel(), ++result.tensors;
+  }
+  return result;
+}
+
+int checkpoint_compare(std::span<const std::string> args) {
+  std::string first, second;
+  Options options("checkpoint compare",
+                  "Compares the tensors of two checkpoints bit by bit, by name, whatever files they are in, and names "
+                  "the first tensor and element that differ. Exit code 1 if any does.");
+  options.positional("first", &first, "a checkpoint, or the directory of a run: then its newest intact one");
+  options.positional("second", &second, "the other");
+  if (!options.parse(args)) return 0;
+  const auto open = [](const std::string& directory) {
+    require_directory(directory);
+    return open_checkpoint(
+        models::resolve_checkpoint(directory, [](const std::string& line) { std::cout << "note: " << line << '\n'; }));
+  };
+  const OpenCheckpoint a = open(first), b = open(second);
+  bool same = true;
+  for (const auto& [kind, left, right] :
+       {std::tuple("model", &a.model, &b.model), std::tuple("optimizer", &a.optimizer, &b.optimizer)}) {
+    const Difference found = difference(*left, *right);
+    same = same && found.text.empty();
+    std::cout << kind << ": "
+              << (found.text.empty()
+                      ? concat(grouped(found.tensors), " tensors, ", grouped(found.elements), " numbers, all equal")
+                      : found.text)
+              << '\n';
+  }
+  if (a.manifest.step != b.manifest.step)
+    std::cout << "note: steps " << grouped(a.manifest.step) << " and " << grouped(b.manifest.step) << '\n';
+  return same ? 0 : 1;
+}
+
 }  // namespace
 
 int run_checkpoint(std::span<const std::string> args) {
@@ -125,9 +221,10 @@ int run_checkpoint(std::span<const std::string> args) {
       {"list", "lists the checkpoints of a run", checkpoint_list},
       {"verify", "makes every check and names the newest intact checkpoint", checkpoint_verify},
       {"show", "tells what is in a checkpoint", checkpoint_show},
+      {"compare", "names the first tensor and element in which two checkpoints differ", checkpoint_compare},
   };
-  return dispatch("weft checkpoint", "Lists, verifies and shows checkpoints.", kCommands, args, process_environment(),
-                  std::cout);
+  return dispatch("weft checkpoint", "Lists, verifies, shows and compares checkpoints.", kCommands, args,
+                  process_environment(), std::cout);
 }
 
 }  // namespace weft::apps

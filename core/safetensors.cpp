@@ -194,9 +194,13 @@ const SafetensorsEntry& SafetensorsFile::entry(std::string_view name) const {
        names.size(), did_you_mean(name, names));
 }
 
+std::span<const std::byte> SafetensorsFile::bytes(const SafetensorsEntry& entry) const {
+  return bytes_.subspan(static_cast<size_t>(header_.data_begin + entry.begin),
+                        static_cast<size_t>(entry.end - entry.begin));
+}
+
 std::span<const std::byte> SafetensorsFile::checked_bytes(const SafetensorsEntry& entry) const {
-  const auto bytes = bytes_.subspan(static_cast<size_t>(header_.data_begin + entry.begin),
-                                    static_cast<size_t>(entry.end - entry.begin));
+  const auto bytes = this->bytes(entry);
   if (entry.dtype != DType::boolean) return bytes;
   // Reading a C++ bool from any other byte is undefined behaviour.
   const auto bad = std::find_if(bytes.begin(), bytes.end(), [](std::byte byte) { return byte > std::byte{1}; });

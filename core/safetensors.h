@@ -82,6 +82,9 @@ class SafetensorsFile {
   /// Every tensor with its name, in the order of the file.
   std::vector<std::pair<std::string, Tensor>> load_all(Device device = Device::cpu()) const;
 
+  /// The bytes of a tensor of this file, row-major, as they lie there; what is not read is not touched.
+  std::span<const std::byte> bytes(const SafetensorsEntry& entry) const;
+
   /// Checks what load() would refuse in the bytes of the tensors: BOOL values other than 0 and 1. @throws Error  kData.
   void check_values() const;
 

@@ -7,7 +7,7 @@
 
 #include "core/dtype.h"
 
-/// Names of element types in safetensors files. Private to core/safetensors*.cpp.
+/// Names of element types in safetensors files. Private to core/safetensors*.cpp and models/checkpoint*.cpp.
 namespace weft {
 
 inline constexpr std::array<std::pair<std::string_view, DType>, kDTypeCount> kSafetensorsDTypes = {{

@@ -67,14 +67,29 @@ MappedFile map_checked(const std::string& path, const CheckpointFile& file) {
   return mapped;
 }
 
-const CheckpointFile& listed(const CheckpointManifest& manifest, std::string_view name) {
-  return *std::find_if(manifest.files.begin(), manifest.files.end(),
-                       [&](const CheckpointFile& file) { return file.name == name; });
-}
-
-bool is_tensor_file(const CheckpointFile& file) { return file.name == kModelFile || file.name == kOptimizerFile; }
-
 }  // namespace
+
+OpenCheckpoint open(const std::string& path, const std::function<bool(const CheckpointFile&)>& check_hash) {
+  CheckpointManifest manifest = read_checkpoint_manifest(path);
+  const TensorFiles names = tensor_files(manifest);
+  std::map<std::string, std::string> text_files;
+  std::map<std::string, SafetensorsFile> model, optimizer;
+  for (const CheckpointFile& file : manifest.files) {
+    if (!names.contains(file.name)) {
+      text_files[file.name] = map_checked(path, file).text();
+      continue;
+    }
+    SafetensorsFile tensors(check_hash(file) ? map_checked(path, file) : map_with_size(path, file));
+    (names.model.contains(file.name) ? model : optimizer).emplace(file.name, std::move(tensors));
+  }
+  if (manifest.version == 1) {
+    return {std::move(manifest), CheckpointTensors(std::move(model.at(kModelFile))),
+            CheckpointTensors(std::move(optimizer.at(kOptimizerFile))), std::move(text_files)};
+  }
+  CheckpointTensors of_model(manifest.model, std::move(model), path),
+      of_optimizer(manifest.optimizer, std::move(optimizer), path);
+  return {std::move(manifest), std::move(of_model), std::move(of_optimizer), std::move(text_files)};
+}
 
 CheckpointManifest check_sizes(const std::string& path) {
   CheckpointManifest manifest = read_checkpoint_manifest(path);
@@ -84,8 +99,6 @@ CheckpointManifest check_sizes(const std::string& path) {
 
 }  // namespace checkpoint
 
-using checkpoint::is_tensor_file;
-using checkpoint::listed;
 using checkpoint::map_checked;
 
 CheckpointManifest read_checkpoint_manifest(const std::string& path) {
@@ -102,14 +115,7 @@ CheckpointManifest read_checkpoint_manifest(const std::string& path) {
 }
 
 OpenCheckpoint open_checkpoint(const std::string& path) {
-  CheckpointManifest manifest = read_checkpoint_manifest(path);
-  std::map<std::string, std::string> text_files;
-  for (const CheckpointFile& file : manifest.files) {
-    if (!is_tensor_file(file)) text_files[file.name] = map_checked(path, file).text();
-  }
-  SafetensorsFile model(map_checked(path, listed(manifest, kModelFile)));
-  SafetensorsFile optimizer(map_checked(path, listed(manifest, kOptimizerFile)));
-  return {std::move(manifest), std::move(model), std::move(optimizer), std::move(text_files)};
+  return checkpoint::open(path, [](const CheckpointFile&) { return true; });
 }
 
 CheckpointContent load_checkpoint(const std::string& path, Device device) {
@@ -139,12 +145,15 @@ std::vector<std::string> verify_checkpoint(const std::string& path) {
   };
   CheckpointManifest manifest;
   attempt([&] { manifest = read_checkpoint_manifest(path); });
+  const checkpoint::TensorFiles tensors = checkpoint::tensor_files(manifest);
   for (const CheckpointFile& file : manifest.files) {
     attempt([&] {
       MappedFile mapped = map_checked(path, file);
-      if (is_tensor_file(file)) SafetensorsFile(std::move(mapped)).check_values();
+      if (tensors.contains(file.name)) SafetensorsFile(std::move(mapped)).check_values();
     });
   }
+  // Whether the files hold the pieces that the manifest says.
+  if (problems.empty()) attempt([&] { checkpoint::open(path, [](const CheckpointFile&) { return false; }); });
   return problems;
 }
 

@@ -7,14 +7,13 @@
 #include <string_view>
 #include <vector>
 
-#include "core/safetensors.h"
-#include "optim/parameter.h"
+#include "models/checkpoint_tensors.h"
 
 /// Checkpoints: directories "step_00000120" under the directory of a run, each with model.safetensors,
-/// optimizer.safetensors, text files, and manifest.json, which lists them with sizes and hashes. The format is in
-/// docs/checkpoint-format.md. A directory appears under its name complete and durable or not at all, whenever the
-/// process is killed, the power fails or the disk is full; a complete one is never touched until a newer one is
-/// complete.
+/// optimizer.safetensors (or several files of each, where several processes wrote it: models/checkpoint_saver.h), text
+/// files, and manifest.json, which lists them with sizes and hashes. The format is in docs/checkpoint-format.md. A
+/// directory appears under its name complete and durable or not at all, whenever the process is killed, the power fails
+/// or the disk is full; a complete one is never touched until a newer one is complete.
 namespace weft {
 
 /// Where a run stood.
@@ -44,6 +43,10 @@ struct CheckpointFile {
 
 struct CheckpointManifest : CheckpointInfo {
   std::vector<CheckpointFile> files;
+  /// 1: the tensors are whole, in model.safetensors and optimizer.safetensors. 2: they are where `model` and
+  /// `optimizer` say.
+  int version = 1;
+  std::vector<CheckpointTensor> model = {}, optimizer = {};
 };
 
 struct SaveCheckpointOptions {
@@ -67,8 +70,8 @@ std::string save_checkpoint(const std::string& root, const CheckpointContent& co
 /// A checkpoint whose files have all been checked against the manifest. Tensors are read when they are loaded.
 struct OpenCheckpoint {
   CheckpointManifest manifest;
-  SafetensorsFile model;
-  SafetensorsFile optimizer;
+  CheckpointTensors model;
+  CheckpointTensors optimizer;
   std::map<std::string, std::string> text_files;
 };
 
@@ -77,7 +80,7 @@ struct OpenCheckpoint {
 ///                values.
 OpenCheckpoint open_checkpoint(const std::string& path);
 
-/// open_checkpoint() and everything in it; tensors in the order of their files, counted as parameters and optimizer.
+/// open_checkpoint() and everything in it, tensors whole; counted as parameters and optimizer.
 CheckpointContent load_checkpoint(const std::string& path, Device device = Device::cpu());
 
 /// Reads the manifest alone: no other file is looked at. @throws Error  kIo, kData.

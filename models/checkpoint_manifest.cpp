@@ -3,11 +3,14 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cstdio>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
 
 #include "core/file.h"
+#include "core/safetensors_dtype.h"
+#include "models/checkpoint_pieces.h"
 
 namespace weft::checkpoint {
 namespace {
@@ -15,7 +18,8 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr const char* kFormat = "weft-checkpoint";
-constexpr int64_t kFormatVersion = 1;
+/// The newest version that is read.
+constexpr int64_t kFormatVersion = 2;
 /// The last lines of a manifest: the hash of all bytes before its own digits.
 constexpr std::string_view kHashKey = "manifest_xxh3_128";
 constexpr std::string_view kHashBegin = ",\n  \"manifest_xxh3_128\": \"";
@@ -42,21 +46,23 @@ class ManifestReader {
     // Format and version come first: another version may have other rules for all the rest.
     if (string(json, "format") != kFormat)
       refuse("has \"format\" = ", json["format"].dump(), "; expected \"", kFormat, '"');
-    if (const int64_t version = integer(json, "format_version"); version != kFormatVersion) {
-      refuse("has format version ", version, "; this program reads version ", kFormatVersion,
+    const int64_t version = integer(json, "format_version");
+    if (version < 1 || version > kFormatVersion) {
+      refuse("has format version ", version, "; this program reads versions 1 to ", kFormatVersion,
              ". Hint: use the version of weft that wrote it");
     }
     check_hash(text, string(json, kHashKey));
-    check_keys(
-        json,
-        {"format", "format_version", "run_id", "step", "data_cursor", "seed", "layout", "state", "files", kHashKey},
-        "");
+    std::vector<std::string_view> keys = {"format", "format_version", "run_id", "step",  "data_cursor",
+                                          "seed",   "layout",         "state",  "files", kHashKey};
+    if (version == 2) keys.insert(keys.end(), {"model", "optimizer"});
+    check_keys(json, keys, "");
 
     CheckpointManifest manifest;
+    manifest.version = static_cast<int>(version);
     manifest.run_id = string(json, "run_id");
     manifest.step = integer(json, "step");
     manifest.data_cursor = integer(json, "data_cursor");
-    manifest.seed = unsigned_integer(json, "seed");
+    manifest.seed = unsigned_integer(member(json, "seed"), "seed", "");
     manifest.layout = string(json, "layout");
     const Json& state = json["state"];
     if (!state.is_object()) refuse("has \"state\" = ", shown(state), "; it must be an object of strings");
@@ -68,7 +74,11 @@ class ManifestReader {
     const Json& files = json["files"];
     if (!files.is_array()) refuse("has \"files\" = ", shown(files), "; it must be an array of objects");
     for (const Json& file : files) manifest.files.push_back(read_file_entry(file));
-    check_files(manifest.files);
+    if (version == 2) {
+      manifest.model = read_tensors(json, "model");
+      manifest.optimizer = read_tensors(json, "optimizer");
+    }
+    check_files(manifest);
     return manifest;
   }
 
@@ -87,7 +97,7 @@ class ManifestReader {
   Json parse(std::string_view text) const {
     std::vector<std::set<std::string>> keys;  // of the objects that are open
     const auto watch = [&](int depth, Json::parse_event_t event, Json& value) {
-      if (depth > 3) refuse("is nested too deeply");
+      if (depth > 7) refuse("is nested too deeply");
       if (event == Json::parse_event_t::object_start) keys.emplace_back();
       if (event == Json::parse_event_t::object_end) keys.pop_back();
       if (event == Json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second) {
@@ -106,7 +116,7 @@ class ManifestReader {
     }
   }
 
-  void check_keys(const Json& object, const std::vector<std::string_view>& wanted, const char* where) const {
+  void check_keys(const Json& object, const std::vector<std::string_view>& wanted, const std::string& where) const {
     for (const std::string_view key : wanted) {
       if (!object.contains(key)) refuse("has no \"", key, '"', where);
     }
@@ -128,21 +138,22 @@ class ManifestReader {
     return value.get<std::string>();
   }
 
-  uint64_t unsigned_integer(const Json& object, std::string_view key) const {
-    const Json& value = member(object, key);
+  uint64_t unsigned_integer(const Json& value, std::string_view key, const std::string& where) const {
     if (!value.is_number_unsigned()) {
-      refuse("has \"", key, "\" = ", shown(value), "; it must be an integer of at least 0");
+      refuse("has \"", key, "\" = ", shown(value), where, "; it must be an integer of at least 0");
     }
     return value.get<uint64_t>();
   }
 
-  int64_t integer(const Json& object, std::string_view key) const {
-    const uint64_t value = unsigned_integer(object, key);
+  int64_t integer(const Json& json, std::string_view key, const std::string& where) const {
+    const uint64_t value = unsigned_integer(json, key, where);
     if (value > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
-      refuse("has \"", key, "\" = ", value, "; it must be below 2^63");
+      refuse("has \"", key, "\" = ", value, where, "; it must be below 2^63");
     }
     return static_cast<int64_t>(value);
   }
+
+  int64_t integer(const Json& object, std::string_view key) const { return integer(member(object, key), key, ""); }
 
   /// So that no flipped bit of the manifest itself goes unseen.
   void check_hash(std::string_view text, const std::string& given) const {
@@ -171,13 +182,120 @@ class ManifestReader {
     return file;
   }
 
-  void check_files(const std::vector<CheckpointFile>& files) const {
+  std::vector<CheckpointTensor> read_tensors(const Json& json, const char* kind) const {
+    const Json& list = json[kind];
+    if (!list.is_array()) refuse("has \"", kind, "\" = ", shown(list), "; it must be an array of objects");
+    std::vector<CheckpointTensor> tensors;
     std::set<std::string> names;
-    for (const CheckpointFile& file : files) {
+    for (const Json& each : list) {
+      tensors.push_back(read_tensor(each, kind));
+      if (!names.insert(tensors.back().name).second)
+        refuse("has the tensor ", weft::quoted(tensors.back().name), " twice in \"", kind, '"');
+      if (const std::string problem = cover_problem(tensors.back()); !problem.empty())
+        refuse("does not make whole tensors in \"", kind, "\": ", problem);
+    }
+    return tensors;
+  }
+
+  CheckpointTensor read_tensor(const Json& json, const char* kind) const {
+    if (!json.is_object()) refuse("has ", shown(json), " in \"", kind, "\"; each must be an object");
+    const std::string where = weft::concat(" in a tensor of \"", kind, '"');
+    check_keys(json, {"name", "dtype", "shape", "pieces"}, where);
+    CheckpointTensor tensor;
+    tensor.name = string(json, "name");
+    const std::string dtype = string(json, "dtype");
+    const std::optional<DType> known = safetensors_dtype(dtype);
+    if (!known) refuse("has the dtype ", weft::quoted(dtype), where, "; expected one of ", safetensors_dtypes());
+    tensor.dtype = *known;
+    const std::vector<int64_t> shape = integers(json, "shape");
+    if (shape.size() > kMaxRank) refuse("has a shape of ", shape.size(), " sizes", where, "; at most ", kMaxRank);
+    tensor.shape = Shape(shape);
+    int64_t bytes = size_of(tensor.dtype);
+    for (const int64_t size : shape) {
+      if (size != 0 && __builtin_mul_overflow(bytes, size, &bytes))
+        refuse("has the shape ", tensor.shape, where, ": more bytes than 63 bits can count");
+    }
+    const Json& pieces = json["pieces"];
+    if (!pieces.is_array()) refuse("has \"pieces\" = ", shown(pieces), where, "; it must be an array of objects");
+    for (const Json& piece : pieces) tensor.pieces.push_back(read_piece(piece, tensor));
+    return tensor;
+  }
+
+  CheckpointPiece read_piece(const Json& json, const CheckpointTensor& tensor) const {
+    const std::string where = " in a piece of the tensor " + weft::quoted(tensor.name);
+    if (!json.is_object()) refuse("has ", shown(json), where, "; each must be an object");
+    check_keys(json, {"file", "dim", "ranges", "elements"}, where);
+    CheckpointPiece piece{.file = string(json, "file"), .part = TensorPart::all(tensor.shape)};
+    if (!is_file_name(piece.file)) refuse("has the file name ", weft::quoted(piece.file), where);
+    const int64_t dim = integer(json, "dim");
+    const Json& list = json["ranges"];
+    if (!list.is_array()) refuse("has \"ranges\" = ", shown(list), where, "; it must be an array of pairs");
+    std::vector<IndexRange> ranges;
+    for (const Json& each : list) ranges.push_back(pair(each, where));
+    const IndexRange elements = pair(json["elements"], where);
+    if (tensor.shape.rank() == 0) {
+      if (dim != 0 || !ranges.empty()) refuse("cuts a tensor without dimensions", where);
+    } else {
+      if (dim >= tensor.shape.rank()) refuse("has dim ", dim, where, " of the shape ", tensor.shape);
+      const int64_t size = tensor.shape[static_cast<int>(dim)];
+      int64_t before = 0;
+      for (const IndexRange& range : ranges) {
+        // Empty ranges would cost time and say nothing; those of a tensor without elements are all of it.
+        if (range.begin < before || range.end > size || (range.count() == 0 && size > 0)) {
+          refuse("has the range ", range.begin, " to ", range.end, where, "; ranges increase, are not empty, and lie ",
+                 "within 0 to ", size);
+        }
+        before = range.end;
+      }
+      piece.part = TensorPart::along(tensor.shape, dim, std::move(ranges));
+    }
+    if (elements.end > piece.part.end || (elements.count() == 0 && numel(tensor.shape) > 0)) {
+      refuse("has elements ", elements.begin, " to ", elements.end, where, "; they must be some of the ",
+             grouped(piece.part.end), " of ", describe(piece.part));
+    }
+    piece.part.begin = elements.begin, piece.part.end = elements.end;
+    return piece;
+  }
+
+  IndexRange pair(const Json& json, const std::string& where) const {
+    if (!json.is_array() || json.size() != 2) refuse("has ", shown(json), where, "; it must be a pair [begin, end]");
+    const IndexRange range{.begin = integer(json[0], "begin", where), .end = integer(json[1], "end", where)};
+    if (range.begin > range.end) refuse("has a pair ", range.begin, " to ", range.end, where, "; begin comes first");
+    return range;
+  }
+
+  std::vector<int64_t> integers(const Json& object, std::string_view key) const {
+    const Json& list = member(object, key);
+    if (!list.is_array()) refuse("has \"", key, "\" = ", shown(list), "; it must be an array of integers");
+    std::vector<int64_t> values;
+    for (const Json& each : list) values.push_back(integer(each, key, ""));
+    return values;
+  }
+
+  void check_files(const CheckpointManifest& manifest) const {
+    std::set<std::string> names;
+    for (const CheckpointFile& file : manifest.files) {
       if (!names.insert(file.name).second) refuse("lists ", file.name, " twice");
     }
-    for (const char* needed : {kModelFile, kOptimizerFile}) {
-      if (!names.contains(needed)) refuse("does not list ", needed);
+    const TensorFiles tensors = tensor_files(manifest);
+    for (const std::set<std::string>* needed : {&tensors.model, &tensors.optimizer}) {
+      for (const std::string& name : *needed) {
+        if (!names.contains(name)) refuse("does not list ", name);
+      }
+    }
+    for (const std::string& name : tensors.model) {
+      if (tensors.optimizer.contains(name))
+        refuse("has tensors of the model and of the optimizer in ", name, "; a file is of one of them");
+    }
+    for (const auto& [kind, list] :
+         {std::pair("model", &manifest.model), std::pair("optimizer", &manifest.optimizer)}) {
+      for (const CheckpointTensor& tensor : *list) {
+        std::set<std::string> used;
+        for (const CheckpointPiece& piece : tensor.pieces) {
+          if (!used.insert(piece.file).second)
+            refuse("has two pieces of the tensor ", weft::quoted(tensor.name), " of \"", kind, "\" in ", piece.file);
+        }
+      }
     }
   }
 
@@ -192,10 +310,64 @@ bool is_file_name(std::string_view name) {
          name.find_first_not_of(kAllowed) == std::string_view::npos;
 }
 
+namespace {
+
+/// One line for a tensor and one for each piece: indented as the rest, they would be a line for each number.
+std::string tensors_text(const std::vector<CheckpointTensor>& tensors) {
+  using Ordered = nlohmann::ordered_json;
+  std::string text = "[";
+  for (const CheckpointTensor& tensor : tensors) {
+    const Ordered head = {{"name", tensor.name},
+                          {"dtype", safetensors_name(tensor.dtype)},
+                          {"shape", std::vector<int64_t>(tensor.shape.begin(), tensor.shape.end())}};
+    text += text.size() > 1 ? ",\n    " : "\n    ";
+    text += head.dump();
+    text.back() = ',';  // the object goes on
+    text += "\"pieces\":[";
+    for (const CheckpointPiece& piece : tensor.pieces) {
+      Ordered ranges = Ordered::array();
+      for (const IndexRange& range : piece.part.ranges) ranges.push_back(Ordered::array({range.begin, range.end}));
+      const Ordered line = {{"file", piece.file},
+                            {"dim", piece.part.dim},
+                            {"ranges", ranges},
+                            {"elements", Ordered::array({piece.part.begin, piece.part.end})}};
+      text += text.back() == '[' ? "\n      " : ",\n      ";
+      text += line.dump();
+    }
+    text += "]}";
+  }
+  return text + (text.size() > 1 ? "\n  ]" : "]");
+}
+
+}  // namespace
+
+TensorFiles tensor_files(const CheckpointManifest& manifest) {
+  if (manifest.version == 1) return {{kModelFile}, {kOptimizerFile}};
+  TensorFiles files;
+  for (const CheckpointTensor& tensor : manifest.model) {
+    for (const CheckpointPiece& piece : tensor.pieces) files.model.insert(piece.file);
+  }
+  for (const CheckpointTensor& tensor : manifest.optimizer) {
+    for (const CheckpointPiece& piece : tensor.pieces) files.optimizer.insert(piece.file);
+  }
+  return files;
+}
+
+std::string file_name(const std::string& kind, int number, int of) {
+  char text[64];
+  std::snprintf(text, sizeof text, "-%05d-of-%05d.safetensors", number, of);
+  return kind + text;
+}
+
+bool is_tensor_file_name(std::string_view name) {
+  if (name == kModelFile || name == kOptimizerFile) return true;
+  return name.ends_with(".safetensors") && (name.starts_with("model-") || name.starts_with("optimizer-"));
+}
+
 std::string manifest_text(const CheckpointManifest& manifest) {
   nlohmann::ordered_json json;
   json["format"] = kFormat;
-  json["format_version"] = kFormatVersion;
+  json["format_version"] = manifest.version;
   json["run_id"] = manifest.run_id;
   json["step"] = manifest.step;
   json["data_cursor"] = manifest.data_cursor;
@@ -210,10 +382,15 @@ std::string manifest_text(const CheckpointManifest& manifest) {
   std::string text;
   try {
     text = json.dump(2);
+    text.resize(text.size() - 2);  // without the closing "\n}"
+    if (manifest.version == 2) {
+      text += concat(",\n  \"model\": ", tensors_text(manifest.model));
+      text += concat(",\n  \"optimizer\": ", tensors_text(manifest.optimizer));
+    }
   } catch (const nlohmann::json::type_error&) {
-    fail(ErrorKind::kValue, "save_checkpoint", "run id, layout, or a key or value of the state is not valid UTF-8");
+    fail(ErrorKind::kValue, "save_checkpoint",
+         "run id, layout, a key or value of the state, or the name of a tensor is not valid UTF-8");
   }
-  text.resize(text.size() - 2);  // without the closing "\n}"
   text += kHashBegin;
   text += hash_bytes(as_bytes(text));
   text += kHashEnd;

@@ -47,9 +47,9 @@ bool exists(const std::string& path) {
 
 /// A configuration is believed only if the stored tensors are as many numbers as it says: nothing is allocated for a
 /// size that only the manifest names.
-void check_count(const GptConfig& config, const SafetensorsFile& model) {
+void check_count(const GptConfig& config, const CheckpointTensors& model) {
   int64_t stored = 0;
-  for (const SafetensorsEntry& entry : model.tensors()) stored += numel(entry.shape);
+  for (const CheckpointTensor& entry : model.tensors()) stored += numel(entry.shape);
   const double width = static_cast<double>(config.width);
   const double estimate = 12 * width * width * static_cast<double>(config.layers) +
                           width * (static_cast<double>(config.vocab) + static_cast<double>(config.context));

@@ -1,5 +1,8 @@
-// Saving checkpoints so that no kill, power failure or full disk costs one that was complete: a new one is written and
-// made durable under a temporary name and renamed last; an old one is renamed to a temporary name before it is deleted.
+// Directories of checkpoints: how one appears, replaces another and is removed, so that no kill, power failure or full
+// disk costs one that was complete: a new one is made durable under a temporary name and renamed last; an old one is
+// renamed to a temporary name before it is deleted.
+#include "models/checkpoint_directory.h"
+
 #include <dirent.h>
 #include <fcntl.h>
 #include <sys/file.h>
@@ -15,25 +18,20 @@
 #include <thread>
 
 #include "core/log.h"
-#include "models/checkpoint.h"
 #include "models/checkpoint_manifest.h"
 
-namespace weft {
-namespace {
+namespace weft::checkpoint {
 
-using checkpoint::DirectoryName;
-using checkpoint::kManifestFile;
-using checkpoint::kModelFile;
-using checkpoint::kOptimizerFile;
+void fail_io(const std::string& path, const char* step, int error) {
+  fail(ErrorKind::kIo, "save_checkpoint", path, ": ", step, ": ", std::generic_category().message(error),
+       error == ENOSPC || error == EDQUOT ? ". Hint: free disk space; earlier checkpoints are unchanged" : "");
+}
+
+namespace {
 
 constexpr const char* kLockFile = ".weft-lock";
 constexpr std::string_view kBeingWritten = ".tmp-step_";
 constexpr std::string_view kBeingRemoved = ".tmp-removed-step_";
-
-[[noreturn]] void fail_io(const std::string& path, const char* step, int error) {
-  fail(ErrorKind::kIo, "save_checkpoint", path, ": ", step, ": ", std::generic_category().message(error),
-       error == ENOSPC || error == EDQUOT ? ". Hint: free disk space; earlier checkpoints are unchanged" : "");
-}
 
 /// Whether the path itself, not what a link points to, is a directory.
 bool is_directory(const std::string& path) {
@@ -45,7 +43,7 @@ bool is_directory(const std::string& path) {
 int delete_flat(const std::string& directory) {
   std::optional<std::vector<std::string>> names;
   try {
-    names = checkpoint::entries(directory);
+    names = entries(directory);
   } catch (const Error&) {
     return errno != 0 ? errno : EIO;
   }
@@ -94,63 +92,49 @@ class RootLock {
   bool exclusive_ = false;
 };
 
-class Save {
- public:
-  Save(const std::string& root, const CheckpointContent& content, const SaveCheckpointOptions& options)
-      : root_(root), content_(content), options_(options) {}
+}  // namespace
 
-  std::string run() {
-    check_content();
+struct PendingCheckpoint::Impl {
+  Impl(std::string root, int64_t step, SaveCheckpointOptions options)
+      : root_(std::move(root)), step_(step), options_(std::move(options)) {
     make_root();
-    const RootLock lock(root_, options_.lock_seconds);
+    lock_.emplace(root_, options_.lock_seconds);
     done("lock");
-    if (lock.exclusive()) clean_up();
-    const std::string temporary = make_temporary();
-    std::string name;
+    if (lock_->exclusive()) clean_up();
+    temporary_ = make_temporary();
     try {
       done("directory");
-      write_files(temporary);
-      name = publish(temporary);
     } catch (...) {
-      delete_flat(temporary);
+      delete_flat(temporary_);
       throw;
     }
+  }
+  ~Impl() {
+    if (!published_) delete_flat(temporary_);
+  }
+
+  std::string publish() {
+    fsync_directory(temporary_);
+    done("sync");
+    std::string name = rename_finished();
     // From here on the checkpoint is complete and durable: what follows is housekeeping, and its failures are logged.
     done("publish");
     name = replace_same_step(name);
     if (options_.keep_n > 0) remove_older();
     warn_of_later();
     done("end");
+    lock_.reset();
     return root_ + "/" + name;
   }
 
- private:
   void done(std::string_view step) const {
     if (options_.after_step) options_.after_step(step);
   }
 
   std::string at(const std::string& name) const { return root_ + "/" + name; }
 
-  void check_content() const {
-    const auto refuse = [](const auto&... parts) { fail(ErrorKind::kValue, "save_checkpoint", parts...); };
-    if (root_.empty()) refuse("the directory to save in is empty");
-    if (content_.step < 0) refuse("step must not be negative, got ", content_.step);
-    if (content_.data_cursor < 0) refuse("data_cursor must not be negative, got ", content_.data_cursor);
-    if (options_.keep_n < 0) refuse("keep_n must be 0 (keep all) or more, got ", options_.keep_n);
-    for (const auto& [name, text] : content_.text_files) {
-      if (!checkpoint::is_file_name(name)) {
-        refuse("the text file name ", weft::quoted(name),
-               " is not of letters, digits, '.', '_' and '-', begins with '.', or ", "has more than 128 characters");
-      }
-      if (name == kManifestFile || name == kModelFile || name == kOptimizerFile) {
-        refuse("a text file may not be named ", name, ": the checkpoint has a file of that name");
-      }
-    }
-    checkpoint::manifest_text({content_, {}});  // refuses texts that are not UTF-8
-  }
-
   void make_root() const {
-    if (checkpoint::entries(root_)) return;
+    if (entries(root_)) return;
     namespace fs = std::filesystem;
     std::error_code error;
     // Each new directory is durable once the one above it is.
@@ -166,7 +150,7 @@ class Save {
 
   /// Deletes what dead processes have left: whoever holds the lock is the only one at work here.
   void clean_up() const {
-    for (const std::string& name : checkpoint::entries(root_).value_or(std::vector<std::string>{})) {
+    for (const std::string& name : entries(root_).value_or(std::vector<std::string>{})) {
       if (!name.starts_with(kBeingWritten) && !name.starts_with(kBeingRemoved)) continue;
       if (!is_directory(at(name))) continue;
       if (const int error = delete_flat(at(name))) {
@@ -177,7 +161,7 @@ class Save {
   }
 
   std::string make_temporary() const {
-    const std::string base = at(".tmp-" + checkpoint::to_string({content_.step, 1}) + "-" + std::to_string(::getpid()));
+    const std::string base = at(".tmp-" + to_string({step_, 1}) + "-" + std::to_string(::getpid()));
     for (int attempt = 1;; ++attempt) {
       const std::string path = attempt == 1 ? base : base + "-" + std::to_string(attempt);
       if (::mkdir(path.c_str(), 0777) == 0) return path;
@@ -185,48 +169,28 @@ class Save {
     }
   }
 
-  void write_files(const std::string& directory) const {
-    CheckpointManifest manifest{content_, {}};
-    const auto add = [&](const std::string& name, const std::string& hash) {
-      std::error_code error;
-      const uintmax_t size = std::filesystem::file_size(directory + "/" + name, error);
-      if (error) fail_io(directory + "/" + name, "cannot read the size of", error.value());
-      manifest.files.push_back({name, static_cast<int64_t>(size), hash});
-      done(name);
-    };
-    add(kModelFile, save_safetensors(directory + "/" + kModelFile, content_.model, {{"format", "weft"}}));
-    add(kOptimizerFile, save_safetensors(directory + "/" + kOptimizerFile, content_.optimizer, {{"format", "weft"}}));
-    for (const auto& [name, text] : content_.text_files) {
-      write_file_atomic(directory + "/" + name, text);
-      add(name, hash_bytes(as_bytes(text)));
-    }
-    write_file_atomic(directory + "/" + kManifestFile, checkpoint::manifest_text(manifest));
-    done(kManifestFile);
-    fsync_directory(directory);
-    done("sync");
-  }
-
   /// Gives the complete directory a name that is free, so that nothing has to make way before it is there.
-  std::string publish(const std::string& temporary) const {
-    DirectoryName name{content_.step, 1};
-    for (const DirectoryName& taken : checkpoint::directories(root_)) {
+  std::string rename_finished() {
+    DirectoryName name{step_, 1};
+    for (const DirectoryName& taken : directories(root_)) {
       if (taken.step == name.step) name.revision = std::max(name.revision, taken.revision + 1);
     }
-    const std::string path = at(checkpoint::to_string(name));
-    if (::rename(temporary.c_str(), path.c_str()) != 0)
+    const std::string path = at(to_string(name));
+    if (::rename(temporary_.c_str(), path.c_str()) != 0)
       fail_io(path, "cannot rename the finished checkpoint to it", errno);
+    published_ = true;
     done("rename");
     fsync_directory(root_);
-    return checkpoint::to_string(name);
+    return to_string(name);
   }
 
   /// Removes the other checkpoints of this step and gives the new one their name. Returns the name it has in the end.
   std::string replace_same_step(const std::string& name) const {
-    const std::string plain = checkpoint::to_string({content_.step, 1});
+    const std::string plain = to_string({step_, 1});
     if (name == plain) return name;
-    for (const DirectoryName& other : checkpoint::directories(root_)) {
-      const std::string old = checkpoint::to_string(other);
-      if (other.step != content_.step || old == name) continue;
+    for (const DirectoryName& other : directories(root_)) {
+      const std::string old = to_string(other);
+      if (other.step != step_ || old == name) continue;
       if (!remove(old)) set_aside(old);
       done("replace");
     }
@@ -241,12 +205,12 @@ class Save {
 
   void remove_older() const {
     std::vector<std::string> complete;  // newest first
-    const std::vector<DirectoryName> names = checkpoint::directories(root_);
+    const std::vector<DirectoryName> names = directories(root_);
     for (auto name = names.rbegin(); name != names.rend(); ++name) {
-      if (name->step >= content_.step) continue;
+      if (name->step >= step_) continue;
       try {
-        checkpoint::check_sizes(at(checkpoint::to_string(*name)));
-        complete.push_back(checkpoint::to_string(*name));
+        check_sizes(at(to_string(*name)));
+        complete.push_back(to_string(*name));
       } catch (const Error&) {
         // Broken: it neither counts nor goes. Somebody may still want what is left of it.
       }
@@ -259,9 +223,9 @@ class Save {
 
   /// A run that went back to an earlier step would continue from the wrong place when it is resumed.
   void warn_of_later() const {
-    const std::vector<DirectoryName> names = checkpoint::directories(root_);
-    if (names.empty() || names.back().step <= content_.step) return;
-    log::warn(at(checkpoint::to_string(names.back())), " is of a later step than ", content_.step,
+    const std::vector<DirectoryName> names = directories(root_);
+    if (names.empty() || names.back().step <= step_) return;
+    log::warn(at(to_string(names.back())), " is of a later step than ", step_,
               ", which was just saved: a search for the latest checkpoint finds it first. Hint: move it away");
   }
 
@@ -295,7 +259,7 @@ class Save {
     }
     try {
       const CheckpointManifest manifest = read_checkpoint_manifest(path);
-      for (const std::string& name : checkpoint::entries(path).value_or(std::vector<std::string>{})) {
+      for (const std::string& name : entries(path).value_or(std::vector<std::string>{})) {
         const auto& files = manifest.files;
         const bool ours =
             name == kManifestFile ||
@@ -335,16 +299,18 @@ class Save {
     }
   }
 
-  const std::string& root_;
-  const CheckpointContent& content_;
-  const SaveCheckpointOptions& options_;
+  const std::string root_;
+  const int64_t step_;
+  const SaveCheckpointOptions options_;
+  std::optional<RootLock> lock_;
+  std::string temporary_;
+  bool published_ = false;
 };
 
-}  // namespace
+PendingCheckpoint::PendingCheckpoint(const std::string& root, int64_t step, const SaveCheckpointOptions& options)
+    : impl_(std::make_unique<Impl>(root, step, options)) {}
+PendingCheckpoint::~PendingCheckpoint() = default;
+const std::string& PendingCheckpoint::directory() const { return impl_->temporary_; }
+std::string PendingCheckpoint::publish() { return impl_->publish(); }
 
-std::string save_checkpoint(const std::string& root, const CheckpointContent& content,
-                            const SaveCheckpointOptions& options) {
-  return Save(root, content, options).run();
-}
-
-}  // namespace weft
+}  // namespace weft::checkpoint
