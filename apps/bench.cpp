@@ -42,6 +42,7 @@ int run_bench(std::span<const std::string> args) {
       {"attention", "times attention, forward and backward, against the GEMM peak", bench_attention},
       {"gemm", "times the matrix products of a training step against the GEMM peak", bench_gemm},
       {"step", "times whole training steps against their speed of light", bench_step},
+      {"checkpoint", "times checkpoints, at once and in the background, and steps beside them", bench_checkpoint},
   };
   return dispatch("weft bench", "Measures the speed of this machine and of models on it.", kCommands, args,
                   process_environment(), std::cout);

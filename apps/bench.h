@@ -10,5 +10,6 @@ int bench_ops(std::span<const std::string> args);
 int bench_attention(std::span<const std::string> args);
 int bench_gemm(std::span<const std::string> args);
 int bench_step(std::span<const std::string> args);
+int bench_checkpoint(std::span<const std::string> args);
 
 }  // namespace weft::apps

@@ -51,15 +51,6 @@ struct DataParallel::State {
 
   const ShardBucket& layout(size_t bucket) const { return sums->layout(bucket); }
 
-  /// The parameter that "<parameter>.<name of the state>" belongs to.
-  std::optional<size_t> parameter_of(const std::string& name) const {
-    const std::string parameter = name.substr(0, name.rfind('.'));
-    for (size_t p = 0; p < model.size(); ++p) {
-      if (model[p].name == parameter) return p;
-    }
-    return std::nullopt;
-  }
-
   /// Checks the second uses; the leaves that they add.
   std::vector<GradientSums::Leaf> add_uses(const std::vector<SecondUse>& given) {
     std::vector<GradientSums::Leaf> leaves;
@@ -275,45 +266,6 @@ void DataParallel::gather() {
       }
     }
   }
-}
-
-NamedTensors DataParallel::whole_state(const NamedTensors& own) const {
-  const State& s = *state_;
-  if (s.zero == Zero::kNone) return own;
-  const autograd::NoGrad no_grad;
-  NamedTensors whole;
-  for (const auto& [name, tensor] : own) {
-    const std::optional<size_t> p = s.parameter_of(name);
-    if (!p) {
-      whole.emplace_back(name, tensor);
-      continue;
-    }
-    Counts counts;
-    for (int rank = 0; rank < s.group.size(); ++rank) {
-      counts.push_back(0);
-      for (const ShardPiece& piece : s.layout(s.bucket_of[*p]).pieces(rank)) {
-        if (piece.tensor == *p) counts.back() = piece.count();
-      }
-    }
-    whole.emplace_back(name, s.group.all_gather(tensor, counts).reshape(s.model[*p].tensor.shape()));
-  }
-  return whole;
-}
-
-NamedTensors DataParallel::own_state(const NamedTensors& whole) const {
-  const State& s = *state_;
-  if (s.zero == Zero::kNone) return whole;
-  const autograd::NoGrad no_grad;
-  NamedTensors own;
-  for (const auto& [name, tensor] : whole) {
-    const std::optional<size_t> p = s.parameter_of(name);
-    if (p && tensor.numel() != s.model[*p].tensor.numel()) {
-      fail(ErrorKind::kData, kWhere, "stored state ", quoted(name), " is ", tensor.describe(), "; its parameter is ",
-           s.model[*p].tensor.describe());
-    }
-    own.emplace_back(name, p ? tensor.reshape({-1}).narrow(0, s.pieces[*p].begin, s.pieces[*p].count()) : tensor);
-  }
-  return own;
 }
 
 }  // namespace weft::dist
