@@ -22,6 +22,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "core/thread_pool.h"
+#include "models/checkpoint_saver.h"
 #include "models/generate.h"
 #include "models/gpt_checkpoint.h"
 #include "models/speed_of_light.h"
@@ -99,8 +100,9 @@ constexpr const char* kLossScale = "loss_scale";
 /// A run: everything that lives from the first step to the last.
 class Run {
  public:
+  /// @param from  the checkpoint to go on from, or ""
   Run(const TrainOptions& options, Device device, World& world, const dist::Mesh& mesh, std::string config_text,
-      DataDirectory data, std::optional<CheckpointContent> from)
+      DataDirectory data, const std::string& from)
       : o_(options),
         device_(device),
         world_(world),
@@ -118,29 +120,21 @@ class Run {
                               .world_size = parallel_ ? parallel_->data_ranks() : 1,
                               .prefetch = options.prefetch,
                               .shares = loader_shares()}),
-        run_id_(run_id()) {
+        run_id_(run_id()),
+        saver_(options.out.string(), others(), {.keep_n = static_cast<int>(options.keep)}) {
     int64_t step = 0;
-    NamedTensors fp8_state;
-    if (from) {
-      fp8_state = take_fp8_state(*from);
-      gpt_.load(from->model);
-      optimizer_.load_state(parallel_ ? parallel_->data_parallel().own_state(from->optimizer) : from->optimizer);
-      step = from->step;
-      run_id_ = from->run_id;
-      loader_.seek(from->data_cursor);
-      saved_ = step;
-      if (step > options.steps) {
-        fail(ErrorKind::kUsage, "train", "steps = ", options.steps, ": the run has taken ", step,
-             " steps already; steps counts those of the whole run");
-      }
+    Loaded loaded;
+    if (!from.empty()) {
+      loaded = load(from);
+      step = loaded.info.step;
     }
     trainer_.emplace(gpt_, optimizer_, loader_, options.schedule(), micro_batches(), step);
     if (parallel_) trainer_->parallelize(*parallel_, options.accumulate);
     if (options.precision == Precision::f16) {
       optim::LossScale scale;
-      if (from) {
-        const auto found = from->state.find(kLossScale);
-        if (found == from->state.end()) {
+      if (!from.empty()) {
+        const auto found = loaded.info.state.find(kLossScale);
+        if (found == loaded.info.state.end()) {
           fail(ErrorKind::kUsage, "train",
                "precision = f16: the checkpoint is of a run that did not scale its loss; a run keeps its precision");
         }
@@ -150,7 +144,7 @@ class Run {
     }
     if (options.precision == Precision::fp8) {
       trainer_->scale_fp8(gpt_.use_fp8());
-      if (from) trainer_->fp8()->load_state(fp8_state);
+      if (!from.empty()) trainer_->fp8()->load_state(loaded.fp8);
     }
     graph_reason_ = trainer_->use_graph(options.cuda_graph);
   }
@@ -210,8 +204,9 @@ class Run {
       if (last || (o_.save_every > 0 && done % o_.save_every == 0)) save();
     }
     const bool complete = trainer_->steps() == o_.steps;
+    if (saved_ != trainer_->steps() && !complete) save();
+    published(saver_.finish());
     if (!complete) {
-      if (saved_ != trainer_->steps()) save();
       log::info("stopped by ", *stop.name() ? stop.name() : "another rank", " after step ", trainer_->steps(), " of ",
                 o_.steps);
       return false;
@@ -232,6 +227,7 @@ class Run {
     }
     const bool complete = trainer_->steps() == o_.steps;
     if (!complete && saved_ != trainer_->steps()) save();
+    published(saver_.finish());
     if (complete) report_held_out(o_.steps, nullptr);
     return complete;
   }
@@ -274,43 +270,108 @@ class Run {
                                          static_cast<uint64_t>(o_.seed), o_.dtype());
   }
 
-  /// Whether any rank wants to stop: all do so after the same step.
+  /// Whether any rank wants to stop: all do so after the same step. In passing the ranks learn whether all have written
+  /// what they have of a checkpoint, which then appears.
   bool agreed(bool stop) {
-    if (world_.size() == 1) return stop;
-    const Tensor wish = Tensor::from(std::vector<int64_t>{stop ? 1 : 0}, {1}, device_);
-    world_.group().all_reduce_(wish, dist::Reduction::max);
-    return wish.item() > 0;
+    bool writing = saver_.writing();
+    if (world_.size() > 1) {
+      const Tensor wishes = Tensor::from(std::vector<int64_t>{stop ? 1 : 0, writing ? 1 : 0}, {2}, device_);
+      world_.group().all_reduce_(wishes, dist::Reduction::max);
+      const std::vector<int64_t> any = wishes.to_vector<int64_t>();
+      stop = any[0] > 0, writing = any[1] > 0;
+    }
+    published(saver_.poll(writing));
+    return stop;
   }
 
+  /// The other ranks, for checkpoints; null: there are none.
+  dist::Group* others() { return world_.size() > 1 ? &world_.group() : nullptr; }
+
   void save() {
-    CheckpointContent content;
-    const NamedTensors own = optimizer_.state();
-    content.optimizer = parallel_ ? parallel_->data_parallel().whole_state(own) : own;
-    saved_ = trainer_->steps();
-    if (!world_.speaks()) return;
-    content.model = gpt_.named_tensors();
+    published(saver_.finish());
+    ShardedContent content;
+    content.model = stored_parameters(held_parameters());
+    content.optimizer = stored_state(optimizer_.state(), own_parameters());
     content.step = trainer_->steps();
     content.run_id = run_id_;
     content.data_cursor = loader_.position();
     content.seed = static_cast<uint64_t>(o_.seed);
     content.state = models::to_state(gpt_.config());
     if (trainer_->fp8()) {
-      const NamedTensors state = trainer_->fp8()->state();
-      content.optimizer.insert(content.optimizer.end(), state.begin(), state.end());
+      for (StoredTensor& scales : stored_whole(trainer_->fp8()->state()))
+        content.optimizer.push_back(std::move(scales));
     }
     if (trainer_->loss_scale()) content.state[kLossScale] = trainer_->loss_scale()->state();
     content.text_files = {{"config.toml", config_text_}, {"tokenizer.json", data_.tokenizer_json}};
-    last_checkpoint_ = save_checkpoint(o_.out.string(), content, {.keep_n = static_cast<int>(o_.keep)});
-    log::info("saved ", last_checkpoint_);
+    saved_ = trainer_->steps();
+    if (o_.save_async) {
+      saver_.begin(content);
+    } else {
+      published(saver_.save(content));
+    }
   }
 
-  /// The scales of fp8 in a checkpoint, which the optimizer does not know.
-  NamedTensors take_fp8_state(CheckpointContent& from) const {
-    const auto first = std::stable_partition(from.optimizer.begin(), from.optimizer.end(), [](const auto& named) {
-      return !optim::DelayedScaling::owns(named.first);
-    });
-    NamedTensors state(first, from.optimizer.end());
-    from.optimizer.erase(first, from.optimizer.end());
+  /// What the optimizer updates, with what it is of whole tensors.
+  Parameters own_parameters() const {
+    Parameters own = optimizer_.parameters();
+    if (!parallel_) return own;
+    const std::vector<TensorPart> parts = parallel_->parts();
+    for (size_t i = 0; i < own.size(); ++i) own[i].part = parts[i];
+    return own;
+  }
+
+  /// What this rank holds of the model.
+  Parameters held_parameters() const {
+    return parallel_ && parallel_->sharded() ? own_parameters() : gpt_.parameters();
+  }
+
+  void published(const std::optional<std::string>& checkpoint) {
+    if (!checkpoint) return;
+    last_checkpoint_ = *checkpoint;
+    if (world_.speaks()) log::info("saved ", last_checkpoint_);
+  }
+
+  struct Loaded {
+    CheckpointInfo info;
+    NamedTensors fp8;  ///< scales, which the optimizer does not know
+  };
+
+  /// Takes over what a checkpoint has of the model, the optimizer and the data; of tensors each rank reads what it
+  /// holds.
+  Loaded load(const std::string& path) {
+    const OpenCheckpoint from = world_.size() > 1 ? open_checkpoint(path, world_.group()) : open_checkpoint(path);
+    Loaded loaded{from.manifest, {}};
+    const int64_t step = loaded.info.step;
+    if (step > o_.steps) {
+      fail(ErrorKind::kUsage, "train", "steps = ", o_.steps, ": the run has taken ", step,
+           " steps already; steps counts those of the whole run");
+    }
+    const MemoryScope scope(MemoryCategory::workspace);
+    loaded.fp8 = fp8_state(from.optimizer);
+    const Parameters held = held_parameters();
+    const NamedTensors weights = load_stored(from.model, stored_parameters(held), others());
+    {
+      const autograd::NoGrad no_grad;
+      for (size_t i = 0; i < held.size(); ++i) Tensor(held[i].tensor).copy_(weights[i].second);
+    }
+    std::vector<StoredTensor> wanted = stored_state(optimizer_.state(), own_parameters());
+    const size_t own = wanted.size();
+    for (StoredTensor& scales : stored_whole(loaded.fp8)) wanted.push_back(std::move(scales));
+    NamedTensors state = load_stored(from.optimizer, wanted, others());
+    state.resize(own);
+    optimizer_.load_state(state);
+    run_id_ = loaded.info.run_id;
+    loader_.seek(loaded.info.data_cursor);
+    saved_ = step;
+    return loaded;
+  }
+
+  /// The scales of fp8 in a checkpoint.
+  NamedTensors fp8_state(const CheckpointTensors& from) const {
+    NamedTensors state;
+    for (const CheckpointTensor& each : from.tensors()) {
+      if (optim::DelayedScaling::owns(each.name)) state.emplace_back(each.name, from.load(each.name));
+    }
     const bool fp8 = o_.precision == Precision::fp8;
     if (fp8 == state.empty()) {
       fail(ErrorKind::kUsage, "train",
@@ -358,6 +419,7 @@ class Run {
   text::Loader loader_;
   std::optional<models::Trainer> trainer_;
   std::string graph_reason_, run_id_, last_checkpoint_ = "no checkpoint";
+  CheckpointSaver saver_;
   int64_t saved_ = -1, tokens_ = 0;
   optim::DelayedScaling::Counts fp8_;
   double seconds_ = 0;
@@ -418,7 +480,7 @@ fs::path directory_above(const fs::path& path) {
 
 /// A new run among the checkpoints of another, or one that goes on before the last, would mix the two: the next
 /// --resume would find the one with more steps.
-void refuse_later_checkpoints(const TrainOptions& o, const std::optional<CheckpointContent>& from,
+void refuse_later_checkpoints(const TrainOptions& o, const std::optional<CheckpointManifest>& from,
                               const Options& options) {
   for (const ListedCheckpoint& other : list_checkpoints(o.out.string())) {
     if (from && (other.manifest.step <= from->step || !verify_checkpoint(other.path).empty())) continue;
@@ -454,12 +516,14 @@ int run_train(std::span<const std::string> args) {
   // with.
   if (launched.restart > 0 && !o.dry_run && find_latest_checkpoint(o.out.string()).path) o.resume = o.out.string();
 
-  std::optional<CheckpointContent> from;
+  std::optional<CheckpointManifest> from;
+  std::string from_path;
   std::optional<Options> second;
   if (!o.resume.empty()) {
     // The options again, this time above the file that was saved with the run.
     const std::string path = models::resolve_checkpoint(o.resume, [](const std::string& line) { log::warn(line); });
-    from = load_checkpoint(path);
+    from = read_checkpoint_manifest(path);
+    from_path = path;
     o = TrainOptions();
     second.emplace("train", "Trains a GPT on prepared data.");
     o.declare(*second);
@@ -496,7 +560,7 @@ int run_train(std::span<const std::string> args) {
     if (world.speaks()) log::info("mesh ", mesh.to_string(), ", ZeRO ", static_cast<int>(o.zero));
   }
   const auto train = [&] {
-    Run run(o, device, world, mesh, config_text, std::move(data), std::move(from));
+    Run run(o, device, world, mesh, config_text, std::move(data), from_path);
     if (!world.speaks()) {
       complete = run.train();
       return;

@@ -98,6 +98,8 @@ void TrainOptions::declare(Options& o) {
   o.add("steps", &steps, {.min = 1, .max = int64_t{1} << 40}, "optimizer steps of the whole run");
   o.add("seed", &seed, {.min = 0}, "of the initial weights, the data order and dropout");
   o.add("save_every", &save_every, {.min = 0, .unit = "steps"}, "steps between checkpoints; 0 saves at the end only");
+  o.add("save_async", &save_async,
+        "write checkpoints in the background, from a copy in the host's memory, while training goes on");
   o.add("keep", &keep, {.min = 1, .max = 1 << 20, .unit = "checkpoints"}, "newest checkpoints that stay");
   o.add("eval_every", &eval_every, {.min = 0, .unit = "steps"},
         "steps between evaluations on heldout.tokens; 0 evaluates at the end only");

@@ -55,6 +55,7 @@ struct TrainOptions {
   int64_t steps = 1000;
   int64_t seed = 1;
   int64_t save_every = 500, keep = 3;
+  bool save_async = false;
   int64_t eval_every = 0, eval_batch = 32;
   int64_t sample_every = 0, sample_tokens = 64;
   std::string sample_prompt = "\n";

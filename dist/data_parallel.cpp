@@ -164,43 +164,4 @@ void DataParallel::gather() {
   }
 }
 
-NamedTensors DataParallel::whole_state(const NamedTensors& own) const {
-  const State& s = *state_;
-  if (s.zero == Zero::kNone) return own;
-  const autograd::NoGrad no_grad;
-  NamedTensors whole;
-  for (const auto& [name, tensor] : own) {
-    const std::optional<size_t> p = s.parameter_of(name);
-    if (!p) {
-      whole.emplace_back(name, tensor);
-      continue;
-    }
-    Counts counts;
-    for (int rank = 0; rank < s.group.size(); ++rank) {
-      counts.push_back(0);
-      for (const ShardPiece& piece : s.layout(s.bucket_of[*p]).pieces(rank)) {
-        if (piece.tensor == *p) counts.back() = piece.count();
-      }
-    }
-    whole.emplace_back(name, s.group.all_gather(tensor, counts).reshape(s.model[*p].tensor.shape()));
-  }
-  return whole;
-}
-
-NamedTensors DataParallel::own_state(const NamedTensors& whole) const {
-  const State& s = *state_;
-  if (s.zero == Zero::kNone) return whole;
-  const autograd::NoGrad no_grad;
-  NamedTensors own;
-  for (const auto& [name, tensor] : whole) {
-    const std::optional<size_t> p = s.parameter_of(name);
-    if (p && tensor.numel() != s.model[*p].tensor.numel()) {
-      fail(ErrorKind::kData, kWhere, "stored state ", quoted(name), " is ", tensor.describe(), "; its parameter is ",
-           s.model[*p].tensor.describe());
-    }
-    own.emplace_back(name, p ? tensor.reshape({-1}).narrow(0, s.pieces[*p].begin, s.pieces[*p].count()) : tensor);
-  }
-  return own;
-}
-
 }  // namespace weft::dist

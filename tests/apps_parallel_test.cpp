@@ -1,5 +1,8 @@
-// weft launch -- train: several processes write the checkpoints that one writes, byte for byte.
+// weft launch -- train: what several processes save together are the tensors that one process saves, bit for bit.
 #include "models/checkpoint.h"
+
+#include <cstring>
+
 #include "tests/apps_process.h"
 
 namespace {
@@ -17,21 +20,35 @@ Args train(const std::string& out, const Args& more = {}, int steps = kSteps) {
 }
 Args ranks(int n, const Args& command) { return Args{"launch", "-n", std::to_string(n), "--"} + command; }
 
-std::string checkpoint(const std::string& run, const char* file, int step = kSteps) {
+std::string checkpoint(const std::string& run, int step = kSteps) {
   char name[32];
   std::snprintf(name, sizeof name, "step_%08d", step);
-  return content_of(workplace() / run / name / file);
+  return (workplace() / run / name).string();
 }
 
-void expect_same_as_alone(const std::string& run) {
-  static const bool trained = [] {
+const std::string& alone() {
+  static const std::string path = [] {
     must_run(workplace(), train("alone", {"--deterministic"}));
-    return true;
+    return checkpoint("alone");
   }();
-  (void)trained;
-  for (const char* file : {"model.safetensors", "optimizer.safetensors"}) {
-    ASSERT_FALSE(checkpoint("alone", file).empty());
-    EXPECT_TRUE(checkpoint(run, file) == checkpoint("alone", file)) << run << ": " << file;
+  return path;
+}
+
+/// Tensors by name, whatever files hold them.
+void expect_same_as_alone(const std::string& run) {
+  const weft::OpenCheckpoint expected = weft::open_checkpoint(alone()), got = weft::open_checkpoint(checkpoint(run));
+  EXPECT_EQ(got.manifest.data_cursor, expected.manifest.data_cursor);
+  EXPECT_EQ(got.manifest.state, expected.manifest.state);
+  for (const auto& [a, b] : {std::pair(&expected.model, &got.model), std::pair(&expected.optimizer, &got.optimizer)}) {
+    ASSERT_GT(a->tensors().size(), 10u);
+    ASSERT_EQ(a->tensors().size(), b->tensors().size());
+    for (const weft::CheckpointTensor& each : a->tensors()) {
+      ASSERT_TRUE(b->contains(each.name)) << each.name;
+      const weft::Tensor x = a->load(each.name), y = b->load(each.name);
+      ASSERT_EQ(x.describe(), y.describe()) << each.name;
+      EXPECT_EQ(std::memcmp(x.raw(), y.raw(), static_cast<size_t>(x.numel() * weft::size_of(x.dtype()))), 0)
+          << run << ": " << each.name;
+    }
   }
 }
 
@@ -40,6 +57,78 @@ TEST(Parallel, RanksWriteTheCheckpointThatOneProcessWrites) {
     const std::string out = "ranks" + std::to_string(n) + "zero" + zero;
     must_run(workplace(), ranks(n, train(out, {"--zero", zero})));
     expect_same_as_alone(out);
+  }
+}
+
+TEST(Parallel, StagesOfAPipelineSaveTheirLayersAndOthersGoOnFromThem) {
+  must_run(workplace(), ranks(2, train("stages", {"--mesh", "pp=2", "--zero", "1"})));
+  expect_same_as_alone("stages");
+  fs::remove_all(checkpoint("stages"));
+  must_run(workplace(), ranks(4, {"train", "--resume", "stages", "--mesh", "dp=2,pp=2", "--zero", "2"}));
+  expect_same_as_alone("stages");
+}
+
+TEST(Parallel, RanksOfTensorParallelismSaveSlicesThatMakeWholeTensors) {
+  // Sums over the ranks of tp are added up in another order: the numbers are near those of one process, not equal.
+  must_run(workplace(), ranks(2, train("slices", {"--mesh", "tp=2", "--zero", "1"})));
+  const weft::CheckpointContent expected = weft::load_checkpoint(alone()),
+                                got = weft::load_checkpoint(checkpoint("slices"));
+  ASSERT_EQ(got.model.size(), expected.model.size());
+  for (size_t i = 0; i < expected.model.size(); ++i) {
+    const auto& [name, tensor] = expected.model[i];
+    ASSERT_EQ(got.model[i].first, name);
+    ASSERT_EQ(got.model[i].second.describe(), tensor.describe()) << name;
+    const std::vector<double> a = tensor.to_vector<double>(), b = got.model[i].second.to_vector<double>();
+    // Weights move by up to 12 steps of 1e-3; a slice in a wrong place would be off by its initial weights' 0.02.
+    for (size_t k = 0; k < a.size(); ++k) ASSERT_NEAR(a[k], b[k], 2e-3) << name << ' ' << k;
+  }
+  fs::remove_all(checkpoint("slices"));
+  must_run(workplace(), {"train", "--resume", "slices", "--mesh", "", "--zero", "0"});
+  EXPECT_TRUE(weft::verify_checkpoint(checkpoint("slices")).empty());
+}
+
+TEST(Parallel, WeightsThatNoRankHasWholeAreSavedAndLoadedInPieces) {
+  must_run(workplace(), ranks(2, train("shared", {"--zero", "3"})));
+  expect_same_as_alone("shared");
+  fs::remove_all(checkpoint("shared"));
+  must_run(workplace(), ranks(4, {"train", "--resume", "shared", "--mesh", "dp=2,pp=2", "--zero", "3", "--pipeline",
+                                  "zero-bubble"}));
+  expect_same_as_alone("shared");
+  fs::remove_all(checkpoint("shared"));
+  must_run(workplace(), {"train", "--resume", "shared", "--mesh", "", "--zero", "0", "--deterministic"});
+  expect_same_as_alone("shared");
+}
+
+TEST(Parallel, SequencesMayBeSharedOut) {
+  must_run(workplace(), ranks(2, train("sequences", {"--mesh", "cp=2"})));
+  EXPECT_TRUE(weft::verify_checkpoint(checkpoint("sequences")).empty());
+}
+
+TEST(Parallel, CheckpointsWrittenInTheBackgroundHaveTheSameBits) {
+  must_run(workplace(), train("behind", {"--deterministic", "--save-async"}));
+  expect_same_as_alone("behind");
+  EXPECT_EQ(content_of(checkpoint("behind") + "/model.safetensors"), content_of(alone() + "/model.safetensors"));
+  EXPECT_TRUE(weft::verify_checkpoint(checkpoint("behind", 6)).empty());
+  must_run(workplace(), ranks(2, train("behind2", {"--zero", "1", "--save-async"})));
+  expect_same_as_alone("behind2");
+  EXPECT_TRUE(weft::verify_checkpoint(checkpoint("behind2", 6)).empty());
+}
+
+TEST(Parallel, CompareNamesTheFirstElementThatDiffers) {
+  must_run(workplace(), ranks(2, train("compared", {"--zero", "1"})));
+  const Outcome same = run_weft(workplace(), {"checkpoint", "compare", alone(), "compared"});
+  EXPECT_EQ(same.code, 0) << same.err;
+  EXPECT_NE(same.out.find("numbers, all equal\noptimizer: "), std::string::npos) << same.out;
+  const Outcome other = run_weft(workplace(), {"checkpoint", "compare", alone(), checkpoint("compared", 6)});
+  EXPECT_EQ(other.code, 1) << other.out;
+  EXPECT_NE(other.out.find(" differs first at element ["), std::string::npos) << other.out;
+  EXPECT_NE(other.out.find("note: steps 12 and 6"), std::string::npos) << other.out;
+  for (const char* command : {"verify", "show", "list"}) {
+    const Outcome outcome = run_weft(workplace(), {"checkpoint", command, "compared"});
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    EXPECT_NE(outcome.out.find(command == std::string("show") ? "of-00002.safetensors" : "step_00000012"),
+              std::string::npos)
+        << outcome.out;
   }
 }
 
