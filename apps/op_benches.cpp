@@ -158,6 +158,10 @@ void add_products(Benches& to, int64_t peak) {
       [](const Tensors& in) -> Tensors { return {linear(in[0], in[1], in[2])}; },
       product(2, s.tokens, 4 * s.channels, s.channels), product(4, s.tokens, 4 * s.channels, s.channels));
   to.add(
+      "gelu_linear", {{{s.tokens, 4 * s.channels}}, {{s.channels, 4 * s.channels}}, {{s.channels}}},
+      [](const Tensors& in) -> Tensors { return {gelu_linear(in[0], in[1], in[2])}; },
+      product(2, s.tokens, 4 * s.channels, s.channels), product(4, s.tokens, 4 * s.channels, s.channels));
+  to.add(
       "linear_cross_entropy",
       {{{s.tokens, s.channels}},
        {{s.vocab, s.channels}, -0.05, 0.05},

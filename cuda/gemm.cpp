@@ -96,9 +96,11 @@ class Layout {
 using Key = std::tuple<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, int,
                        int, int, unsigned>;
 
+constexpr uint32_t kMostAlignment = 256;
+
 /// The largest power of two up to 256 that divides the address.
 uint32_t alignment_of(const void* p) {
-  const auto address = reinterpret_cast<uintptr_t>(p) | 256;
+  const auto address = reinterpret_cast<uintptr_t>(p) | kMostAlignment;
   return static_cast<uint32_t>(address & (~address + 1));
 }
 
@@ -165,10 +167,40 @@ void add_bias(Cuda device, const Gemm<TA, TB, TC>& g, const GemmBatch& batch) {
   }
 }
 
+/// The activation of a product that has been written, for where cuBLASLt does not do it.
+template <class TA, class TB, class TC>
+void activate(Cuda device, const Gemm<TA, TB, TC>& g, const GemmBatch& batch) {
+  const StridedView c = view_of_c(g, batch);
+  const auto beside = [&](const TC* data, int64_t step, int64_t ld) {
+    return StridedView{const_cast<TC*>(data), c.shape, {step, ld, 1}, c.dtype};
+  };
+  if (g.activation == GemmActivation::kGelu) {
+    unary<scalar_math::Gelu>(device, beside(g.d, batch.d, g.ldd), c);
+  } else {
+    unary_backward<scalar_math::Gelu>(device, c, c, beside(g.aux, batch.aux, g.ldaux));
+  }
+}
+
+/// Whether cuBLASLt does the activation: not in f64, nor with an auxiliary matrix whose rows are not of whole units
+/// of 8. What is not aligned as memory of its own is left to us too, so that no algorithm depends on that alignment.
+template <class TA, class TB, class TC>
+bool activates(const Gemm<TA, TB, TC>& g, const GemmBatch& batch) {
+  const bool forward = g.activation == GemmActivation::kGelu;
+  const int64_t ld = forward ? g.ldc : g.ldaux, step = forward ? batch.c : batch.aux;
+  return g.k > 0 && !std::is_same_v<TC, double> && ld % 8 == 0 && step % 8 == 0 &&
+         alignment_of(forward ? g.c : g.aux) == kMostAlignment;
+}
+
 template <class TA, class TB, class TC>
 void run(Cuda device, Gemm<TA, TB, TC> g, const GemmBatch& batch) {
   using Sum = typename Gemm<TA, TB, TC>::Sum;
   if (g.m == 0 || g.n == 0 || batch.count == 0) return;
+  if (g.activation != GemmActivation::kNone && !activates(g, batch)) {
+    const Gemm<TA, TB, TC> whole = g;
+    g.activation = GemmActivation::kNone;
+    run(device, g, batch);
+    return activate(device, whole, batch);
+  }
   if (g.k == 0) {  // not for cuBLASLt: an empty sum
     if (g.beta != Sum(0) && g.beta != Sum(1))
       fail(ErrorKind::kValue, "gemm", "with k = 0 beta must be 0 or 1, got ", g.beta);

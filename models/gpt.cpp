@@ -146,7 +146,7 @@ class Attention : public Module {
 class Mlp : public Module {
  public:
   Mlp(const GptConfig& config, const Init& init, const Split& split)
-      : recompute_(config.recompute.activation),
+      : keep_(keep(config.recompute.activation)),
         fc_(config.width, 4 * config.width, {split.share(4 * config.width)}, kDeviation, init.at("fc"), split),
         proj_(4 * config.width, config.width, split.share(4 * config.width), residual_deviation(config),
               init.at("proj"), split) {
@@ -155,15 +155,11 @@ class Mlp : public Module {
   }
   /// @param ids  [B, T]: what x belongs to
   Tensor operator()(const Tensor& x, const Shape& ids) const {
-    const Tensor before = fc_(x, ids[0] * ids[1]), after = gelu(before);
-    if (recompute_) {
-      autograd::remade("gelu", after, [](const std::vector<Tensor>& in) { return gelu(in[0]); }, {before});
-    }
-    return proj_(after);
+    return proj_.after_gelu(fc_(x, ids[0] * ids[1]), keep_);
   }
 
  private:
-  bool recompute_;
+  autograd::Keep keep_;
   ColumnLinear fc_;
   RowLinear proj_;
 };

@@ -16,9 +16,18 @@ Linear::Linear(int64_t in, int64_t out, double deviation, const Init& init, bool
   if (bias) bias_ = add("bias", init.constant({out}, 0), ParameterRole::bias);
 }
 
+bool Linear::multiplies_in_fp8() const { return fp8_ != nullptr && is_training() && autograd::grad_mode(); }
+
 Tensor Linear::operator()(const Tensor& x) const {
-  if (fp8_ != nullptr && is_training() && autograd::grad_mode()) return linear_fp8(x, weight_, bias_, fp8_);
-  return linear(x, weight_, bias_);
+  return multiplies_in_fp8() ? linear_fp8(x, weight_, bias_, fp8_) : linear(x, weight_, bias_);
+}
+
+Tensor Linear::after_gelu(const Tensor& x, autograd::Keep keep) const {
+  if (!multiplies_in_fp8()) return gelu_linear(x, weight_, bias_, keep);
+  const Tensor activated = gelu(x);
+  if (keep == autograd::Keep::kRecipe)
+    autograd::remade("gelu", activated, [](const std::vector<Tensor>& in) { return gelu(in[0]); }, {x});
+  return linear_fp8(activated, weight_, bias_, fp8_);
 }
 
 ColumnLinear::ColumnLinear(int64_t in, int64_t out, const std::vector<IndexRange>& outputs, double deviation,
@@ -36,6 +45,11 @@ RowLinear::RowLinear(int64_t in, int64_t out, IndexRange inputs, double deviatio
 Tensor RowLinear::operator()(const Tensor& x) const {
   if (!split_.active()) return Linear::operator()(x);
   return split_.leave(linear(x, weight_)) + split_.shared(bias_);
+}
+
+Tensor RowLinear::after_gelu(const Tensor& x, autograd::Keep keep) const {
+  if (!split_.active()) return Linear::after_gelu(x, keep);
+  return split_.leave(gelu_linear(x, weight_, {}, keep)) + split_.shared(bias_);
 }
 
 Embedding::Embedding(int64_t count, int64_t width, double deviation, const Init& init, const Split& split)

@@ -12,6 +12,8 @@ class Linear : public Module {
  public:
   Linear(int64_t in, int64_t out, double deviation, const Init& init, bool bias = true);
   Tensor operator()(const Tensor& x) const;
+  /// The same of gelu(x), which `keep` has made again in the backward pass (ops/matmul.h, gelu_linear).
+  Tensor after_gelu(const Tensor& x, autograd::Keep keep) const;
   const Tensor& weight() const { return weight_; }
   /// From now on, in training mode and where gradients are recorded, multiplies in fp8 (ops/matmul_fp8.h).
   void use_fp8(std::shared_ptr<Fp8Layer> layer) { fp8_ = std::move(layer); }
@@ -21,6 +23,8 @@ class Linear : public Module {
   Tensor weight_, bias_;
 
  private:
+  bool multiplies_in_fp8() const;
+
   std::shared_ptr<Fp8Layer> fp8_;
 };
 
@@ -47,6 +51,7 @@ class RowLinear : public Linear {
   RowLinear(int64_t in, int64_t out, IndexRange inputs, double deviation, const Init& init, const Split& split);
   /// @param x  [..., number of inputs here]; with sequence parallelism [rows, ...], and y has this rank's rows
   Tensor operator()(const Tensor& x) const;
+  Tensor after_gelu(const Tensor& x, autograd::Keep keep) const;
 
  private:
   Split split_;

@@ -89,8 +89,9 @@ template <class TA, class TB, class TC>
 void gemm_batched(Cpu, const Gemm<TA, TB, TC>& product, const GemmBatch& batch) {
   gemm_batched(product, batch);
 }
-/// The same through cuBLASLt: bits depend on its version. Not offered: beta other than 0 and 1 where k = 0 or `scale`
-/// is given, alpha other than 1 beside `scale`.
+/// The same through cuBLASLt: bits depend on its version. A GELU is computed in its epilogue from what was not rounded
+/// yet; in f64, or where the auxiliary matrix is not aligned as the library wants it, by a kernel of its own. Not
+/// offered: beta other than 0 and 1 where k = 0 or `scale` is given, alpha other than 1 beside `scale`.
 template <class TA, class TB, class TC>
 void gemm(Cuda, const Gemm<TA, TB, TC>& product);
 template <class TA, class TB, class TC>

@@ -4,6 +4,7 @@
 
 #include "core/autograd.h"
 #include "ops/column_sum.h"
+#include "ops/elementwise.h"
 #include "ops/gemm.h"
 #include "ops/gemm_types.h"
 #include "ops/launch.h"
@@ -41,8 +42,15 @@ MatrixRef<T> matrix(const Tensor& x) {
   return {static_cast<const T*>(x.raw()), row, column};
 }
 
-/// c[b] = a[b] * b[b] + beta * c[b] over matrices [batch, ., .]; c contiguous; f32, f64, bf16, on CUDA f16.
-void product(const Tensor& a_, const Tensor& b_, const Tensor& c, bool accumulate = false, const Tensor& bias = {}) {
+/// What a product does beside multiplying.
+struct Extras {
+  bool accumulate = false;  ///< adds to what C holds
+  Tensor bias = {};         ///< is added to each row, if defined
+  Tensor gelu_input = {};   ///< if defined, C contiguous: the product is multiplied by gelu' of it
+};
+
+/// c[b] = a[b] * b[b] over matrices [batch, ., .]; c contiguous; f32, f64, bf16, on CUDA f16.
+void product(const Tensor& a_, const Tensor& b_, const Tensor& c, const Extras& extras = {}) {
   const autograd::NoGrad no_grad;
   const Tensor a = with_unit_stride(a_), b = with_unit_stride(b_);
   launch(c.device(), "matmul", [&](auto device) {
@@ -52,17 +60,88 @@ void product(const Tensor& a_, const Tensor& b_, const Tensor& c, bool accumulat
       g.m = c.size(-2), g.n = c.size(-1), g.k = a.size(-1);
       g.a = matrix<T>(a), g.b = matrix<T>(b);
       g.c = static_cast<T*>(c.raw()), g.ldc = c.size(-1);
-      g.beta = accumulate ? 1 : 0;
+      g.beta = extras.accumulate ? 1 : 0;
       g.tf32 = AllowTf32::active();
+      const Tensor& bias = extras.bias;
       if (bias.defined() && size_of(bias.dtype()) == 2) {
         g.bias_of_c = static_cast<const T*>(bias.raw());
       } else if (bias.defined()) {
         g.bias = bias.data<typename Gemm<T>::Sum>();
       }
+      if (extras.gelu_input.defined()) {
+        g.activation = GemmActivation::kGeluGrad;
+        g.aux = static_cast<const T*>(extras.gelu_input.raw()), g.ldaux = g.n;
+      }
       if (c.rank() == 2) return gemm(device, g);
       gemm_batched(device, g, {.count = c.size(0), .a = a.strides()[0], .b = b.strides()[0], .c = g.m * g.n});
     });
   });
+}
+
+/// A tensor as a matrix of its last dimension: a view if it is contiguous.
+Tensor rows_of(const Tensor& x) {
+  const autograd::NoGrad no_grad;
+  return x.reshape({row_count(x.shape()), x.size(-1)});
+}
+
+void check_affine(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  check_same(op, {&x, &weight, &bias});
+  check_float(op, x);
+  if (weight.rank() != 2 || x.rank() < 1 || x.size(-1) != weight.size(1)) {
+    fail(ErrorKind::kShape, op, "the last dimension of x must be the weight's second: x is ", x.describe(),
+         ", weight is ", weight.describe());
+  }
+  if (bias.defined() && !(bias.shape() == Shape{weight.size(0)})) {
+    fail(ErrorKind::kShape, op, "weight is ", weight.describe(), ", bias is ", bias.describe(), "; expected bias [",
+         weight.size(0), "]");
+  }
+}
+
+/// x W^T + b, not recorded.
+Tensor affine(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  const autograd::NoGrad no_grad;
+  Shape shape = x.shape();
+  shape[x.rank() - 1] = weight.size(0);
+  const Tensor out = Tensor::empty(shape, x.dtype(), x.device());
+  const Tensor sum_bias = !bias.defined()                                                  ? bias
+                          : x.dtype() == DType::bf16 && x.device().kind == DeviceKind::cpu ? bias.to(DType::f32)
+                                                                                           : bias.contiguous();
+  product(rows_of(x), weight.transpose(0, 1), rows_of(out), {.bias = sum_bias});
+  return out;
+}
+
+/// The gradients of weight and bias, inputs 1 and 2 of a rule, of x W^T + b; `gradient` is that of its rows.
+void parameter_gradients(BackwardContext& context, const Tensor& x, const Tensor& gradient) {
+  const int64_t rows = gradient.size(0), out_features = gradient.size(1);
+  if (context.needs(1)) {
+    context.compute(1, [=](const std::optional<BackwardContext::Sink>& sink) {
+      const Tensor dw = sink ? sink->tensor : Tensor::empty({out_features, x.size(-1)}, x.dtype(), x.device());
+      product(gradient.transpose(0, 1), rows_of(x), dw, {.accumulate = sink && sink->accumulate});
+      return dw;
+    });
+  }
+  if (!context.needs(2)) return;
+  if (size_of(x.dtype()) == 2) {
+    // Many rows add up to one number: sum in f32 and round once.
+    context.set(2, [&] {
+      if (x.device().kind == DeviceKind::cuda) return weft::sum(gradient, {0});
+      Tensor sum = Tensor::empty({out_features}, DType::f32, x.device());
+      launch(x.device(), context.op(), [&](auto) {
+        column_sum(Cpu(), gradient.data<BFloat16>(), rows, out_features, out_features, sum.data<float>(), false);
+      });
+      return sum.to(x.dtype());
+    }());
+    return;
+  }
+  const auto sink = context.sink(2);
+  Tensor db = sink ? sink->tensor : Tensor::empty({out_features}, x.dtype(), x.device());
+  launch(x.device(), context.op(), [&](auto device) {
+    const auto sum = [&]<class T>() {
+      column_sum(device, gradient.data<T>(), rows, out_features, out_features, db.data<T>(), sink && sink->accumulate);
+    };
+    x.dtype() == DType::f64 ? sum.template operator()<double>() : sum.template operator()<float>();
+  });
+  if (!sink) context.set(2, db);
 }
 
 thread_local bool tf32_allowed = false;
@@ -113,69 +192,42 @@ Tensor matmul(const Tensor& a, const Tensor& b) {
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  check_same("linear", {&x, &weight, &bias});
-  check_float("linear", x);
-  if (weight.rank() != 2 || x.rank() < 1 || x.size(-1) != weight.size(1)) {
-    fail(ErrorKind::kShape, "linear", "the last dimension of x must be the weight's second: x is ", x.describe(),
-         ", weight is ", weight.describe());
-  }
-  if (bias.defined() && !(bias.shape() == Shape{weight.size(0)})) {
-    fail(ErrorKind::kShape, "linear", "weight is ", weight.describe(), ", bias is ", bias.describe(),
-         "; expected bias [", weight.size(0), "]");
-  }
+  check_affine("linear", x, weight, bias);
   if (gemm_widens(x.dtype(), x.device().kind)) {
     return linear(x.to(DType::f32), weight.to(DType::f32), bias.defined() ? bias.to(DType::f32) : bias).to(DType::f16);
   }
-  const int64_t in = weight.size(1), out_features = weight.size(0);
-  Shape shape = x.shape();
-  shape[x.rank() - 1] = out_features;
-  const int64_t rows = row_count(shape);
-  Tensor out = Tensor::empty(shape, x.dtype(), x.device());
-  {
-    const autograd::NoGrad no_grad;
-    const Tensor sum_bias = !bias.defined()                                                  ? bias
-                            : x.dtype() == DType::bf16 && x.device().kind == DeviceKind::cpu ? bias.to(DType::f32)
-                                                                                             : bias.contiguous();
-    product(x.reshape({rows, in}), weight.transpose(0, 1), out.reshape({rows, out_features}), false, sum_bias);
-  }
-  autograd::record("linear", {x, weight, bias}, {out}, {x, weight}, [rows, in, out_features](BackwardContext& context) {
-    const Tensor x = context.saved(0), weight = context.saved(1);
-    const Tensor gradient = context.grad().contiguous().reshape({rows, out_features});
+  const Tensor out = affine(x, weight, bias);
+  autograd::record("linear", {x, weight, bias}, {out}, {x, weight}, [](BackwardContext& context) {
+    const Tensor x = context.saved(0), weight = context.saved(1), gradient = rows_of(context.grad().contiguous());
     if (context.needs(0)) {
       Tensor dx = Tensor::empty(x.shape(), x.dtype(), x.device());
-      product(gradient, weight, dx.reshape({rows, in}));
+      product(gradient, weight, rows_of(dx));
       context.set(0, dx);
     }
-    if (context.needs(1)) {
-      context.compute(1, [=](const std::optional<BackwardContext::Sink>& sink) {
-        const Tensor dw = sink ? sink->tensor : Tensor::empty({out_features, in}, x.dtype(), x.device());
-        product(gradient.transpose(0, 1), x.reshape({rows, in}), dw, sink && sink->accumulate);
-        return dw;
-      });
+    parameter_gradients(context, x, gradient);
+  });
+  return out;
+}
+
+Tensor gelu_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, autograd::Keep keep) {
+  constexpr const char* kOp = "gelu_linear";
+  check_affine(kOp, x, weight, bias);
+  // The CPU's products have this epilogue too, but a step with it is slower than one with a pass of its own.
+  const bool fused = x.device().kind == DeviceKind::cuda;
+  const Tensor activated = gelu(fused ? x.detach() : x);
+  if (keep == autograd::Keep::kRecipe)
+    autograd::remade("gelu", activated, [](const std::vector<Tensor>& in) { return gelu(in[0]); }, {x});
+  if (!fused) return linear(activated, weight, bias);
+  const Tensor out = affine(activated, weight, bias);
+  autograd::record(kOp, {x, weight, bias}, {out}, {activated, weight, x}, [](BackwardContext& context) {
+    const Tensor activated = context.saved(0), weight = context.saved(1), x = context.saved(2);
+    const Tensor gradient = rows_of(context.grad().contiguous());
+    if (context.needs(0)) {
+      Tensor dx = Tensor::empty(x.shape(), x.dtype(), x.device());
+      product(gradient, weight, rows_of(dx), {.gelu_input = rows_of(x.contiguous())});
+      context.set(0, dx);
     }
-    if (!context.needs(2)) return;
-    if (size_of(x.dtype()) == 2) {
-      // Many rows add up to one number: sum in f32 and round once.
-      context.set(2, [&] {
-        if (x.device().kind == DeviceKind::cuda) return weft::sum(gradient, {0});
-        Tensor sum = Tensor::empty({out_features}, DType::f32, x.device());
-        launch(x.device(), "linear", [&](auto) {
-          column_sum(Cpu(), gradient.data<BFloat16>(), rows, out_features, out_features, sum.data<float>(), false);
-        });
-        return sum.to(x.dtype());
-      }());
-      return;
-    }
-    const auto sink = context.sink(2);
-    Tensor db = sink ? sink->tensor : Tensor::empty({out_features}, x.dtype(), x.device());
-    launch(x.device(), "linear", [&](auto device) {
-      const auto sum = [&]<class T>() {
-        column_sum(device, gradient.data<T>(), rows, out_features, out_features, db.data<T>(),
-                   sink && sink->accumulate);
-      };
-      x.dtype() == DType::f64 ? sum.template operator()<double>() : sum.template operator()<float>();
-    });
-    if (!sink) context.set(2, db);
+    parameter_gradients(context, activated, gradient);
   });
   return out;
 }

@@ -1,4 +1,5 @@
 #pragma once
+#include "core/autograd.h"
 #include "core/tensor.h"
 
 namespace weft {
@@ -25,6 +26,21 @@ Tensor matmul(const Tensor& a, const Tensor& b);
 /// @throws Error  kShape naming the sizes that do not fit; kDType if dtypes differ.
 /// Saved for backward: x, weight. Gradients of weight and bias are written where the leaf keeps them.
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias = {});
+
+/// GELU and the affine map behind it: what a transformer's MLP does after its first product.
+///
+///   y[..., o] = sum_i gelu(x[..., i]) * weight[o, i] + bias[o]
+///
+/// The forward pass is linear(gelu(x), weight, bias), bit for bit. On CUDA the backward pass multiplies by gelu'(x)
+/// where the product that gives the gradient of gelu(x) is summed, so that this gradient is neither rounded nor
+/// written.
+///
+/// @param x, weight, bias  as of linear()
+/// @param keep  with Keep::kRecipe, gelu(x) is made again in the backward pass instead of kept; same bits
+/// @throws Error  as linear().
+/// Saved for backward: x, weight, and gelu(x).
+Tensor gelu_linear(const Tensor& x, const Tensor& weight, const Tensor& bias = {},
+                   autograd::Keep keep = autograd::Keep::kValue);
 
 /// While it lives, f32 products that this thread starts may be done in TF32 by a device that has it: operands are
 /// rounded to 10 bits of mantissa, sums stay f32. On the CPU nothing changes.

@@ -19,6 +19,13 @@ Tensors compose_linear(const Tensors& in) {
   return {in[0].rank() == 1 ? y.squeeze(0) : y};
 }
 
+Tensors run_gelu_linear(const Tensors& in) { return {gelu_linear(in[0], in[1], in.size() > 2 ? in[2] : Tensor())}; }
+Tensors compose_gelu_linear(Tensors in) {
+  const Tensor x = in[0];
+  in[0] = x * sigmoid((x + x * x * x * 0.044715) * 1.5957691216057307);  // 2 sqrt(2 / pi)
+  return compose_linear(in);
+}
+
 constexpr const char* kReason =
     "a sum of K products of numbers below 2 in f32: K * 4 * 2^-24; one rounding of inputs and result in bf16";
 
@@ -44,6 +51,15 @@ OpCase linear_case(const char* name, const Shape& x, int64_t out, bool bias) {
           .reason = kReason};
 }
 
+OpCase gelu_linear_case(const char* name, const Shape& x, int64_t out, bool bias) {
+  OpCase made = linear_case(name, x, out, bias);
+  made.op = "gelu_linear";
+  made.arguments[1].low = -0.5, made.arguments[1].high = 0.5;  // gelu(x) is rounded too
+  made.run = run_gelu_linear;
+  made.composed = compose_gelu_linear;
+  return made;
+}
+
 }  // namespace
 
 std::vector<OpCase> matmul_cases() {
@@ -65,6 +81,14 @@ std::vector<OpCase> matmul_cases() {
       linear_case("one_vector", {6}, 4, true),
       linear_case("no_rows", {0, 4}, 3, true),
       linear_case("beyond_one_strip", {65, 17}, 131, true),
+      gelu_linear_case("rows", {5, 7}, 3, true),
+      gelu_linear_case("rows_of_sixteen", {6, 16}, 8, true),
+      gelu_linear_case("without_bias", {5, 8}, 3, false),
+      gelu_linear_case("tokens", {2, 3, 24}, 5, true),
+      gelu_linear_case("one_vector", {8}, 4, true),
+      gelu_linear_case("no_rows", {0, 4}, 3, true),
+      gelu_linear_case("no_outputs", {3, 8}, 0, false),
+      gelu_linear_case("beyond_one_strip", {65, 136}, 17, true),
   };
 }
 
