@@ -158,10 +158,13 @@ class Run {
     if (!world_.speaks()) return follow(stop);
     MetricsFile metrics_file(o_.out / "metrics.jsonl", first, first == o_.steps);
     const models::MachineSpeed machine = models::machine_speed(device_, o_.dtype());
-    const double bound = models::step_bound(gpt_.config(), o_.batch * o_.context * o_.accumulate, machine).total();
+    // Ranks are alike, and a step can be shared out among them.
+    const double bound = models::step_bound(gpt_.config(), o_.batch * o_.context * o_.accumulate, machine).total() /
+                         static_cast<double>(world_.size());
     log::info("speed of light of a step: ", fixed(bound * 1e3, 1), " ms (GEMM peak ",
               fixed(machine.gemm_flops * 1e-9, 0), " GFLOP/s, copy ", fixed(machine.copy_bytes * 1e-9, 0), " GB/s, ",
-              machine.threads, " threads of ", machine.name, ")");
+              machine.threads, " threads of ", machine.name,
+              world_.size() > 1 ? concat(", ", world_.size(), " ranks") : "", ")");
     log::info("cuda graph: ", describe_cuda_graph(graph_reason_));
     const bool samples = o_.sample_every > 0 && (!parallel_ || parallel_->whole());
     if (o_.sample_every > 0 && !samples)
