@@ -26,6 +26,7 @@
 #include "models/generate.h"
 #include "models/gpt_checkpoint.h"
 #include "models/speed_of_light.h"
+#include "models/stage_costs.h"
 #include "models/trainer.h"
 #include "ops/matmul.h"
 
@@ -475,6 +476,32 @@ void refuse_too_large(const TrainOptions& o, const dist::Mesh& mesh, int64_t voc
   }
 }
 
+/// Layers of each stage by what they cost on the first rank.
+std::vector<int64_t> measured_split(const TrainOptions& o, const dist::Mesh& mesh, Device device, World& world,
+                                    int64_t vocab) {
+  const models::GptConfig config = o.model(vocab);
+  Tensor costs = Tensor::zeros({config.layers}, DType::f64, device);
+  if (world.rank() == 0) {
+    const std::vector<double> measured = models::measured_layer_costs(config, {o.batch, o.context}, device, o.dtype());
+    costs.copy_(Tensor::from(measured, {config.layers}, device));
+  }
+  world.group().broadcast_(costs, 0);
+  const std::vector<double> seconds = costs.to_vector<double>();
+  const auto stages = static_cast<int>(mesh.size(dist::Axis::pp) * o.pipeline_chunks);
+  const std::vector<int> cuts = dist::split_into_stages(seconds, stages);
+  std::vector<int64_t> layers;
+  std::string text;
+  for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+    layers.push_back(cuts[i + 1] - cuts[i]);
+    text += concat(i == 0 ? "" : ", ", layers.back());
+  }
+  if (world.speaks()) {
+    log::info("a layer takes ", fixed(seconds.front() * 1e3, 2), " ms here, the last one with the head ",
+              fixed(seconds.back() * 1e3, 2), " ms; layers of stages: ", text);
+  }
+  return layers;
+}
+
 /// The directory that holds `path`.
 fs::path directory_above(const fs::path& path) {
   const fs::path directory = (path.has_filename() ? path : path.parent_path()).parent_path();
@@ -562,6 +589,7 @@ int run_train(std::span<const std::string> args) {
     world.group().barrier();
     if (world.speaks()) log::info("mesh ", mesh.to_string(), ", ZeRO ", static_cast<int>(o.zero));
   }
+  if (o.pipeline_measure) o.pipeline_split = measured_split(o, mesh, device, world, data.tokenizer.vocab_size());
   const auto train = [&] {
     Run run(o, device, world, mesh, config_text, std::move(data), from_path);
     if (!world.speaks()) {

@@ -75,6 +75,8 @@ void TrainOptions::declare(Options& o) {
         "with pp: stages a rank, of fewer layers each; other than 1 for --pipeline interleaved alone");
   o.add("pipeline_split", &pipeline_split, {.min = 1, .unit = "layers"}, {},
         "with pp: layers of each stage, 3,3,4,2 say; empty: as even as can be, by the FLOPs of layers and head");
+  o.add("pipeline_measure", &pipeline_measure,
+        "with pp: split layers by the time that a layer and the head take on the first rank instead; same numbers");
   o.add("deterministic", &deterministic,
         "add up the gradients of micro-batches in the order that several ranks add them up in, so that one rank has "
         "their bits; several always do");
@@ -185,6 +187,8 @@ void TrainOptions::check_pipeline(const Options& options, const dist::Mesh& layo
       accumulate % (ranks * layout.size(dist::Axis::dp)) != 0)
     options.reject("accumulate", "must be a multiple of ", ranks, " for each of ", layout.size(dist::Axis::dp),
                    " copies with --pipeline interleaved on ", ranks, " ranks, got ", accumulate);
+  if (pipeline_measure && (ranks == 1 || !pipeline_split.empty()))
+    options.reject("pipeline_measure", "is for several pipeline ranks without --pipeline-split");
   if (pipeline_split.empty()) return;
   int64_t total = 0;
   for (const int64_t count : pipeline_split) total += count;

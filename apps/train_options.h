@@ -46,6 +46,7 @@ struct TrainOptions {
   dist::PipelineKind pipeline = dist::PipelineKind::k1F1B;
   int64_t pipeline_chunks = 1;
   std::vector<int64_t> pipeline_split;
+  bool pipeline_measure = false;
   bool deterministic = false;
   // run
   DeviceOption device;

@@ -6,6 +6,7 @@
 
 #include "core/autograd.h"
 #include "dist/mesh_norms.h"
+#include "models/stage_costs.h"
 
 namespace weft::models {
 namespace {
@@ -14,16 +15,6 @@ using dist::Axis;
 constexpr const char* kWhere = "parallel gpt";
 /// What embeds tokens and is the head's matrix too.
 constexpr const char* kTable = "wte.weight";
-
-/// FLOPs of a training step per token in each layer, those of the head with the last.
-std::vector<double> layer_costs(const GptConfig& config) {
-  GptConfig one = config, none = config;
-  one.layers = 1, none.layers = 0;
-  const double head = none.flops_per_token(), layer = one.flops_per_token() - head;
-  std::vector<double> costs(static_cast<size_t>(config.layers), layer);
-  costs.back() += head;
-  return costs;
-}
 
 /// What of the model a rank holds: chunk c of its stages is stage c * ranks + rank.
 GptPart part_of(const ParallelOptions& options, const GptConfig& config, int rank, dist::Group& tensor,
@@ -77,7 +68,7 @@ std::vector<int64_t> pipeline_stages(const ParallelOptions& options, const GptCo
          config.layers);
   }
   if (options.stage_layers.empty()) {
-    const std::vector<int> cuts = dist::split_into_stages(layer_costs(config), count);
+    const std::vector<int> cuts = dist::split_into_stages(counted_layer_costs(config), count);
     return {cuts.begin(), cuts.end()};
   }
   std::vector<int64_t> cuts = {0};

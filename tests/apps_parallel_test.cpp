@@ -68,6 +68,11 @@ TEST(Parallel, StagesOfAPipelineSaveTheirLayersAndOthersGoOnFromThem) {
   expect_same_as_alone("stages");
 }
 
+TEST(Parallel, LayersMayBeSharedOutByTheirMeasuredTime) {
+  must_run(workplace(), ranks(2, train("measured", {"--mesh", "pp=2", "--pipeline-measure"})));
+  expect_same_as_alone("measured");
+}
+
 TEST(Parallel, RanksOfTensorParallelismSaveSlicesThatMakeWholeTensors) {
   // Sums over the ranks of tp are added up in another order: the numbers are near those of one process, not equal.
   must_run(workplace(), ranks(2, train("slices", {"--mesh", "tp=2", "--zero", "1"})));
