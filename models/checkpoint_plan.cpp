@@ -9,42 +9,72 @@
 namespace weft::checkpoint {
 namespace {
 
-/// What orders the pieces of a tensor: along the cut dimension, then along the elements.
-using PieceKey = std::vector<int64_t>;
-PieceKey key_of(const TensorPart& part) {
-  PieceKey key = {part.dim};
-  for (const IndexRange& range : part.ranges) key.insert(key.end(), {range.begin, range.end});
-  key.insert(key.end(), {part.begin, part.end});
-  return key;
-}
+/// Elements [begin, end) of a slice that a rank holds, or is to write.
+struct Stretch {
+  int64_t begin, end;
+  size_t rank;
+};
 
-struct Piece {
-  TensorPart part;
-  std::vector<size_t> holders;  ///< increasing
-  size_t writer = 0;
+/// Slices of a tensor, with the ranks that have elements of them.
+struct Slice {
+  TensorPart all;  ///< of its elements
+  std::vector<Stretch> held, written;
 };
 
 struct Whole {
   DType dtype = DType::f32;
   Shape shape;
   size_t first_rank = 0;  ///< that said so
-  std::map<PieceKey, Piece> pieces;
+  std::map<std::vector<int64_t>, Slice> slices;
 };
 
 using Wholes = std::map<std::string, Whole>;
 
 void add(Wholes& wholes, const HeldPiece& piece, size_t rank) {
   const TensorPart part = normalized(piece.part);
-  const auto [found, is_new] = wholes.try_emplace(piece.name, Whole{piece.dtype, part.whole, rank, {}});
-  Whole& whole = found->second;
+  Whole& whole = wholes.try_emplace(piece.name, Whole{piece.dtype, part.whole, rank, {}}).first->second;
   if (whole.dtype != piece.dtype || !(whole.shape == part.whole)) {
     fail(ErrorKind::kValue, "save_checkpoint", "tensor ", quoted(piece.name), " is ", whole.dtype, ' ', whole.shape,
          " on rank ", whole.first_rank, " and ", piece.dtype, ' ', part.whole, " on rank ", rank);
   }
-  if (part.count() == 0 && numel(part.whole) > 0) return;
-  const TensorPart stored = part.count() == 0 ? TensorPart::all(part.whole) : part;
-  Piece& same = whole.pieces.try_emplace(key_of(stored), Piece{stored, {}, 0}).first->second;
-  same.holders.push_back(rank);
+  const bool empty = numel(part.whole) == 0;
+  if (part.count() == 0 && !empty) return;
+  TensorPart all = empty ? TensorPart::all(part.whole) : part;
+  all.begin = 0, all.end = numel(all.sliced());
+  std::vector<int64_t> key = {all.dim};
+  for (const IndexRange& range : all.ranges) key.insert(key.end(), {range.begin, range.end});
+  Slice& slice = whole.slices.try_emplace(key, Slice{all, {}, {}}).first->second;
+  slice.held.push_back({empty ? 0 : part.begin, empty ? 0 : part.end, rank});
+}
+
+/// Whether no element is held by two ranks.
+bool is_exclusive(std::vector<Stretch> held) {
+  std::sort(held.begin(), held.end(), [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < held.size(); ++i) {
+    if (held[i].begin < held[i - 1].end || held[i].end == held[i].begin) return false;
+  }
+  return true;
+}
+
+/// Each element once. Whoever has begun writes to the end of what it holds, so that a rank has at most one stretch.
+void share_out(Slice& slice, int64_t size, std::vector<int64_t>& load) {
+  int64_t at = 0;
+  do {
+    const Stretch* next = nullptr;
+    int64_t later = slice.all.end;  // where somebody begins
+    for (const Stretch& each : slice.held) {
+      if (each.begin > at) later = std::min(later, each.begin);
+      if (each.begin > at || (each.end <= at && slice.all.end > 0)) continue;
+      if (next == nullptr || load[each.rank] < load[next->rank]) next = &each;
+    }
+    if (next == nullptr) {
+      at = later;  // a hole, which is found later
+      continue;
+    }
+    slice.written.push_back({at, next->end, next->rank});
+    load[next->rank] += (next->end - at) * size;
+    at = next->end;
+  } while (at < slice.all.end);
 }
 
 }  // namespace
@@ -57,27 +87,26 @@ SavePlan plan_save(const std::vector<std::vector<HeldPiece>>& held) {
     for (const HeldPiece& piece : held[rank]) add(wholes[static_cast<size_t>(piece.kind)], piece, rank);
   }
   std::vector<int64_t> load(held.size(), 0);
-  std::vector<std::pair<int64_t, Piece*>> shared;
+  struct Job {
+    Slice* slice;
+    int64_t size, bytes;
+  };
+  std::vector<Job> shared;
   for (Wholes& kind : wholes) {
     for (auto& [name, whole] : kind) {
-      for (auto& [key, piece] : whole.pieces) {
-        const int64_t bytes = piece.part.count() * size_of(whole.dtype);
-        piece.writer = piece.holders.front();
-        if (piece.holders.size() > 1) {
-          shared.emplace_back(bytes, &piece);
+      for (auto& [key, slice] : whole.slices) {
+        const Job job{&slice, size_of(whole.dtype), slice.all.end * size_of(whole.dtype)};
+        if (is_exclusive(slice.held)) {
+          share_out(slice, job.size, load);
         } else {
-          load[piece.writer] += bytes;
+          shared.push_back(job);
         }
       }
     }
   }
   // Stable: the order of names decides among equals, on all ranks alike.
-  std::stable_sort(shared.begin(), shared.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
-  for (const auto& [bytes, piece] : shared) {
-    piece->writer = *std::min_element(piece->holders.begin(), piece->holders.end(),
-                                      [&](size_t a, size_t b) { return load[a] < load[b]; });
-    load[piece->writer] += bytes;
-  }
+  std::stable_sort(shared.begin(), shared.end(), [](const Job& a, const Job& b) { return a.bytes > b.bytes; });
+  for (const Job& job : shared) share_out(*job.slice, job.size, load);
 
   SavePlan plan;
   plan.files.resize(held.size());
@@ -85,7 +114,9 @@ SavePlan plan_save(const std::vector<std::vector<HeldPiece>>& held) {
     const auto k = static_cast<size_t>(kind);
     std::vector<bool> writes(held.size(), false);
     for (const auto& [name, whole] : wholes[k]) {
-      for (const auto& [key, piece] : whole.pieces) writes[piece.writer] = true;
+      for (const auto& [key, slice] : whole.slices) {
+        for (const Stretch& each : slice.written) writes[each.rank] = true;
+      }
     }
     const auto of = static_cast<int>(std::count(writes.begin(), writes.end(), true));
     int number = 0;
@@ -94,7 +125,10 @@ SavePlan plan_save(const std::vector<std::vector<HeldPiece>>& held) {
     }
     for (const auto& [name, whole] : wholes[k]) {
       CheckpointTensor tensor{.name = name, .dtype = whole.dtype, .shape = whole.shape, .pieces = {}};
-      for (const auto& [key, piece] : whole.pieces) tensor.pieces.push_back({plan.files[piece.writer][k], piece.part});
+      for (const auto& [key, slice] : whole.slices) {
+        for (const Stretch& each : slice.written)
+          tensor.pieces.push_back({plan.files[each.rank][k], slice.all.elements(each.begin, each.end)});
+      }
       if (const std::string problem = cover_problem(tensor); !problem.empty())
         fail(ErrorKind::kValue, "save_checkpoint", "what the ranks hold does not make whole tensors: ", problem);
       plan.tensors[k].push_back(std::move(tensor));

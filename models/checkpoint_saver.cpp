@@ -167,15 +167,15 @@ std::vector<HeldPiece> held_pieces(const Json& list) {
   return held;
 }
 
-/// The tensor as a file holds it, and with `copied` sharing no memory with what training goes on to change.
-Tensor to_write(const StoredTensor& stored, bool copied) {
+/// `part` of a tensor, as a file holds it, and with `copied` sharing no memory with what training goes on to change.
+Tensor to_write(const StoredTensor& stored, const TensorPart& part, bool copied) {
   const autograd::NoGrad no_grad;
   const MemoryScope scope(MemoryCategory::data);
-  Shape shape = stored.tensor.shape();
-  if (stored.part) shape = numel(stored.part->whole) > 0 ? stored.part->shape() : stored.part->whole;
-  if (!copied) return stored.tensor.detach().reshape(shape);
-  if (!(stored.tensor.device() == Device::cpu())) return stored.tensor.detach().to(Device::cpu()).reshape(shape);
-  return stored.tensor.detach().clone().reshape(shape);
+  const int64_t begin = stored.part ? stored.part->begin : 0;
+  Tensor tensor = stored.tensor.detach();
+  if (part.count() < tensor.numel()) tensor = tensor.reshape({-1}).narrow(0, part.begin - begin, part.count());
+  if (copied) tensor = tensor.device() == Device::cpu() ? tensor.clone() : tensor.to(Device::cpu());
+  return tensor.reshape(part.shape());
 }
 
 }  // namespace
@@ -280,8 +280,8 @@ void CheckpointSaver::start(const ShardedContent& content, bool background) {
       }
     }
   });
-  // Which of the rank's pieces it writes, by kind and name.
-  std::set<std::pair<Kind, std::string>> own;
+  // What of its tensors the rank writes, by kind and name.
+  std::map<std::pair<Kind, std::string>, TensorPart> own;
   const std::vector<Json> all = exchange(group_, {content.step, to_json(mine)}, failed);
   if (group_ != nullptr) {
     std::vector<std::vector<HeldPiece>> held;
@@ -296,7 +296,7 @@ void CheckpointSaver::start(const ShardedContent& content, bool background) {
       const auto k = static_cast<size_t>(kind);
       for (const CheckpointTensor& tensor : plan.tensors[k]) {
         for (const CheckpointPiece& piece : tensor.pieces) {
-          if (piece.file == save->files[k]) own.emplace(kind, tensor.name);
+          if (piece.file == save->files[k]) own.emplace(std::pair(kind, tensor.name), piece.part);
         }
       }
     }
@@ -307,8 +307,10 @@ void CheckpointSaver::start(const ShardedContent& content, bool background) {
   failed = failure_in([&] {
     for (const Kind kind : kKinds) {
       for (const StoredTensor& each : of_kind(content, kind)) {
-        if (group_ == nullptr || own.contains({kind, each.name}))
-          save->tensors[static_cast<size_t>(kind)].emplace_back(each.name, to_write(each, background));
+        const auto found = own.find({kind, each.name});
+        if (group_ != nullptr && found == own.end()) continue;
+        const TensorPart part = group_ == nullptr ? TensorPart::all(part_of(each).whole) : found->second;
+        save->tensors[static_cast<size_t>(kind)].emplace_back(each.name, to_write(each, part, background));
       }
     }
     if (rank != 0) return;

@@ -37,7 +37,7 @@ class CheckpointTensors {
   CheckpointTensors(std::vector<CheckpointTensor> tensors, std::map<std::string, SafetensorsFile> files,
                     std::string source);
 
-  /// By size of element, largest first, then by name.
+  /// In the order of the manifest, or of the one file: of Weft's own by size of element, largest first, then by name.
   const std::vector<CheckpointTensor>& tensors() const { return tensors_; }
   const std::string& source() const { return source_; }
   /// Of all files.

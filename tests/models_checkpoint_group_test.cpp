@@ -96,6 +96,12 @@ const std::vector<Layout>& layouts() {
       {"elements of thirds", 4,
        [](const Shape& whole, int r) { return flat_share(thirds(whole, r / 2, 2), r % 2, 2); }},
       {"rows in two replicas", 4, [](const Shape& whole, int r) { return slice(whole, 0, r % 2, 2); }},
+      {"pairs that cut differently", 4,
+       [](const Shape& whole, int r) {
+         const TensorPart all = TensorPart::all(whole);
+         const int64_t cut = all.count() * (r < 2 ? 1 : 2) / 3;
+         return r % 2 == 0 ? all.elements(0, cut) : all.elements(cut, all.count());
+       }},
       {"the last rank has all", 3,
        [](const Shape& whole, int r) {
          const TensorPart all = TensorPart::all(whole);
@@ -287,7 +293,6 @@ TEST_F(CheckpointGroup, TensorsThatDoNotMakeWholeOnesAreRefusedOnAllRanksBeforeA
   refused(with(rows(0, 2), rows(2, 3)), "indices 3 to 4 of dimension 0: no file has them");
   refused(with(rows(0, 3), rows(2, 4)), "indices 2 to 3 of dimension 0 are in two pieces, of model-00001-of-00002");
   refused(with(rows(0, 4).elements(0, 1), rows(0, 4).elements(2, 4)), "elements 1 to 2 of [4]: no file has them");
-  refused(with(rows(0, 4).elements(0, 3), rows(0, 4).elements(2, 4)), "elements 2 to 3 of [4] are in two pieces");
   refused(with(rows(0, 4).elements(0, 0), rows(0, 4).elements(0, 0)), "tensor \"w\" f32 [4]: no file has it");
   refused([&](ShardedContent& content,
               int rank) { content.model.push_back({"w", rank == 0 ? four : four.to(DType::f64)}); },
@@ -606,6 +611,30 @@ TEST(CheckpointPlan, DistinctPiecesAreWrittenOnceAndSharedOnesEvenTheLoad) {
   EXPECT_EQ(elements.at(plan.files[2][0]), 100);
   EXPECT_EQ(plan.files[0][0], "model-00001-of-00003.safetensors");
   EXPECT_EQ(plan.files[0][1], "");  // nothing of the optimizer
+}
+
+TEST(CheckpointPlan, WhatRanksHoldAlikeInPartIsWrittenOnce) {
+  // Two groups of ranks share out one tensor, each in its own way.
+  const TensorPart all = TensorPart::all({10, 10});
+  const std::vector<std::pair<int64_t, int64_t>> held = {{0, 37}, {37, 100}, {0, 0}, {0, 64}, {64, 100}};
+  std::vector<std::vector<checkpoint::HeldPiece>> ranks;
+  for (const auto& [begin, end] : held)
+    ranks.push_back({{checkpoint::Kind::model, "w", DType::f32, all.elements(begin, end)}});
+  const checkpoint::SavePlan plan = checkpoint::plan_save(ranks);
+  ASSERT_EQ(plan.tensors[0].size(), 1u);
+  std::set<std::string> files;
+  int64_t at = 0;
+  for (const CheckpointPiece& piece : plan.tensors[0][0].pieces) {
+    EXPECT_EQ(piece.part.begin, at);
+    at = piece.part.end;
+    EXPECT_TRUE(files.insert(piece.file).second);
+    const auto writer = std::find_if(plan.files.begin(), plan.files.end(),
+                                     [&](const auto& names) { return names[0] == piece.file; });
+    const auto& holds = held[static_cast<size_t>(writer - plan.files.begin())];
+    EXPECT_LE(holds.first, piece.part.begin);
+    EXPECT_GE(holds.second, piece.part.end);
+  }
+  EXPECT_EQ(at, 100);
 }
 
 }  // namespace
