@@ -452,7 +452,7 @@ TEST(BadInput, ShapesThatDoNotFitAreRefused) {
       {"resume with another width",
        kData,
        {"train", "--resume", "run", "--steps", "3", "--width", "32"},
-       {"stored weight", "wte.weight"}},
+       {"\"wte.weight\" is f32 [300, 16]; the program expects one [300, 32]"}},
       {"resume with another depth",
        kData,
        {"train", "--resume", "run", "--steps", "3", "--layers", "3"},
