@@ -42,8 +42,9 @@ inline constexpr size_t kHeaderBytes = 32;
 inline constexpr size_t kMaxFrame = 1 << 20;  ///< header included
 inline constexpr size_t kMaxKey = 512;
 inline constexpr size_t kMaxValue = kMaxFrame - 4096;
-inline constexpr size_t kMaxText = 64 << 10;  ///< a log line, a metric
-inline constexpr size_t kMaxName = 1024;      ///< an operation, a host, a reason
+inline constexpr size_t kMaxStore = 64 << 20;  ///< keys and values of a run together
+inline constexpr size_t kMaxText = 64 << 10;   ///< a log line, a metric
+inline constexpr size_t kMaxName = 1024;       ///< an operation, a host, a reason
 inline constexpr int64_t kMaxWaitMilliseconds = 1 << 30;
 
 std::string encode(const Message& message);

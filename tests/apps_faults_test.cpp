@@ -161,7 +161,7 @@ TEST(Faults, AThousandHostileConnectionsToARunChangeNoLossAndTakeLittleMemory) {
   ASSERT_GE(attacker, 0);
   if (attacker == 0) {
     weft::testing::allow_many_connections();
-    weft::testing::attack(std::atoi(rendezvous.c_str() + rendezvous.rfind(':') + 1), keys);
+    weft::testing::attack(std::atoi(rendezvous.c_str() + rendezvous.rfind(':') + 1), keys, [] { sleep_seconds(3); });
     _exit(0);
   }
   int64_t most = before;

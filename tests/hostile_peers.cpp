@@ -6,18 +6,14 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <fstream>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 #include <zmq.hpp>
 
 namespace weft::testing {
 namespace {
-
-using namespace std::chrono_literals;
 
 int connect_to(int port) {
   const int socket = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -35,7 +31,7 @@ void push(int socket, const std::string& bytes) {
 
 }  // namespace
 
-void attack(int port, const dist::ControlKeys& keys) {
+void attack(int port, const dist::ControlKeys& keys, const std::function<void()>& hold) {
   std::mt19937 random(7);
   const auto noise = [&](size_t size) {
     std::string bytes(size, '\0');
@@ -68,7 +64,7 @@ void attack(int port, const dist::ControlKeys& keys) {
     socket.connect("tcp://127.0.0.1:" + std::to_string(port));
     socket.send(zmq::buffer(noise(100)), zmq::send_flags::dontwait);
   }
-  std::this_thread::sleep_for(3s);
+  hold();
   for (const int socket : open) close(socket);
 }
 
