@@ -212,7 +212,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
 Tensor gelu_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, autograd::Keep keep) {
   constexpr const char* kOp = "gelu_linear";
   check_affine(kOp, x, weight, bias);
-  // The CPU's products have this epilogue too, but a step with it is slower than one with a pass of its own.
+  // The CPU's products have this epilogue too, but a step with it is no faster than one with a pass of its own.
   const bool fused = x.device().kind == DeviceKind::cuda;
   const Tensor activated = gelu(fused ? x.detach() : x);
   if (keep == autograd::Keep::kRecipe)
