@@ -4,6 +4,7 @@
 #include <iostream>
 
 #include "core/random.h"
+#include "dist/sequence_layout.h"
 
 namespace weft::apps {
 
@@ -57,12 +58,17 @@ models::ParallelOptions VerifyOptions::layout(const Options& options, const std:
   layout.mesh = dist::Mesh::parse(text);
   layout.zero = zero, layout.bucket_bytes = bucket, layout.schedule = pipeline;
   const dist::Mesh& on = layout.mesh;
-  if (on.size(Axis::cp) > 1) options.reject(name, "cannot be cut along cp yet, got ", quoted(text));
   const int tensor = on.size(Axis::tp);
   if (tensor > heads || tensor > vocab)
     options.reject(name, "has more tp ranks than there are heads or words to share, got ", quoted(text), ", ", heads,
                    " heads and ", vocab, " words");
   layout.sequence = sequence_parallel && tensor > 1;
+  const dist::SequenceLayout tokens(context, on.size(Axis::cp));
+  for (int rank = 0; layout.sequence && rank < tokens.ranks(); ++rank) {
+    if (tokens.count(rank) == 0)
+      options.reject("context", "must have a token for each of ", tokens.ranks(),
+                     " cp ranks with --sequence-parallel, got ", context);
+  }
   constexpr int kMostRanks = 64;
   if (on.size() > kMostRanks)
     options.reject(name, "may have ", kMostRanks, " ranks, threads of this process, at most, got ", on.size());
@@ -147,9 +153,10 @@ std::vector<std::string> random_arguments(int64_t seed, int64_t number) {
     arguments.push_back(concat(value));
   };
 
-  int64_t dp = 1, pp = 1, tp = 1;
-  while (dp * pp * tp < 2 || dp * pp * tp > kRanks) {
-    dp = dice.from_to(1, kRanks), pp = dice.from_to(1, 4), tp = dice.one_in(2) ? 1 : dice.from_to(2, 4);
+  int64_t dp = 1, pp = 1, cp = 1, tp = 1;
+  while (dp * pp * cp * tp < 2 || dp * pp * cp * tp > kRanks) {
+    dp = dice.from_to(1, kRanks), pp = dice.from_to(1, 4);
+    cp = dice.one_in(3) ? dice.from_to(2, 4) : 1, tp = dice.one_in(3) ? dice.from_to(2, 4) : 1;
   }
   const std::string schedule =
       pp == 1 ? "1f1b" : dice.one_of<std::string>({"gpipe", "1f1b", "interleaved", "zero-bubble"});
@@ -160,9 +167,12 @@ std::vector<std::string> random_arguments(int64_t seed, int64_t number) {
   const int64_t zero = dice.from_to(0, 2);
   const bool even = interleaved || zero == 2;
   const int64_t accumulate = dp * share + (even ? 0 : dice.from_to(0, dp - 1));
-  give("mesh", dist::Mesh({static_cast<int>(dp), static_cast<int>(pp), 1, static_cast<int>(tp)}).to_string());
+  give(
+      "mesh",
+      dist::Mesh({static_cast<int>(dp), static_cast<int>(pp), static_cast<int>(cp), static_cast<int>(tp)}).to_string());
   give("zero", zero);
-  if (tp > 1 && dice.one_in(2)) arguments.push_back("--sequence-parallel");
+  const bool sequence = dice.one_in(2);
+  if (tp > 1 && sequence) arguments.push_back("--sequence-parallel");
   give("bucket", dice.one_of<int64_t>({1, 500, 4096, 1 << 20}));
   give("layers", layers);
   if (pp > 1) give("pipeline", schedule);
@@ -179,7 +189,8 @@ std::vector<std::string> random_arguments(int64_t seed, int64_t number) {
   const int64_t heads = dice.from_to(tp, 5);
   give("heads", heads);
   give("width", heads * dice.from_to(1, 7));
-  give("context", dice.from_to(1, 9));
+  const int64_t context = sequence ? dice.from_to(2 * cp, 9) : dice.from_to(1, 9);
+  give("context", context);
   give("vocab", dice.from_to(4, 67));
   give("dropout", dice.one_of<std::string>({"0", "0.1", "0.5"}));
   give("precision", dice.one_of<std::string>({"f64", "f32", "f32", "bf16", "f16"}));
@@ -198,8 +209,10 @@ std::vector<std::string> random_arguments(int64_t seed, int64_t number) {
       for (int ranks = 1; copies * ranks <= kRanks; ++ranks) {
         if (copies > accumulate || (even && accumulate % copies != 0) || ranks > layers) continue;
         if (interleaved && ranks > 1 && accumulate % (copies * ranks) != 0) continue;
-        for (int shared = 1; copies * ranks * shared <= kRanks && shared <= heads && shared <= 4; ++shared)
-          meshes.push_back(dist::Mesh({copies, ranks, 1, shared}).to_string());
+        for (int tensor = 1; copies * ranks * tensor <= kRanks && tensor <= std::min<int64_t>(heads, 4); ++tensor) {
+          for (int sharing = 1; copies * ranks * tensor * sharing <= kRanks && sharing <= cp; ++sharing)
+            meshes.push_back(dist::Mesh({copies, ranks, sharing, tensor}).to_string());
+        }
       }
     }
     give("then", dice.one_of(meshes));

@@ -42,16 +42,15 @@ class KeptNorms final : public optim::NormReducer {
 /// Notes what the functions of a rank's forward passes answer with.
 class Watch {
  public:
-  Watch(const Parameters& parameters, std::vector<SeenOutput>& into)
-      : into_(into),
+  Watch(const Parameters& parameters, const std::vector<int64_t>& micro_batches, std::vector<SeenOutput>& into)
+      : micro_batches_(micro_batches),
+        into_(into),
         observer_([this](const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {
           see(op, inputs, outputs);
         }) {
     for (const Parameter& parameter : parameters)
       modules_[parameter.tensor.storage().get()] = parameter.name.substr(0, parameter.name.rfind('.'));
   }
-  /// What follows belongs to this micro-batch.
-  void begin(int64_t micro_batch) { micro_batch_ = micro_batch, module_ = "", counts_.clear(); }
 
  private:
   void see(const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {
@@ -65,16 +64,20 @@ class Watch {
       const int number = ++counts_[op];
       std::string place = (module_.empty() ? "" : module_ + ": ") + op;
       if (number > 1) place += concat(" ", number);
+      // Every schedule has the forward passes of a stage in the order of the micro-batches.
+      const size_t time = times_[place]++;
+      if (time >= micro_batches_.size()) continue;
       const autograd::NoGrad no_grad;
-      into_.push_back({micro_batch_, std::move(place), output.detach().clone()});
+      into_.push_back({micro_batches_[time], std::move(place), output.detach().clone()});
     }
   }
 
+  const std::vector<int64_t>& micro_batches_;
   std::vector<SeenOutput>& into_;
+  std::map<std::string, size_t> times_;
   std::map<const Storage*, std::string> modules_;
   std::map<std::string, int> counts_;
   std::string module_;
-  int64_t micro_batch_ = 0;
   autograd::RecordObserver observer_;
 };
 
@@ -168,11 +171,8 @@ class RankRun {
         (*change)(view.rank, view.step, j, batches.back(), of);
     }
     std::optional<Watch> watch;
-    if (options_.watch) watch.emplace(parallel.gpt().parameters(), kept.outputs);
-    const Tensor losses = parallel.run(batches, [&](size_t i) {
-      if (watch) watch->begin(kept.micro_batches[i]);
-      return settings[i];
-    });
+    if (options_.watch) watch.emplace(parallel.gpt().parameters(), kept.micro_batches, kept.outputs);
+    const Tensor losses = parallel.run(batches, [&](size_t i) { return settings[i]; });
     watch.reset();
     kept.losses = losses.to_vector<double>();
     at(TrainingMoment::kPassed, view);

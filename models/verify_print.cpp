@@ -81,7 +81,7 @@ void print_errors(std::ostream& out, const VerifyReport& report, bool all) {
                    [](const BoundedError& a, const BoundedError& b) { return a.ratio() > b.ratio(); });
   constexpr size_t kShown = 8;
   const size_t shown = all ? errors.size() : std::min(errors.size(), kShown);
-  out << "with tp: " << equal << " tensors have the same bits in every step, " << errors.size() << " others"
+  out << "with tp or cp: " << equal << " tensors have the same bits in every step, " << errors.size() << " others"
       << (shown < errors.size() ? concat(", ", shown, " of them here") : "") << "\n"
       << std::left << std::setw(50) << "" << std::right << std::setw(12) << "difference" << std::setw(12) << "bound"
       << std::setw(10) << "ratio" << "\n";
