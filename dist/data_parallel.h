@@ -128,14 +128,6 @@ class DataParallel {
   /// After the update: every rank gets every parameter's new values, or with kParameters when their units run.
   void gather();
 
-  /// The state of an optimizer over parameters(), "<parameter>.<name of the state>", with whole tensors, on every rank:
-  /// what a checkpoint may store, whatever the ranks share, if it fits into memory. Tensors of other names are passed
-  /// on. All ranks call it.
-  NamedTensors whole_state(const NamedTensors& own) const;
-  /// The part of it that this rank's optimizer loads. @throws Error kData for a tensor of another size than its
-  /// parameter.
-  NamedTensors own_state(const NamedTensors& whole) const;
-
  private:
   struct State;
   std::shared_ptr<State> state_;

@@ -107,10 +107,6 @@ std::optional<size_t> DataParallel::State::find(const std::string& parameter) co
   return static_cast<size_t>(found - model.begin());
 }
 
-std::optional<size_t> DataParallel::State::parameter_of(const std::string& name) const {
-  return find(name.substr(0, name.rfind('.')));
-}
-
 const DataParallel::State::Use* DataParallel::State::use_of(size_t parameter) const {
   const auto found = std::find_if(uses.begin(), uses.end(), [&](const Use& use) { return use.parameter == parameter; });
   return found == uses.end() ? nullptr : &*found;

@@ -36,8 +36,6 @@ struct DataParallel::State {
   const ShardBucket& layout(size_t bucket) const { return sums->layout(bucket); }
   /// The second use of a parameter, or null.
   const Use* use_of(size_t parameter) const;
-  /// The parameter that "<parameter>.<name of the state>" belongs to.
-  std::optional<size_t> parameter_of(const std::string& name) const;
   /// This rank's range of a bucket's gradients of the whole step.
   Tensor finish(size_t bucket);
   /// @throws Error kState, naming a unit that is whole.

@@ -157,10 +157,17 @@ struct Rank {
 
   /// All weights and states, whole.
   NamedTensors state() {
-    NamedTensors own = optimizer.state();
+    NamedTensors all = optimizer.state();
     for (const Parameter& parameter : parallel.parameters())
-      own.emplace_back(parameter.name + ".value", parameter.tensor);
-    return parallel.whole_state(own);
+      all.emplace_back(parameter.name + ".value", parameter.tensor.detach());
+    if (c.zero == Zero::kNone) return all;
+    for (auto& [name, tensor] : all) {
+      if (name == "steps") continue;
+      const Counts counts =
+          shards.all_gather(Tensor::from(std::vector<int64_t>{tensor.numel()}, {1})).to_vector<int64_t>();
+      tensor = shards.all_gather(tensor, counts);
+    }
+    return all;
   }
 };
 
