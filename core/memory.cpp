@@ -40,7 +40,7 @@ size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * 
 
 const char* name(MemoryCategory category) {
   static constexpr const char* kNames[] = {"parameters", "gradients",     "optimizer", "activations",
-                                           "workspace",  "communication", "data"};
+                                           "workspace",  "communication", "data",      "checkpoint"};
   return kNames[static_cast<size_t>(category)];
 }
 

@@ -10,8 +10,17 @@
 namespace weft {
 
 /// What memory is for; every allocation is counted under one of these names.
-enum class MemoryCategory : uint8_t { parameters, gradients, optimizer, activations, workspace, communication, data };
-inline constexpr int kMemoryCategories = 7;
+enum class MemoryCategory : uint8_t {
+  parameters,
+  gradients,
+  optimizer,
+  activations,
+  workspace,
+  communication,
+  data,
+  checkpoint,  ///< copies that are being written to disk
+};
+inline constexpr int kMemoryCategories = 8;
 const char* name(MemoryCategory category);
 
 /// While it lives, allocations of this thread are counted under `category`. The default is activations.

@@ -170,7 +170,7 @@ std::vector<HeldPiece> held_pieces(const Json& list) {
 /// `part` of a tensor, as a file holds it, and with `copied` sharing no memory with what training goes on to change.
 Tensor to_write(const StoredTensor& stored, const TensorPart& part, bool copied) {
   const autograd::NoGrad no_grad;
-  const MemoryScope scope(MemoryCategory::data);
+  const MemoryScope scope(MemoryCategory::checkpoint);
   const int64_t begin = stored.part ? stored.part->begin : 0;
   Tensor tensor = stored.tensor.detach();
   if (part.count() < tensor.numel()) tensor = tensor.reshape({-1}).narrow(0, part.begin - begin, part.count());
@@ -322,7 +322,7 @@ void CheckpointSaver::start(const ShardedContent& content, bool background) {
   save_ = std::move(save);
   if (background) {
     save_->writer = std::thread([save = save_.get()] {
-      const MemoryScope scope(MemoryCategory::data);
+      const MemoryScope scope(MemoryCategory::checkpoint);
       save->write();
     });
   } else {

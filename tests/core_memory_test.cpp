@@ -458,7 +458,7 @@ TEST(Memory, HumanBytesHaveOneDecimal) {
 }
 
 TEST(Memory, CategoriesHaveNames) {
-  const char* names[] = {"parameters", "gradients", "optimizer", "activations", "workspace", "communication", "data"};
+  const char* names[] = {"parameters", "gradients", "optimizer", "activations", "workspace", "communication", "data", "checkpoint"};
   for (int i = 0; i < kMemoryCategories; ++i) EXPECT_STREQ(name(static_cast<MemoryCategory>(i)), names[i]);
 }
 

@@ -554,6 +554,27 @@ TEST_F(CheckpointGroup, WritingInTheBackgroundStoresTheValuesOfTheMomentAndPubli
   });
 }
 
+TEST_F(CheckpointGroup, CopiesThatAreBeingWrittenAreCountedAndGivenBack) {
+  const auto use = [] {
+    return allocator(Device::cpu()).statistics().categories[static_cast<size_t>(MemoryCategory::checkpoint)].current;
+  };
+  std::atomic<bool> go = false;
+  SaveCheckpointOptions options;
+  options.after_step = [&](std::string_view step) {
+    while (step == "model.safetensors" && !go) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  };
+  CheckpointSaver saver(root_, nullptr, options);
+  ShardedContent content;
+  content.model = {{"w", whole_tensor({100, 100}, DType::f32, 1)}};
+  content.optimizer = {{"w.mean", whole_tensor({100, 100}, DType::f32, 1)}};
+  ASSERT_EQ(use(), 0);
+  saver.begin(content);
+  EXPECT_GE(use(), 80'000);
+  go = true;
+  EXPECT_TRUE(saver.finish());
+  EXPECT_EQ(use(), 0);
+}
+
 TEST_F(CheckpointGroup, ASaveThatIsNotPublishedIsGone) {
   const std::string old = save(layouts()[7], 1);
   dist::run_threads(3, [&](dist::Group& group) {
