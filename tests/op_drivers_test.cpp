@@ -271,9 +271,11 @@ std::set<std::string> declared_ops() {
   return names;
 }
 
-/// Ops that are rounded on purpose, so that differences of their values are no derivative and wider types no reference:
-/// they have tests of their own.
-const std::map<std::string, std::string> kOwnTests = {{"linear_fp8", "ops_matmul_fp8_test.cpp"}};
+/// Ops that have tests of their own: those that add to what they are given, and those that are rounded on purpose, so
+/// that differences of their values are no derivative and wider types no reference.
+const std::map<std::string, std::string> kOwnTests = {{"attention_part", "ops_attention_test.cpp"},
+                                                      {"attention_part_backward", "ops_attention_test.cpp"},
+                                                      {"linear_fp8", "ops_matmul_fp8_test.cpp"}};
 
 TEST(OpSupport, EveryDeclaredOpHasCases) {
   std::set<std::string> with_cases;
