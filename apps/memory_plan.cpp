@@ -254,7 +254,8 @@ RankBytes rank_bytes(const TrainOptions& o, const dist::Mesh& mesh, int64_t voca
     most = std::max(most, count);
   }
   const int64_t p = most / mesh.size(dist::Axis::tp), w = size_of(o.dtype());
-  const int64_t n = mesh.size(dist::Axis::dp) * mesh.size(dist::Axis::cp);
+  const int64_t copies = mesh.size(dist::Axis::dp) * mesh.size(dist::Axis::cp);
+  const int64_t n = o.zero_ranks > 0 ? o.zero_ranks : copies;
   const auto share = [&](dist::Zero from, int64_t bytes) { return o.zero >= from ? bytes / n : bytes; };
   return {.weights = share(dist::Zero::kParameters, w * p),
           .gradients = share(dist::Zero::kGradients, w * p),

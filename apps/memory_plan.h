@@ -33,7 +33,8 @@ std::string savers_table(const TrainOptions& options, Device device, const Plann
 std::string what_would_fit(const TrainOptions& options, Device device, const PlannedData& data, int64_t limit);
 
 /// Bytes of weights, gradients and optimizer state that a rank holds between steps, by formula: with P numbers of its
-/// part of the model (the largest stage of pp, cut into tp parts), n = dp cp copies and elements of w bytes
+/// part of the model (the largest stage of pp, cut into tp parts), n = dp cp copies (or --zero-ranks) and elements of w
+/// bytes
 ///   weights w P, gradients w P, AdamW and LAMB 8 P (and 4 P of f32 masters for elements of 2 bytes),
 /// of which ZeRO keeps 1/n: 1 the last, 2 the last two, 3 all (and while they run, the weights of two units whole).
 struct RankBytes {

@@ -67,6 +67,9 @@ void TrainOptions::declare(Options& o) {
          {"3", dist::Zero::kParameters}},
         "what ranks share out instead of each keeping all of it (ZeRO): 1 the optimizer's state, 2 gradients too, 3 "
         "weights too");
+  o.add("zero_ranks", &zero_ranks, {.min = 0, .max = 1 << 20, .unit = "ranks"},
+        "with --zero 1 or 3: neighbouring copies that share out states among them, one machine's say; every such group "
+        "has all of them (hybrid sharding); 0: all copies together");
   o.add("sequence_parallel", &sequence_parallel,
         "with tp: its ranks also share the rows of the activations between the layers that they share");
   o.add("pipeline", &pipeline, pipeline_kinds(),
@@ -169,6 +172,10 @@ dist::Mesh TrainOptions::check_ranks(const Options& options, int ranks, bool ela
                    " copies with zero = 2, which adds up those of all at once; got ", accumulate,
                    ". Hint: --zero 1 shares out any number");
   }
+  if (const int sharing = copies * layout.size(dist::Axis::cp); zero_ranks > 0 && sharing % zero_ranks != 0)
+    options.reject("zero_ranks", "must divide the ", sharing, " copies, got ", zero_ranks);
+  if (zero_ranks > 0 && zero != dist::Zero::kOptimizer && zero != dist::Zero::kParameters)
+    options.reject("zero_ranks", "is for --zero 1 and --zero 3");
   check_pipeline(options, layout);
   if (ranks > 1 && precision == Precision::fp8)
     options.reject("precision", "must not be fp8 where several ranks train: each would keep scales of its own");
@@ -200,7 +207,7 @@ void TrainOptions::check_pipeline(const Options& options, const dist::Mesh& layo
 models::ParallelOptions TrainOptions::parallel(const dist::Mesh& layout) const {
   models::ParallelOptions parallel;
   parallel.mesh = layout, parallel.zero = zero, parallel.schedule = pipeline;
-  parallel.sequence = sequence_parallel;
+  parallel.sequence = sequence_parallel, parallel.shard_ranks = static_cast<int>(zero_ranks);
   parallel.chunks = static_cast<int>(pipeline_chunks), parallel.stage_layers = pipeline_split;
   return parallel;
 }

@@ -42,6 +42,7 @@ struct TrainOptions {
   // parallel
   std::string mesh;
   dist::Zero zero = dist::Zero::kNone;
+  int64_t zero_ranks = 0;
   bool sequence_parallel = false;
   dist::PipelineKind pipeline = dist::PipelineKind::k1F1B;
   int64_t pipeline_chunks = 1;

@@ -54,6 +54,27 @@ int64_t place_of(const std::string& name, const GptConfig& config) {
   return name.starts_with("ln_f.") ? config.layers : -1;
 }
 
+/// Of the ranks that add up gradients, this one's neighbours that share out states with it.
+dist::Group shard_group(const dist::Group& all, const ParallelOptions& options) {
+  const int size = options.shard_ranks == 0 ? all.size() : options.shard_ranks;
+  if (size < 1 || all.size() % size != 0)
+    fail(ErrorKind::kValue, kWhere, "ranks that share out states must divide the ", all.size(), " copies, got ", size);
+  if (size < all.size() && options.zero == dist::Zero::kGradients)
+    fail(ErrorKind::kValue, kWhere,
+         "groups that share out states are for ZeRO 1 and 3; with 2, which adds up the "
+         "micro-batches of all copies one by one, all are one group");
+  std::vector<int> ranks(static_cast<size_t>(size));
+  std::iota(ranks.begin(), ranks.end(), all.rank() / size * size);
+  return all.subgroup(ranks, concat("shards of ", all.name()));
+}
+
+/// The ranks with this one's place in all such groups.
+dist::Group replica_group(const dist::Group& all, int size) {
+  std::vector<int> ranks;
+  for (int rank = all.rank() % size; rank < all.size(); rank += size) ranks.push_back(rank);
+  return all.subgroup(ranks, concat("replicas of ", all.name()));
+}
+
 constexpr std::array kData = {Axis::dp}, kPipeline = {Axis::pp}, kTensor = {Axis::tp}, kContext = {Axis::cp};
 constexpr std::array kGradients = {Axis::dp, Axis::cp};
 
@@ -93,6 +114,7 @@ ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, con
       tensor_(world.subgroup(options.mesh, kTensor)),
       context_(world.subgroup(options.mesh, kContext)),
       gradients_(world.subgroup(options.mesh, kGradients)),
+      shards_(shard_group(gradients_, options)),
       cuts_(cuts_of(options, config)),
       gpt_(config, device, seed, dtype, part_of(options, config, pipeline_.rank(), tensor_, context_)) {
   std::vector<std::string> names;
@@ -102,6 +124,7 @@ ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, con
     places.push_back(place_of(parameter.name, config));
   }
   const int last = pipeline_.size() - 1;
+  if (shards_.size() < gradients_.size()) replicas_.emplace(replica_group(gradients_, shards_.size()));
   dist::DataParallelOptions data_options{.zero = options.zero, .bucket_bytes = options.bucket_bytes};
   if (gpt_.embeds() && gpt_.has_head()) {
     data_options.second_uses = {{.parameter = kTable, .leaf = gpt_.head()}};
@@ -109,14 +132,15 @@ ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, con
     ends_.emplace(pipeline_.subgroup(std::array{0, last}, concat("ends of ", pipeline_.name())));
     data_options.second_uses = {{.parameter = kTable, .pair = &*ends_}};
   }
+  data_options.replicas = replicas_ ? &*replicas_ : nullptr;
   if (runs_units()) {
     data_options.units = gpt_.units();
   } else if (sharded()) {
     data_options.units = {names};
   }
-  data_parallel_ = std::make_unique<dist::DataParallel>(gradients_, gpt_.parameters(), data_options);
+  data_parallel_ = std::make_unique<dist::DataParallel>(shards_, gpt_.parameters(), data_options);
   if (sharded()) gpt_.draw(parameters(), parts());
-  const dist::MeshNorms::Groups groups{.shards = options.zero == dist::Zero::kNone ? nullptr : &gradients_,
+  const dist::MeshNorms::Groups groups{.shards = options.zero == dist::Zero::kNone ? nullptr : &shards_,
                                        .tensor = &tensor_,
                                        .stages = last > 0 ? &pipeline_ : nullptr};
   norms_ = std::make_shared<dist::MeshNorms>(groups, names, places);

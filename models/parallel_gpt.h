@@ -23,6 +23,9 @@ struct MicroBatch {
 struct ParallelOptions {
   dist::Mesh mesh;  ///< of all ranks
   dist::Zero zero = dist::Zero::kNone;
+  /// Hybrid sharding: neighbouring copies (dp and cp ranks) in groups of so many share out the states among them, and
+  /// every group has all of them; 0: all copies are one group. Must divide their number; not with Zero::kGradients.
+  int shard_ranks = 0;
   int64_t bucket_bytes = dist::DataParallelOptions().bucket_bytes;
   dist::PipelineKind schedule = dist::PipelineKind::k1F1B;  ///< with pp > 1
   int chunks = 1;                                           ///< stages a rank; kInterleaved has several
@@ -72,7 +75,7 @@ class ParallelGpt {
   std::shared_ptr<optim::NormReducer> norms() const { return norms_; }
   const dist::DataParallel& data_parallel() const { return *data_parallel_; }
   /// Ranks that add up their gradients.
-  const dist::Group& gradient_group() const { return gradients_; }
+  const dist::Group& gradient_group() const { return shards_; }
 
   /// Of a step's micro-batches, the ranks with one of data_ranks() have the same.
   int data_rank() const { return data_.rank(); }
@@ -120,8 +123,10 @@ class ParallelGpt {
   Device device_;
   DType dtype_;
   dist::Group data_, pipeline_, tensor_, context_;
-  dist::Group gradients_;            ///< ranks whose gradients of the same parameters are added up
-  std::optional<dist::Group> ends_;  ///< first and last stage, which both have the token embedding
+  dist::Group gradients_;                ///< ranks whose gradients of the same parameters are added up
+  dist::Group shards_;                   ///< those of them that share out states, and
+  std::optional<dist::Group> replicas_;  ///< those that have this rank's place in other such groups, if there are any
+  std::optional<dist::Group> ends_;      ///< first and last stage, which both have the token embedding
   /// First layer of each stage, and the number of layers. Where a rank runs units of weights, they are its stages: each
   /// block, and the final norm with the head, which is a stage without layers.
   std::vector<int64_t> cuts_;

@@ -37,6 +37,7 @@ struct Case {
   Recompute recompute = {};
   double dropout = 0.1;
   bool sequence = false;
+  int shard_ranks = 0;
 };
 
 std::string title(const Case& c) {
@@ -88,7 +89,7 @@ Outcome train(const Case& c) {
     ParallelOptions options;
     options.mesh = Mesh::parse(c.mesh), options.zero = c.zero, options.bucket_bytes = 4096;
     options.schedule = c.schedule, options.chunks = c.chunks, options.stage_layers = c.stage_layers;
-    options.sequence = c.sequence;
+    options.sequence = c.sequence, options.shard_ranks = c.shard_ranks;
     ParallelGpt parallel(world, options, config_of(c), Device::cpu(), 3, c.dtype);
     optim::AdamOptions adam;
     adam.weight_decay = 0.1, adam.clip_norm = 0.5, adam.trust_ratio = c.trust_ratio;
@@ -145,7 +146,7 @@ Outcome train(const Case& c) {
 void expect_equal_to_one_rank(const Case& c) {
   const ::testing::ScopedTrace trace(__FILE__, __LINE__, title(c));
   Case alone = c;
-  alone.mesh = "", alone.zero = Zero::kNone, alone.chunks = 1, alone.stage_layers = {};
+  alone.mesh = "", alone.zero = Zero::kNone, alone.chunks = 1, alone.stage_layers = {}, alone.shard_ranks = 0;
   alone.schedule = PipelineKind::k1F1B;
   const Outcome one = train(alone), many = train(c);
   EXPECT_EQ(many.losses, one.losses);
@@ -241,6 +242,12 @@ TEST(ParallelGpt, WeightsMayBeSharedOutOnEveryMesh) {
   expect_close_to_one_rank({.mesh = "dp=2,tp=2", .zero = Zero::kParameters});
   expect_close_to_one_rank({.mesh = "dp=2,cp=2", .zero = Zero::kParameters});
   expect_close_to_one_rank({.mesh = "dp=2,pp=2,tp=2", .zero = Zero::kParameters, .sequence = true});
+}
+
+TEST(ParallelGpt, StatesMayBeSharedOutWithinGroupsOfCopies) {
+  for (const Zero zero : {Zero::kOptimizer, Zero::kParameters})
+    expect_equal_to_one_rank({.mesh = "dp=4", .zero = zero, .shard_ranks = 2});
+  expect_equal_to_one_rank({.mesh = "dp=4,pp=2", .zero = Zero::kOptimizer, .trust_ratio = true, .shard_ranks = 2});
 }
 
 TEST(ParallelGpt, StagesMayHaveAnyNumbersOfLayers) {
