@@ -1,9 +1,7 @@
 // weft launch -- train: what several processes save together are the tensors that one process saves, bit for bit.
 #include "models/checkpoint.h"
-
-#include <cstring>
-
 #include "tests/apps_process.h"
+#include "tests/same_checkpoint.h"
 
 namespace {
 
@@ -34,23 +32,7 @@ const std::string& alone() {
   return path;
 }
 
-/// Tensors by name, whatever files hold them.
-void expect_same_as_alone(const std::string& run) {
-  const weft::OpenCheckpoint expected = weft::open_checkpoint(alone()), got = weft::open_checkpoint(checkpoint(run));
-  EXPECT_EQ(got.manifest.data_cursor, expected.manifest.data_cursor);
-  EXPECT_EQ(got.manifest.state, expected.manifest.state);
-  for (const auto& [a, b] : {std::pair(&expected.model, &got.model), std::pair(&expected.optimizer, &got.optimizer)}) {
-    ASSERT_GT(a->tensors().size(), 10u);
-    ASSERT_EQ(a->tensors().size(), b->tensors().size());
-    for (const weft::CheckpointTensor& each : a->tensors()) {
-      ASSERT_TRUE(b->contains(each.name)) << each.name;
-      const weft::Tensor x = a->load(each.name), y = b->load(each.name);
-      ASSERT_EQ(x.describe(), y.describe()) << each.name;
-      EXPECT_EQ(std::memcmp(x.raw(), y.raw(), static_cast<size_t>(x.numel() * weft::size_of(x.dtype()))), 0)
-          << run << ": " << each.name;
-    }
-  }
-}
+void expect_same_as_alone(const std::string& run) { weft::testing::expect_same_checkpoint(checkpoint(run), alone()); }
 
 TEST(Parallel, RanksWriteTheCheckpointThatOneProcessWrites) {
   for (const auto& [n, zero] : {std::pair(2, "0"), {2, "1"}, {2, "2"}, {3, "0"}, {3, "1"}, {4, "1"}}) {
