@@ -28,9 +28,9 @@ struct SavePlan {
   std::vector<std::array<std::string, 2>> files;
 };
 
-/// Each element is written by one of the ranks that hold it: first what only one rank holds, by that one; then the other
-/// slices, largest first, from their first element on by the rank that has least to write so far, to the end of what it
-/// holds. A pure function, so that ranks that know what all of them hold agree without another word.
+/// Each element is written by one of the ranks that hold it: first what only one rank holds, by that one; then the
+/// other slices, largest first, from their first element on by the rank that has least to write so far, to the end of
+/// what it holds. A pure function, so that ranks that know what all of them hold agree without another word.
 /// @param held  [rank]: no name of a kind twice
 /// @throws Error kValue naming tensor and ranks, if ranks differ about a dtype or a whole shape, or if the pieces do
 /// not make each element of a tensor once.

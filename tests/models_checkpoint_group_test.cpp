@@ -649,8 +649,8 @@ TEST(CheckpointPlan, WhatRanksHoldAlikeInPartIsWrittenOnce) {
     EXPECT_EQ(piece.part.begin, at);
     at = piece.part.end;
     EXPECT_TRUE(files.insert(piece.file).second);
-    const auto writer = std::find_if(plan.files.begin(), plan.files.end(),
-                                     [&](const auto& names) { return names[0] == piece.file; });
+    const auto writer =
+        std::find_if(plan.files.begin(), plan.files.end(), [&](const auto& names) { return names[0] == piece.file; });
     const auto& holds = held[static_cast<size_t>(writer - plan.files.begin())];
     EXPECT_LE(holds.first, piece.part.begin);
     EXPECT_GE(holds.second, piece.part.end);
