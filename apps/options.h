@@ -144,6 +144,9 @@ class Options {
   /// True if a file, a variable or the command line gave it.
   bool given(std::string_view name) const { return origin(name).source != Source::kDefault; }
 
+  /// Names of all options that a file may give, as declared.
+  std::vector<std::string> names() const;
+
   /// Throws the Error for a value that is wrong only in company: reject("heads", "must divide width = ", o.width).
   template <class... Parts>
   [[noreturn]] void reject(std::string_view name, const Parts&... parts) const {
@@ -170,7 +173,6 @@ class Options {
   const Entry& at(std::string_view name) const;
   std::string spelling(const Entry& entry) const;
   std::string variable(const Entry& entry) const;
-  std::vector<std::string> names() const;
 
   std::optional<std::vector<Argument>> read_arguments(std::span<const std::string> args) const;
   void assign(Entry& entry, const Given& value, Source source, const std::string& place, const std::string& shown_as);

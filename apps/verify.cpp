@@ -70,7 +70,13 @@ int run_verify(std::span<const std::string> args) {
               "make this many random comparisons instead; each prints the command that repeats it");
   options.add("tensors", &all_errors, "where numbers may differ: print every tensor's error");
   if (!options.parse(args)) return 0;
-  if (count > 0) return fuzz(count, o.seed) ? 0 : 1;
+  if (count > 0) {
+    for (const std::string& name : options.names()) {
+      if (name != "seed" && name != "fuzz" && options.given(name))
+        options.reject(name, "is one comparison's: --fuzz makes its own");
+    }
+    return fuzz(count, o.seed) ? 0 : 1;
+  }
   const models::Verification verification = o.verification(options);
   for (const models::ParallelOptions& layout : verification.layouts)
     std::cout << layout.mesh.size() << " ranks, mesh " << quoted(layout.mesh.to_string())

@@ -112,7 +112,10 @@ class Step {
     const std::optional<size_t> worst =
         exceeds(Compared::kLoss, "of micro-batches", together_.losses, fine.losses, bound);
     if (!worst) return true;
-    bits_.count(Compared::kLoss, 0, 0, 1);
+    int64_t different = 0;
+    for (size_t j = 0; j < fine.losses.size(); ++j)
+      different += !(std::abs(together_.losses[j] - fine.losses[j]) <= bound);
+    bits_.count(Compared::kLoss, 0, 0, different);
     Difference first = bits_.difference(Compared::kLoss, concat("micro-batch ", *worst));
     first.element = static_cast<int64_t>(*worst), first.bound = bound;
     first.expected = one_.losses[*worst], first.got = together_.losses[*worst];
@@ -120,7 +123,7 @@ class Step {
       const auto& own = ranks_[r].micro_batches;
       if (std::find(own.begin(), own.end(), first.element) != own.end()) first.ranks.push_back(static_cast<int>(r));
     }
-    return bits_.finish(std::move(first), static_cast<int64_t>(one_.losses.size()), 1);
+    return bits_.finish(std::move(first), static_cast<int64_t>(one_.losses.size()), different);
   }
 
   bool gradients(const Yardstick& yardstick, const RankStep& measured, const RankStep& fine) {

@@ -2,6 +2,7 @@
 #include <iomanip>
 #include <limits>
 #include <ostream>
+#include <utility>
 
 #include "models/verify.h"
 
@@ -52,14 +53,18 @@ void print_difference(std::ostream& out, const Verification& verification, const
   if (d.missing) {
     out << ": no rank has it\n";
   } else {
-    out << " is " << exactly(d.got) << " on " << rank_in(mesh, d.ranks.front()) << ", " << exactly(d.expected)
-        << (d.copies ? " elsewhere" : " on one rank alone");
+    out << " is " << exactly(d.got);
+    if (d.ranks.size() == 1 || d.what != Compared::kLoss) out << " on " << rank_in(mesh, d.ranks.front());
+    out << ", " << exactly(d.expected) << (d.copies ? " elsewhere" : " on one rank alone");
     if (d.bound > 0) out << "; they may differ by " << with_digits(d.bound, 3);
     out << "\n";
   }
   if (d.ranks.size() > 1) {
-    out << "  also on";
-    for (size_t i = 1; i < d.ranks.size(); ++i) out << (i == 1 ? " " : ", ") << rank_in(mesh, d.ranks[i]);
+    const bool loss = d.what == Compared::kLoss;
+    out << (loss ? "  ranks that compute it, or are told so:" : "  also on");
+    const char* between = " ";
+    for (size_t i = loss ? 0 : 1; i < d.ranks.size(); ++i)
+      out << std::exchange(between, ", ") << rank_in(mesh, d.ranks[i]);
     out << "\n";
   }
   out << "  " << d.different << " of " << d.compared
