@@ -44,6 +44,7 @@ int run_bench(std::span<const std::string> args) {
       {"step", "times whole training steps against their speed of light", bench_step},
       {"collectives", "times collectives between ranks against plain Gloo and a copy", bench_collectives},
       {"parallel", "times training on two processes against one, and counts what they send and keep", bench_parallel},
+      {"overlap", "measures how long ranks wait, in pipelines and behind slow links", bench_overlap},
       {"checkpoint", "times checkpoints, at once and in the background, and steps beside them", bench_checkpoint},
   };
   return dispatch("weft bench", "Measures the speed of this machine and of models on it.", kCommands, args,

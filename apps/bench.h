@@ -12,6 +12,7 @@ int bench_gemm(std::span<const std::string> args);
 int bench_step(std::span<const std::string> args);
 int bench_collectives(std::span<const std::string> args);
 int bench_parallel(std::span<const std::string> args);
+int bench_overlap(std::span<const std::string> args);
 int bench_checkpoint(std::span<const std::string> args);
 
 }  // namespace weft::apps

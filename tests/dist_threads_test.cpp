@@ -384,6 +384,33 @@ TEST(Arguments, GroupsAreCheckedWhenTheyAreMade) {
 
 // ---- the flight recorder ----
 
+TEST(Traffic, CountsTheTimeInWhichARankStandsStillForOthers) {
+  run_threads(2, [](Group& world) {
+    const Tensor t = Tensor::ones({1});
+    const auto late = [&](double seconds) {
+      if (world.rank() == 1) std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
+    };
+    world.barrier();
+    late(0.2);
+    world.all_reduce_(t);
+    late(0.2);
+    const Work work = world.all_reduce_async_(t);
+    work.wait();
+    work.wait();  // the second time costs nothing
+    const double waited = world.traffic(Collective::all_reduce).waited;
+    if (world.rank() == 0) {
+      EXPECT_GT(waited, 0.38);
+    }
+    // Whoever does something else meanwhile does not stand still.
+    world.barrier();
+    const Work behind = world.all_reduce_async_(t);
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    while (!behind.done()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    behind.wait();
+    EXPECT_EQ(world.traffic(Collective::all_reduce).waited, waited);
+  });
+}
+
 TEST(FlightRecorder, HoldsTheLastThousandOperations) {
   FlightRecorder recorder;
   Stamp stamp;

@@ -1,0 +1,271 @@
+// weft bench overlap: how long ranks wait, in steps whose computation is sleep and whose links are as slow as is asked
+// for. So it measures schedules and overlap alone, on a machine that may be busy with other things.
+#include <algorithm>
+#include <chrono>
+#include <iostream>
+#include <mutex>
+#include <thread>
+
+#include "apps/bench.h"
+#include "apps/bench_ratios.h"
+#include "apps/files.h"
+#include "core/autograd.h"
+#include "dist/data_parallel.h"
+#include "dist/engine.h"
+#include "dist/pipeline_executor.h"
+#include "dist/pipeline_simulation.h"
+#include "dist/threads.h"
+
+namespace weft::apps {
+namespace {
+
+constexpr double kBubblePoints = 0.03, kExposed = 0.1;
+/// Transfers take this share of the time in which a rank computes.
+constexpr double kTransferShare = 0.5;
+
+void sleep_for(double seconds) { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); }
+
+/// An engine whose transfers take as long as on a link of so many bytes per second, full duplex, of its own for each
+/// lane.
+class SlowLink final : public dist::Engine {
+ public:
+  SlowLink(std::shared_ptr<dist::Engine> over, double bytes_per_second)
+      : Engine(std::shared_ptr<dist::Board>(over, &over->board()), over->rank()),
+        over_(std::move(over)),
+        bytes_per_second_(bytes_per_second) {}
+  const char* name() const override { return over_->name(); }
+
+  int64_t run(const dist::Operation& op) override {
+    const double begin = steady_seconds();
+    const int64_t sent = over_->run(op);
+    const bool receives = op.stamp.op == dist::Collective::recv;
+    const int64_t bytes = receives ? op.output.numel() * size_of(op.stamp.dtype) : sent;
+    sleep_for(begin + static_cast<double>(bytes) / bytes_per_second_ - steady_seconds());
+    return sent;
+  }
+
+ private:
+  std::shared_ptr<dist::Engine> over_;
+  double bytes_per_second_;
+};
+
+dist::ThreadsOptions slow(double bytes_per_second) {
+  dist::ThreadsOptions options;
+  options.engine = [=](std::shared_ptr<dist::Engine> over) {
+    return std::make_shared<SlowLink>(std::move(over), bytes_per_second);
+  };
+  return options;
+}
+
+/// Time in which a rank has computed.
+struct Busy {
+  double seconds = 0;
+  void work(double time) {
+    const double begin = steady_seconds();
+    sleep_for(time);
+    seconds += steady_seconds() - begin;
+  }
+};
+
+/// Times of a layer: forward, and backward to its input and to its weights.
+struct LayerTimes {
+  double forward, input, weight;
+  double total() const { return forward + input + weight; }
+};
+
+/// A layer: the shape of its input, and nothing but its times. `busy` must outlive the backward pass.
+Tensor layer(const Tensor& x, const Tensor& weight, const LayerTimes& times, Busy& busy) {
+  busy.work(times.forward);
+  const Tensor out = Tensor::ones(x.shape());
+  autograd::record("sleep", {x, weight}, {out}, {}, [times, &busy, shape = weight.shape()](auto& context) {
+    busy.work(times.input);
+    if (context.needs(0)) context.set(0, context.grad());
+    context.compute(1, [times, &busy, shape](const std::optional<autograd::BackwardContext::Sink>& sink) {
+      busy.work(times.weight);
+      if (!sink) return Tensor::ones(shape);
+      Tensor gradient = sink->tensor;
+      if (!sink->accumulate) gradient.fill_(1);
+      return Tensor();
+    });
+  });
+  return out;
+}
+
+Tensor weights(int64_t elements) {
+  Tensor weight = Tensor::ones({elements});
+  weight.requires_grad_();
+  return weight;
+}
+
+/// The share of `ranks` ranks' time in which they did not compute, in the step that took longest among them.
+double idle_share(dist::Group& world, double busy, double seconds) {
+  const Tensor sums = Tensor::from(std::vector<double>{busy}, {1}),
+               most = Tensor::from(std::vector<double>{seconds}, {1});
+  world.all_reduce_(sums);
+  world.all_reduce_(most, dist::Reduction::max);
+  return 1 - sums.item() / (world.size() * most.item());
+}
+
+/// Idle shares of rounds of step(), sorted.
+std::vector<double> idle_shares(dist::Group& world, int64_t rounds, Busy& busy, const std::function<void()>& step) {
+  std::vector<double> shares;
+  for (int64_t i = 0; i < rounds; ++i) {
+    world.barrier();
+    busy.seconds = 0;
+    const double begin = steady_seconds();
+    step();
+    shares.push_back(idle_share(world, busy.seconds, steady_seconds() - begin));
+  }
+  std::sort(shares.begin(), shares.end());
+  return shares;
+}
+
+std::string percent(double share) { return fixed(100 * share, 1) + "%"; }
+
+// ---- pipelines ----
+
+/// Idle shares of a pipeline of equal stages of one layer each, whose transfers take `transfer` seconds.
+std::vector<double> pipeline_idle(dist::PipelineKind kind, const dist::PipelineShape& shape, const LayerTimes& times,
+                                  double transfer, int64_t rounds) {
+  constexpr int64_t kBoundary = 1000;  // elements
+  std::vector<double> shares;
+  const dist::ThreadsOptions options =
+      transfer > 0 ? slow(static_cast<double>(kBoundary) * 4 / transfer) : dist::ThreadsOptions();
+  dist::run_threads(
+      shape.ranks,
+      [&](dist::Group& world) {
+        const dist::PipelineSchedule schedule = dist::make_pipeline_schedule(kind, shape);
+        Busy busy;
+        std::vector<dist::PipelineStage> stages;
+        for (int stage = world.rank(); stage < schedule.stages(); stage += shape.ranks) {
+          const bool last = stage == schedule.stages() - 1;
+          stages.push_back([&, last, weight = weights(1)](int, const std::vector<Tensor>& inputs) {
+            const Tensor x = inputs.empty() ? Tensor::ones({kBoundary}) : inputs[0];
+            const Tensor out = layer(x, weight, times, busy);
+            return std::vector<Tensor>{last ? out.narrow(0, 0, 1) : out};
+          });
+        }
+        dist::PipelineExecutor executor(world, schedule, stages, {{{kBoundary}}});
+        const std::vector<double> own = idle_shares(world, rounds, busy, [&] { executor.run(); });
+        if (world.rank() == 0) shares = own;
+      },
+      options);
+  return shares;
+}
+
+constexpr dist::PipelineKind kKinds[] = {dist::PipelineKind::kGPipe, dist::PipelineKind::k1F1B,
+                                         dist::PipelineKind::kInterleaved, dist::PipelineKind::kZeroBubble};
+
+/// Every schedule, with links that cost nothing, against its formula.
+void bubbles(const RatioOptions& o, double unit, RatioTable& table) {
+  for (const dist::PipelineKind kind : kKinds) {
+    for (int ranks = 2; ranks <= 4; ++ranks) {
+      for (const int micro_batches : {4, 8, 16}) {
+        dist::PipelineShape shape{ranks, micro_batches, 1};
+        if (kind == dist::PipelineKind::kInterleaved) {
+          shape.chunks = 2;
+          shape.micro_batches = micro_batches / ranks * ranks;
+        }
+        const LayerTimes times{unit / shape.chunks, unit / shape.chunks, unit / shape.chunks};
+        const double bubble = *dist::pipeline_bubble(kind, shape, times.forward, times.input, times.weight);
+        const double work = shape.micro_batches * shape.chunks * times.total(), expected = bubble / (bubble + work);
+        std::vector<double> shares = pipeline_idle(kind, shape, times, 0, o.count());
+        const double measured = shares[shares.size() / 2];
+        table.add({concat(kind, ", ", ranks, " ranks, ", shape.micro_batches, " micro-batches"),
+                   percent(measured) + " idle", "formula " + percent(expected), std::move(shares), std::nullopt,
+                   expected + kBubblePoints});
+      }
+    }
+  }
+}
+
+/// Pipelines whose ranks send for half as long as they compute: what that adds to the idle time.
+void slow_pipelines(const RatioOptions& o, double unit, RatioTable& table) {
+  for (const dist::PipelineKind kind : kKinds) {
+    const dist::PipelineShape shape{4, 16, kind == dist::PipelineKind::kInterleaved ? 2 : 1};
+    const double each = unit / shape.chunks;
+    const LayerTimes times{each, each, each};
+    // A micro-batch's activation and gradient.
+    const double transfer = kTransferShare * times.total() / 2;
+    const auto simulated = [&](double seconds) {
+      return dist::simulate_pipeline(
+                 dist::make_pipeline_schedule(kind, shape),
+                 dist::PipelineCosts::uniform(shape.ranks * shape.chunks, each, each, each, seconds))
+          .bubble_fraction();
+    };
+    const double bubble = simulated(0), expected = simulated(transfer) - bubble;
+    std::vector<double> shares = pipeline_idle(kind, shape, times, transfer, o.count());
+    for (double& share : shares) share = std::max(0.0, share - bubble);
+    const double measured = shares[shares.size() / 2];
+    table.add({concat(kind, ", 4 ranks, 16 micro-batches, slow links"), percent(measured) + " exposed",
+               "simulation " + percent(expected), std::move(shares), std::nullopt, kExposed});
+  }
+}
+
+// ---- data parallel ----
+
+/// Two ranks, each with a micro-batch of a model of equal layers, whose transfers take half of the time in which they
+/// compute.
+void slow_data_parallel(const RatioOptions& o, double unit, RatioTable& table) {
+  constexpr int kLayers = 24, kLayersOfBucket = 2;
+  const int64_t elements = o.quick ? 4096 : 65536;
+  const LayerTimes times{unit / 3, unit / 3, unit / 3};
+  const double computing = kLayers * times.total(), bytes = static_cast<double>(kLayers * elements) * 4;
+  const std::pair<const char*, dist::Zero> layouts[] = {
+      {"DDP", dist::Zero::kNone}, {"ZeRO-1", dist::Zero::kOptimizer}, {"ZeRO-2", dist::Zero::kGradients}};
+  for (const auto& [name, zero] : layouts) {
+    std::vector<double> shares;
+    // Of P bytes two ranks send P each.
+    dist::run_threads(
+        2,
+        [&](dist::Group& world) {
+          Parameters parameters;
+          for (int i = 0; i < kLayers; ++i) parameters.push_back({concat("h.", i), weights(elements)});
+          dist::DataParallel parallel(world, parameters,
+                                      {.zero = zero, .bucket_bytes = kLayersOfBucket * elements * 4});
+          Busy busy;
+          const std::vector<int64_t> micro_batches = {1, 1};
+          const std::vector<double> own = idle_shares(world, o.count(), busy, [&] {
+            parallel.begin_step(micro_batches);
+            Tensor x = Tensor::ones({1});
+            for (const Parameter& parameter : parameters) x = layer(x, parameter.tensor, times, busy);
+            x.backward();
+            parallel.reduce();
+            parallel.gather();
+            for (const Parameter& parameter : parallel.parameters()) parameter.tensor.clear_grad();
+          });
+          if (world.rank() == 0) shares = own;
+        },
+        slow(bytes / (kTransferShare * computing)));
+    const double measured = shares[shares.size() / 2];
+    RatioRow row{concat(name, ", 2 ranks, ", kLayers / kLayersOfBucket, " buckets, slow links"),
+                 percent(measured) + " exposed", concat("sends ", percent(kTransferShare), " of compute"),
+                 std::move(shares)};
+    if (zero == dist::Zero::kNone) row.at_most = kExposed;
+    table.add(std::move(row));
+  }
+}
+
+}  // namespace
+
+int bench_overlap(std::span<const std::string> args) {
+  RatioOptions o;
+  o.rounds = 3;
+  double milliseconds = 10;
+  Options options("bench overlap",
+                  "Measures how long ranks wait for each other in pipelines and data parallelism, with sleep for "
+                  "computation and links that are free or slow.");
+  o.declare(options);
+  options.add("milliseconds", &milliseconds, {.min = 0.1, .max = 1000, .unit = "ms"},
+              "of a stage's forward pass, which is a third of all that it does");
+  if (!options.parse(args)) return 0;
+  const double unit = o.quick ? 1e-3 : milliseconds * 1e-3;
+  RatioTable table("bench overlap", o);
+  bubbles(o, unit, table);
+  slow_pipelines(o, unit, table);
+  slow_data_parallel(o, unit, table);
+  table.finish();
+  return 0;
+}
+
+}  // namespace weft::apps

@@ -1,0 +1,65 @@
+// `weft bench collectives`, `parallel` and `overlap`: that every row runs and is written, and that what ranks send and
+// keep is what the formulas say. How fast they are is for a machine that does nothing else.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "dist/processes.h"
+#include "tests/apps_process.h"
+
+namespace weft::apps_test {
+namespace {
+
+/// The rows that a quick run writes, by their names.
+std::map<std::string, nlohmann::json> quick_rows(const std::string& command) {
+  const Scratch scratch;
+  const Outcome outcome = run_weft(scratch.path(), {"bench", command, "--quick", "--json", "rows.json"}, {}, "", 240);
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  std::map<std::string, nlohmann::json> rows;
+  if (outcome.code != 0) return rows;
+  const nlohmann::json all = nlohmann::json::parse(content_of(scratch.path() / "rows.json"));
+  for (const auto& row : all["rows"]) {
+    const auto name = row["case"].get<std::string>();
+    EXPECT_TRUE(std::isfinite(row["ratio"].get<double>())) << row;
+    EXPECT_NE(outcome.out.find(name), std::string::npos) << row << " is not in\n" << outcome.out;
+    EXPECT_TRUE(rows.emplace(name, row).second) << name << " is there twice";
+  }
+  return rows;
+}
+
+bool no_gloo() { return *dist::why_no_gloo() != '\0'; }
+
+TEST(BenchCollectives, EveryOperationIsTimedBetweenProcessesAndBetweenThreads) {
+  const auto rows = quick_rows("collectives");
+  EXPECT_EQ(rows.size(), no_gloo() ? 3u : 6u);
+  for (const auto& [name, row] : rows) EXPECT_GT(row["ratio"].get<double>(), 0) << row;
+}
+
+TEST(BenchParallel, RanksSendAndKeepWhatTheFormulasSay) {
+  if (no_gloo()) GTEST_SKIP() << dist::why_no_gloo();
+  const auto rows = quick_rows("parallel");
+  EXPECT_EQ(rows.size(), 16u);
+  for (const std::string layout : {"DDP", "ZeRO-1", "ZeRO-2"}) {
+    EXPECT_DOUBLE_EQ(rows.at(layout + ", sent by a rank in a step")["ratio"].get<double>(), 1) << layout;
+    const double kept = rows.at(layout + ", parameters, gradients, state")["ratio"].get<double>();
+    EXPECT_LE(kept, 1.02) << layout;
+    EXPECT_GE(kept, 0.8) << layout;  // what ZeRO-1 has of gradients falls while their sums come
+    EXPECT_GT(rows.at(layout + ", 2 ranks")["ratio"].get<double>(), 0) << layout;
+    const double exposed = rows.at(layout + ", exposed communication")["ratio"].get<double>();
+    EXPECT_GT(exposed, 0) << layout;
+    EXPECT_LT(exposed, 1) << layout;
+  }
+}
+
+TEST(BenchOverlap, EveryScheduleAndEverySlowLinkIsMeasured) {
+  const auto rows = quick_rows("overlap");
+  EXPECT_EQ(rows.size(), 4u * 3 * 3 + 4 + 3);
+  for (const auto& [name, row] : rows) {
+    EXPECT_GE(row["ratio"].get<double>(), 0) << row;
+    EXPECT_LT(row["ratio"].get<double>(), 1) << row;
+  }
+}
+
+}  // namespace
+}  // namespace weft::apps_test
