@@ -15,7 +15,7 @@
 #include "dist/processes.h"
 #include "dist/ring_attention.h"
 #include "dist/threads.h"
-#include "models/checkpoint.h"
+#include "models/checkpoint/checkpoint.h"
 #include "models/evaluation.h"
 #include "models/generate.h"
 #include "models/gpt.h"

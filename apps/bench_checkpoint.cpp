@@ -12,7 +12,7 @@
 #include "apps/options.h"
 #include "apps/step_shapes.h"
 #include "core/thread_pool.h"
-#include "models/checkpoint_saver.h"
+#include "models/checkpoint/saver.h"
 #include "models/trainer.h"
 #include "optim/adam.h"
 

@@ -12,8 +12,8 @@
 #include "core/autograd.h"
 #include "dist/data_parallel.h"
 #include "dist/engine.h"
-#include "dist/pipeline_executor.h"
-#include "dist/pipeline_simulation.h"
+#include "dist/pipeline/executor.h"
+#include "dist/pipeline/simulation.h"
 #include "dist/threads.h"
 
 namespace weft::apps {

@@ -1,5 +1,5 @@
 // weft checkpoint: what the checkpoints of a run are, whether they are intact, and what is in one.
-#include "models/checkpoint.h"
+#include "models/checkpoint/checkpoint.h"
 
 #include <algorithm>
 #include <cstdio>

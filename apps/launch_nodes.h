@@ -8,8 +8,8 @@
 
 #include "apps/launch_output.h"
 #include "apps/launch_ranks.h"
-#include "dist/control_client.h"
-#include "dist/control_server.h"
+#include "dist/control/client.h"
+#include "dist/control/server.h"
 
 namespace weft::apps {
 

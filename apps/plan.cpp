@@ -7,7 +7,7 @@
 #include "apps/files.h"
 #include "apps/train_options.h"
 #include "core/file.h"
-#include "dist/pipeline_drawing.h"
+#include "dist/pipeline/drawing.h"
 
 namespace weft::apps {
 namespace {

@@ -22,7 +22,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "core/thread_pool.h"
-#include "models/checkpoint_saver.h"
+#include "models/checkpoint/saver.h"
 #include "models/generate.h"
 #include "models/gpt_checkpoint.h"
 #include "models/speed_of_light.h"

@@ -4,7 +4,7 @@
 
 #include "apps/options.h"
 #include "apps/train_options.h"
-#include "models/verify.h"
+#include "models/verify/verify.h"
 
 namespace weft::apps {
 

@@ -2,7 +2,7 @@
 #include <memory>
 #include <optional>
 
-#include "dist/control_client.h"
+#include "dist/control/client.h"
 #include "dist/group.h"
 #include "dist/launch_info.h"
 #include "dist/mesh.h"

@@ -5,7 +5,7 @@
 
 #include "core/error.h"
 #include "core/file.h"
-#include "dist/control_keys.h"
+#include "dist/control/keys.h"
 #include "dist/launch_info.h"
 
 namespace weft::dist {

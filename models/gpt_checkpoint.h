@@ -2,7 +2,7 @@
 #include <memory>
 #include <optional>
 
-#include "models/checkpoint.h"
+#include "models/checkpoint/checkpoint.h"
 #include "models/gpt.h"
 #include "models/text/bpe.h"
 

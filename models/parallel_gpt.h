@@ -9,7 +9,7 @@
 
 #include "dist/data_parallel.h"
 #include "dist/mesh.h"
-#include "dist/pipeline_executor.h"
+#include "dist/pipeline/executor.h"
 #include "models/gpt.h"
 
 namespace weft::models {

@@ -5,7 +5,7 @@
 #include <map>
 #include <sstream>
 
-#include "models/checkpoint.h"
+#include "models/checkpoint/checkpoint.h"
 #include "models/gpt_checkpoint.h"
 #include "models/text/shard.h"
 #include "tests/apps_process.h"

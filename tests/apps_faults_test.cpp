@@ -1,7 +1,7 @@
 // Training runs that lose ranks again and again, and what they end with: the bits of a run that nothing disturbed.
 #include <random>
 
-#include "models/checkpoint.h"
+#include "models/checkpoint/checkpoint.h"
 #include "tests/apps_ranks.h"
 #include "tests/hostile_peers.h"
 #include "tests/same_checkpoint.h"

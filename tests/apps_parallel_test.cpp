@@ -1,5 +1,5 @@
 // weft launch -- train: what several processes save together are the tensors that one process saves, bit for bit.
-#include "models/checkpoint.h"
+#include "models/checkpoint/checkpoint.h"
 #include "tests/apps_process.h"
 #include "tests/same_checkpoint.h"
 

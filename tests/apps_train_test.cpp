@@ -8,7 +8,7 @@
 
 #include "core/device.h"
 #include "core/file.h"
-#include "models/checkpoint.h"
+#include "models/checkpoint/checkpoint.h"
 #include "tests/apps_process.h"
 
 namespace {

@@ -20,9 +20,9 @@
 #include <zmq.hpp>
 
 #include "core/file.h"
-#include "dist/control_client.h"
-#include "dist/control_message.h"
-#include "dist/control_server.h"
+#include "dist/control/client.h"
+#include "dist/control/message.h"
+#include "dist/control/server.h"
 #include "tests/hostile_peers.h"
 
 namespace {

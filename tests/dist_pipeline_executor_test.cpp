@@ -1,5 +1,5 @@
 // A pipeline computes what one process computes, to the last bit, in every schedule.
-#include "dist/pipeline_executor.h"
+#include "dist/pipeline/executor.h"
 
 #include <gtest/gtest.h>
 

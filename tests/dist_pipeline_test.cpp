@@ -7,9 +7,9 @@
 #include <numeric>
 #include <tuple>
 
-#include "dist/pipeline_drawing.h"
-#include "dist/pipeline_schedule.h"
-#include "dist/pipeline_simulation.h"
+#include "dist/pipeline/drawing.h"
+#include "dist/pipeline/schedule.h"
+#include "dist/pipeline/simulation.h"
 #include "tests/error_of.h"
 
 namespace weft::dist {

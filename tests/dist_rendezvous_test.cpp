@@ -12,8 +12,8 @@
 #include <utility>
 
 #include "core/error.h"
-#include "dist/control_client.h"
-#include "dist/control_server.h"
+#include "dist/control/client.h"
+#include "dist/control/server.h"
 #include "dist/processes.h"
 
 namespace weft::dist {

@@ -7,7 +7,7 @@
 
 #include "core/autograd.h"
 #include "dist/data_parallel.h"
-#include "dist/pipeline_executor.h"
+#include "dist/pipeline/executor.h"
 #include "dist/threads.h"
 #include "models/gpt.h"
 #include "optim/adam.h"

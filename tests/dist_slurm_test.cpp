@@ -14,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-#include "dist/control_keys.h"
+#include "dist/control/keys.h"
 
 namespace {
 

@@ -8,7 +8,7 @@
 #include "core/autograd.h"
 #include "core/memory.h"
 #include "dist/data_parallel.h"
-#include "dist/pipeline_executor.h"
+#include "dist/pipeline/executor.h"
 #include "dist/threads.h"
 #include "models/gpt.h"
 #include "ops/elementwise.h"

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <functional>
 
-#include "dist/control_keys.h"
+#include "dist/control/keys.h"
 
 namespace weft::testing {
 

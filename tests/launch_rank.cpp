@@ -8,7 +8,7 @@
 #include <fstream>
 #include <string>
 
-#include "dist/control_client.h"
+#include "dist/control/client.h"
 
 int main(int argc, char** argv) {
   using namespace weft;

@@ -10,9 +10,9 @@
 
 #include "core/log.h"
 #include "dist/threads.h"
-#include "models/checkpoint_manifest.h"
-#include "models/checkpoint_plan.h"
-#include "models/checkpoint_saver.h"
+#include "models/checkpoint/manifest.h"
+#include "models/checkpoint/plan.h"
+#include "models/checkpoint/saver.h"
 
 namespace weft {
 namespace {

@@ -9,7 +9,7 @@
 #include <fstream>
 #include <sstream>
 
-#include "models/checkpoint_saver.h"
+#include "models/checkpoint/saver.h"
 #include "tests/dist_processes.h"
 
 namespace weft {

@@ -7,7 +7,7 @@
 #include "core/autograd.h"
 #include "core/random.h"
 #include "dist/threads.h"
-#include "models/checkpoint_saver.h"
+#include "models/checkpoint/saver.h"
 #include "models/parallel_gpt.h"
 #include "optim/adam.h"
 

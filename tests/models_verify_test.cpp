@@ -1,5 +1,5 @@
 // Every layout trains as one rank does, and where one does not, the report says what is wrong and where.
-#include "models/verify.h"
+#include "models/verify/verify.h"
 
 #include <gtest/gtest.h>
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <string>
 
-#include "models/checkpoint.h"
+#include "models/checkpoint/checkpoint.h"
 
 namespace weft::testing {
 

@@ -1,6 +1,6 @@
 // Fuzz target for the manifest of a checkpoint.
 #include "core/file.h"
-#include "models/checkpoint_manifest.h"
+#include "models/checkpoint/manifest.h"
 #include "tests/fuzz/fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
