@@ -27,6 +27,7 @@
 #include "models/text/loader.h"
 #include "models/text/shard.h"
 #include "models/trainer.h"
+#include "models/verify/verify.h"
 #include "ops/attention.h"
 #include "ops/dropout.h"
 #include "ops/elementwise.h"

@@ -16,7 +16,11 @@ void VerifyOptions::declare(Options& o) {
   o.add("mesh", &mesh, {.placeholder = "AXES"}, "axes of the mesh and their sizes, dp=2,pp=2 say");
   o.add("then", &then, {.placeholder = "AXES"},
         "go on for as many steps on this mesh, with what the first one left; stages as even as can be");
-  o.add("zero", &zero, {{"0", dist::Zero::kNone}, {"1", dist::Zero::kOptimizer}, {"2", dist::Zero::kGradients}},
+  o.add("zero", &zero,
+        {{"0", dist::Zero::kNone},
+         {"1", dist::Zero::kOptimizer},
+         {"2", dist::Zero::kGradients},
+         {"3", dist::Zero::kParameters}},
         "what data-parallel ranks share out (ZeRO)");
   o.add("bucket", &bucket, {.min = 1, .max = int64_t{1} << 40, .unit = "bytes"}, "of gradients that travel together");
   o.add("pipeline", &pipeline, pipeline_kinds(), "with pp: the order in which a rank computes micro-batches");
@@ -164,7 +168,7 @@ std::vector<std::string> random_arguments(int64_t seed, int64_t number) {
   const int64_t chunks = interleaved ? dice.from_to(1, 2) : 1;
   const int64_t stages = pp * chunks, layers = stages + dice.from_to(0, 3);
   const int64_t share = interleaved ? pp * dice.from_to(1, 2) : dice.from_to(1, 3);
-  const int64_t zero = dice.from_to(0, 2);
+  const int64_t zero = dice.from_to(0, 3);
   const bool even = interleaved || zero == 2;
   const int64_t accumulate = dp * share + (even ? 0 : dice.from_to(0, dp - 1));
   give(

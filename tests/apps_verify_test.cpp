@@ -56,8 +56,9 @@ TEST(Verify, RandomLayoutsAreAFunctionOfTheirNumberAndReachEveryOption) {
     std::replace(name.begin(), name.end(), '_', '-');
     EXPECT_TRUE(options.contains("--" + name)) << name;
   }
-  for (const char* part : {"dp=", "pp=", "cp=", "tp=", "--zero 0", "--zero 1", "--zero 2", "interleaved", "zero-bubble",
-                           "gpipe", "1f1b", "f64", "f32", "bf16", "f16", "lamb", "adamw", "--recompute block"}) {
+  for (const char* part :
+       {"dp=", "pp=", "cp=", "tp=", "--zero 0", "--zero 1", "--zero 2", "--zero 3", "interleaved", "zero-bubble",
+        "gpipe", "1f1b", "f64", "f32", "bf16", "f16", "lamb", "adamw", "--recompute block"}) {
     EXPECT_NE(all.find(part), std::string::npos) << part;
   }
 }

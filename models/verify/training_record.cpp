@@ -102,13 +102,28 @@ std::vector<HeldPart> parts_of_state(const NamedTensors& state, const Parameters
   return held;
 }
 
+/// The weights that a rank holds between steps, and which parts of the model's they are.
+std::vector<std::pair<Parameter, TensorPart>> weights_of(ParallelGpt& parallel) {
+  std::vector<std::pair<Parameter, TensorPart>> weights;
+  if (parallel.sharded()) {
+    const std::vector<TensorPart> parts = parallel.parts();
+    for (size_t p = 0; p < parts.size(); ++p) weights.emplace_back(parallel.parameters()[p], parts[p]);
+    return weights;
+  }
+  for (const Parameter& parameter : parallel.gpt().parameters()) {
+    TensorPart part = parameter.part ? *parameter.part : TensorPart::all(parameter.tensor.shape());
+    weights.emplace_back(parameter, std::move(part));
+  }
+  return weights;
+}
+
 void load(const TrainingState& start, ParallelGpt& parallel, optim::Adam& optimizer) {
   const autograd::NoGrad no_grad;
-  for (const Parameter& parameter : parallel.gpt().parameters()) {
-    const Tensor& whole = named(start.parameters, parameter.name);
-    parameter.tensor.detach().copy_(parameter.part ? parameter.part->of(whole) : whole);
-  }
   const std::vector<TensorPart> parts = parallel.parts();
+  for (const auto& [parameter, part] : weights_of(parallel)) {
+    Tensor values = parameter.tensor.detach();
+    values.copy_(part.of(named(start.parameters, parameter.name)).reshape(values.shape()));
+  }
   NamedTensors own;
   for (const HeldPart& held : parts_of_state(optimizer.state(), parallel.parameters(), parts))
     own.emplace_back(held.name, held.part.of(named(start.state, held.name)).reshape(held.values.shape()));
@@ -200,11 +215,8 @@ class RankRun {
     parallel.gather();
     view.optimizer.zero_grad();
     at(TrainingMoment::kGathered, view);
-    for (const Parameter& parameter : parallel.gpt().parameters()) {
-      kept.parameters.push_back({parameter.name,
-                                 parameter.part ? *parameter.part : TensorPart::all(parameter.tensor.shape()),
-                                 parameter.tensor.detach().clone()});
-    }
+    for (auto& [parameter, part] : weights_of(parallel))
+      kept.parameters.push_back({parameter.name, std::move(part), parameter.tensor.detach().clone()});
     kept.state = parts_of_state(view.optimizer.state(), own, parts);
   }
 
