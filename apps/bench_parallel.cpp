@@ -1,7 +1,9 @@
 // weft bench parallel: training steps on two processes against the same steps on one, their traffic and memory against
 // the formulas, and what adding up in the canonical order costs.
+#include <algorithm>
 #include <cmath>
 #include <iostream>
+#include <map>
 
 #include "apps/bench.h"
 #include "apps/bench_processes.h"
@@ -27,14 +29,15 @@ struct Layout {
   const char* name;
   dist::Zero zero;
   double at_least;  ///< of the tokens per second of one process
-  /// What a rank keeps of gradients and state at most, in shares of the parameters.
-  double gradients, state;
+  /// What a rank keeps at most, in shares of the parameters.
+  double parameters, gradients, state;
 };
 constexpr double kHalf = 1.0 / kRanks;
 constexpr Layout kLayouts[] = {
-    {"DDP", dist::Zero::kNone, 0.9, 1, 2},
-    {"ZeRO-1", dist::Zero::kOptimizer, 0.9, 1, 2 * kHalf},
-    {"ZeRO-2", dist::Zero::kGradients, 0.9, kHalf, 2 * kHalf},
+    {"DDP", dist::Zero::kNone, 0.9, 1, 1, 2},
+    {"ZeRO-1", dist::Zero::kOptimizer, 0.9, 1, 1, 2 * kHalf},
+    {"ZeRO-2", dist::Zero::kGradients, 0.9, 1, kHalf, 2 * kHalf},
+    {"ZeRO-3", dist::Zero::kParameters, 0.8, kHalf, kHalf, 2 * kHalf},
 };
 
 /// Steps of one process.
@@ -130,10 +133,18 @@ double peak_of(std::initializer_list<MemoryCategory> categories) {
 void count(dist::Group& world, const StepShape& shape, const Layout& layout, RatioTable* table) {
   Together training(world, shape, layout.zero, kRanks);
   double parameters = 0, table_bytes = 0;
+  std::map<std::string, double> bytes_of;
   for (const Parameter& parameter : training.parallel().gpt().parameters()) {
     const auto bytes = static_cast<double>(parameter.tensor.numel() * size_of(parameter.tensor.dtype()));
     parameters += bytes;
     if (parameter.name == "wte.weight") table_bytes = bytes;
+    bytes_of[parameter.name] = bytes;
+  }
+  double largest_unit = 0, last_unit = 0;
+  for (const std::vector<std::string>& unit : training.parallel().gpt().units()) {
+    last_unit = 0;
+    for (const std::string& name : unit) last_unit += bytes_of.at(name);
+    largest_unit = std::max(largest_unit, last_unit);
   }
   training.step();
   const double before = training.sent();
@@ -144,14 +155,18 @@ void count(dist::Group& world, const StepShape& shape, const Layout& layout, Rat
                held = mean_over(world, peak_of({Memory::parameters, Memory::gradients, Memory::optimizer})),
                moving = mean_over(world, peak_of({Memory::communication}));
   if (table == nullptr) return;
-  // The token table has two uses, whose gradients are summed apart; with one micro-batch a rank, ZeRO-2 sends as much
-  // as the others.
-  RatioRow traffic = against_formula(layout, "sent by a rank in a step", sent, "2 P (n-1)/n",
-                                     (2 * parameters + table_bytes) * (kRanks - 1) / kRanks);
-  table->add(std::move(traffic));
-  RatioRow memory = against_formula(layout, "parameters, gradients, state", held,
-                                    concat(fixed(1 + layout.gradients + layout.state, 1), " P"),
-                                    parameters * (1 + layout.gradients + layout.state));
+  // The token table is in two places, whose gradients are summed apart. With one micro-batch a rank, ZeRO-2 sends as
+  // much as those before it.
+  const bool spread = layout.zero == dist::Zero::kParameters;
+  const double everywhere = parameters + table_bytes;
+  table->add(against_formula(layout, "sent by a rank in a step", sent, spread ? "(3 P - U) (n-1)/n" : "2 P (n-1)/n",
+                             (spread ? 3 * everywhere - last_unit : everywhere + parameters) * (kRanks - 1) / kRanks));
+  const double shares = layout.parameters + layout.gradients + layout.state;
+  // Two units are whole at a time, and one has gradients.
+  const double units = spread ? 3 * largest_unit : 0;
+  RatioRow memory =
+      against_formula(layout, "parameters, gradients, state", held,
+                      concat(fixed(shares, 1), " P", spread ? " + 3 units" : ""), parameters * shares + units);
   memory.at_most = 1.02;
   table->add(std::move(memory));
   table->add(against_formula(layout, "buffers of transfers", moving, "P", parameters));
@@ -218,7 +233,7 @@ int bench_parallel(std::span<const std::string> args) {
   if (!options.parse(args)) return 0;
   if (*dist::why_no_gloo() != '\0') fail(ErrorKind::kUsage, "bench parallel", dist::why_no_gloo());
   const StepShape chosen =
-      o.quick ? StepShape{"quick", {.layers = 2, .heads = 2, .width = 32, .context = 16, .vocab = 65}, 4}
+      o.quick ? StepShape{"quick", {.layers = 2, .heads = 2, .width = 32, .context = 16, .vocab = 17}, 4}
               : step_shape(shape);
   RatioTable table("bench parallel", o);
   const int threads = num_threads();

@@ -101,7 +101,7 @@ void DataParallel::reduce() {
   std::vector<Work> gathers;
   for (size_t b = 0; b < s.buckets; ++b) {
     Tensor sum = s.finish(b);
-    if (whole && s.group.size() > 1) {
+    if (whole && !s.sums->came_whole(b)) {
       const MemoryScope scope(MemoryCategory::gradients);
       const Tensor all = Tensor::empty({s.layout(b).elements()}, sum.dtype(), sum.device());
       gathers.push_back(s.group.all_gather_async(sum, all, s.layout(b).counts()));

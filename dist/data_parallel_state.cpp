@@ -60,7 +60,8 @@ DataParallel::State::State(Group& group, Parameters parameters, const DataParall
   for (const std::vector<size_t>& tensors : transfers(members, options.bucket_bytes)) {
     for (const size_t p : tensors) bucket_of[p] = layouts.size();
     layouts.push_back(lay_out(tensors, model[tensors.front()].tensor.dtype()));
-    all_buckets.push_back({layouts.back(), use_of(tensors.front()) != nullptr});
+    const bool shared = use_of(tensors.front()) != nullptr;
+    all_buckets.push_back({layouts.back(), shared, zero == Zero::kNone && !shared});
   }
   buckets = layouts.size();
   for (Use& use : uses) {

@@ -46,7 +46,7 @@ GradientSums::GradientSums(Group& group, Group* replicas, bool every_micro_batch
   for (Bucket& bucket : buckets) {
     const DType dtype = leaves_[bucket.layout.tensors().front()].tensor.dtype();
     for (const size_t leaf : bucket.layout.tensors()) bucket_of_[leaf] = buckets_.size();
-    buckets_.push_back({std::move(bucket.layout), bucket.unrounded, dtype, dtype});
+    buckets_.push_back({std::move(bucket.layout), bucket.unrounded, bucket.everywhere, dtype, dtype});
   }
 }
 
@@ -80,7 +80,7 @@ void GradientSums::begin(std::span<const int64_t> micro_batches) {
   waiting_.assign(leaves_.size(), {});
   started_.clear();
   for (State& bucket : buckets_) {
-    bucket.rounds = 0, bucket.transfers.clear(), bucket.sum.reset();
+    bucket.rounds = 0, bucket.whole = false, bucket.transfers.clear(), bucket.sum.reset();
     // 16-bit gradients are added up in f32 and rounded once. Groups do so themselves where one reduction is the whole
     // sum.
     const bool narrow = size_of(bucket.dtype) == 2, one_reduction = total_ == group_.size() && !bucket.unrounded;
@@ -122,6 +122,7 @@ void GradientSums::take(size_t leaf) {
   const Tensor wide = gradient.contiguous().to(bucket.sum_dtype);
   const int64_t j = number(group_.rank(), seen_[leaf]++);
   if (every_micro_batch_ && !alone()) {
+    wide.storage()->recount(MemoryCategory::communication);
     waiting_[leaf].push_back(wide);
   } else {
     if (!sums_[leaf]) sums_[leaf].emplace(total_);
@@ -168,12 +169,18 @@ void GradientSums::start(size_t number_of_bucket) {
   const Device device = leaves_[layout.tensors().front()].tensor.device();
   const int64_t count = layout.count(group_.rank());
   if (const auto whole = joined(nodes, total_)) {
+    // What is rounded after the reduction is shorter on its way back to everybody, which then is a transfer of its own.
+    bucket.whole = bucket.everywhere && bucket.sum_dtype == bucket.dtype && *whole == MicroBatchRange{0, total_};
     const Tensor flat = Tensor::empty({layout.elements()}, bucket.sum_dtype, device);
     for (size_t i = 0; i < parts.size(); ++i) {
       const Tensor& gradient = parts.at(layout.tensors()[i]).front().tensor;
       flat.narrow(0, layout.start(i), gradient.numel()).copy_(gradient.reshape({-1}));
     }
     parts.clear();
+    if (bucket.whole) {
+      bucket.transfers.push_back({group_.all_reduce_async_(flat), flat, {*whole}});
+      return;
+    }
     const Tensor output = kept(count, bucket.sum_dtype, device);
     bucket.transfers.push_back(
         {group_.reduce_scatter_async(flat, output, Reduction::sum, layout.counts()), output, {*whole}});
@@ -218,9 +225,10 @@ Tensor GradientSums::joined_sums(const State& bucket) {
 
 void GradientSums::collect(State& bucket) {
   const MemoryScope scope(MemoryCategory::gradients);
-  const int64_t count = bucket.layout.count(group_.rank());
+  const int64_t count = bucket.whole ? bucket.layout.elements() : bucket.layout.count(group_.rank());
   for (Transfer& transfer : bucket.transfers) {
     transfer.work.wait();
+    transfer.output.storage()->recount(MemoryCategory::gradients);
     if (!bucket.sum) bucket.sum.emplace(total_);
     for (size_t i = 0; i < transfer.nodes.size(); ++i) {
       // Parts of one output are added up where they lie.

@@ -32,6 +32,8 @@ class GradientSums {
     ShardBucket layout;
     /// Sums of 16-bit gradients come from finish() as f32, unrounded: more is to be added to them.
     bool unrounded = false;
+    /// Every rank wants the sums of all ranges: they come so from finish() where one reduction makes them.
+    bool everywhere = false;
   };
 
   /// @param replicas           those who have this rank's place in other groups that train the same model (null: there
@@ -61,9 +63,10 @@ class GradientSums {
   void settle(size_t count);
   /// @throws Error kState, naming the leaf, if a gradient is missing.
   void check_complete() const;
-  /// Waits for a bucket's transfers; this rank's range of the sum over the step: of the leaves' dtype, or f32 if it is
-  /// unrounded. Once a step.
+  /// Waits for a bucket's transfers; this rank's range of the sum over the step, or all ranges where came_whole(): of
+  /// the leaves' dtype, or f32 if it is unrounded. Once a step.
   Tensor finish(size_t bucket);
+  bool came_whole(size_t bucket) const { return group_.size() == 1 || buckets_[bucket].whole; }
   void end() { counts_.clear(); }
 
  private:
@@ -75,10 +78,11 @@ class GradientSums {
   };
   struct State {
     ShardBucket layout;
-    bool unrounded;
+    bool unrounded, everywhere;
     DType dtype;                           ///< of the leaves and their gradients
     DType sum_dtype;                       ///< in which the gradients of this step are added up
     int64_t rounds = 0;                    ///< transfers that were begun
+    bool whole = false;                    ///< the step's transfer brings the sums of all ranges
     std::optional<CanonicalSum> sum = {};  ///< of this rank's range
     std::vector<Transfer> transfers = {};
   };

@@ -39,9 +39,12 @@ TEST(BenchCollectives, EveryOperationIsTimedBetweenProcessesAndBetweenThreads) {
 TEST(BenchParallel, RanksSendAndKeepWhatTheFormulasSay) {
   if (no_gloo()) GTEST_SKIP() << dist::why_no_gloo();
   const auto rows = quick_rows("parallel");
-  EXPECT_EQ(rows.size(), 16u);
-  for (const std::string layout : {"DDP", "ZeRO-1", "ZeRO-2"}) {
-    EXPECT_DOUBLE_EQ(rows.at(layout + ", sent by a rank in a step")["ratio"].get<double>(), 1) << layout;
+  EXPECT_EQ(rows.size(), 21u);
+  for (const std::string layout : {"DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"}) {
+    // ZeRO-3 begins tensors at multiples of 64 elements, of which small ones have few.
+    const double sent = rows.at(layout + ", sent by a rank in a step")["ratio"].get<double>();
+    EXPECT_NEAR(sent, 1, layout == "ZeRO-3" ? 0.03 : 1e-12) << layout;
+    EXPECT_GE(sent, 1 - 1e-12) << layout;
     const double kept = rows.at(layout + ", parameters, gradients, state")["ratio"].get<double>();
     EXPECT_LE(kept, 1.02) << layout;
     EXPECT_GE(kept, 0.8) << layout;  // what ZeRO-1 has of gradients falls while their sums come

@@ -179,6 +179,8 @@ TEST(DataParallel, SendsTheBytesOfItsFormula) {
       double all = 0;
       for (const Collective op : {Collective::reduce_scatter, Collective::all_gather, Collective::all_to_all})
         all += static_cast<double>(world.traffic(op).bytes_sent);
+      // Those of the others are norms.
+      if (c.zero == Zero::kNone) all += static_cast<double>(world.traffic(Collective::all_reduce).bytes_sent);
       const std::lock_guard lock(mutex);
       bytes[world.rank()] = {all / kSteps, p};
     });
@@ -193,6 +195,17 @@ TEST(DataParallel, SendsTheBytesOfItsFormula) {
   }
   EXPECT_NEAR(sent({{1, 1}, Zero::kGradients}), 2 * 1 / 2.0, 1e-9);
   EXPECT_NEAR(sent({{3, 3}, Zero::kGradients}), 4 * 1 / 2.0, 1e-9);
+}
+
+TEST(DataParallel, SumsThatEveryRankKeepsComeInOneReductionOfEachBucketWhileTheBackwardPassRuns) {
+  for (const std::vector<int64_t>& shares : {std::vector<int64_t>{1, 1}, {2, 2, 2}}) {
+    train({shares, Zero::kNone, 4096}, [&](Group& world, DataParallel&) {
+      // What only begins after the backward pass would be an all_gather.
+      EXPECT_GT(world.traffic(Collective::all_reduce).calls, kSteps);
+      EXPECT_EQ(world.traffic(Collective::reduce_scatter).calls, 0);
+      EXPECT_EQ(world.traffic(Collective::all_gather).calls, 0);
+    });
+  }
 }
 
 /// One rank with one parameter that its loss may leave out.
