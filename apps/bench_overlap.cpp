@@ -153,12 +153,9 @@ std::vector<double> pipeline_idle(dist::PipelineKind kind, const dist::PipelineS
   return shares;
 }
 
-constexpr dist::PipelineKind kKinds[] = {dist::PipelineKind::kGPipe, dist::PipelineKind::k1F1B,
-                                         dist::PipelineKind::kInterleaved, dist::PipelineKind::kZeroBubble};
-
 /// Every schedule, with links that cost nothing, against its formula.
 void bubbles(const RatioOptions& o, double unit, RatioTable& table) {
-  for (const dist::PipelineKind kind : kKinds) {
+  for (const dist::PipelineKind kind : dist::kPipelineKinds) {
     for (int ranks = 2; ranks <= 4; ++ranks) {
       for (const int micro_batches : {4, 8, 16}) {
         dist::PipelineShape shape{ranks, micro_batches, 1};
@@ -181,7 +178,7 @@ void bubbles(const RatioOptions& o, double unit, RatioTable& table) {
 
 /// Pipelines whose ranks send for half as long as they compute: what that adds to the idle time.
 void slow_pipelines(const RatioOptions& o, double unit, RatioTable& table) {
-  for (const dist::PipelineKind kind : kKinds) {
+  for (const dist::PipelineKind kind : dist::kPipelineKinds) {
     const dist::PipelineShape shape{4, 16, kind == dist::PipelineKind::kInterleaved ? 2 : 1};
     const double each = unit / shape.chunks;
     const LayerTimes times{each, each, each};

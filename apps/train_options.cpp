@@ -10,9 +10,7 @@ constexpr int64_t kOffloadFrom = int64_t{1} << 18;
 
 std::vector<std::pair<std::string, dist::PipelineKind>> pipeline_kinds() {
   std::vector<std::pair<std::string, dist::PipelineKind>> kinds;
-  for (const auto kind : {dist::PipelineKind::kGPipe, dist::PipelineKind::k1F1B, dist::PipelineKind::kInterleaved,
-                          dist::PipelineKind::kZeroBubble})
-    kinds.emplace_back(dist::name(kind), kind);
+  for (const dist::PipelineKind kind : dist::kPipelineKinds) kinds.emplace_back(dist::name(kind), kind);
   return kinds;
 }
 

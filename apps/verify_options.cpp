@@ -163,7 +163,7 @@ std::vector<std::string> random_arguments(int64_t seed, int64_t number) {
     cp = dice.one_in(3) ? dice.from_to(2, 4) : 1, tp = dice.one_in(3) ? dice.from_to(2, 4) : 1;
   }
   const std::string schedule =
-      pp == 1 ? "1f1b" : dice.one_of<std::string>({"gpipe", "1f1b", "interleaved", "zero-bubble"});
+      pp == 1 ? "1f1b" : dice.one_of<std::string>({"gpipe", "1f1b", "eager-1f1b", "interleaved", "zero-bubble"});
   const bool interleaved = schedule == "interleaved";
   const int64_t chunks = interleaved ? dice.from_to(1, 2) : 1;
   const int64_t stages = pp * chunks, layers = stages + dice.from_to(0, 3);

@@ -117,8 +117,7 @@ Outcome piped(PipelineKind kind, const PipelineShape& shape, double scale, int s
 TEST(PipelineExecutor, HasTheBitsOfOneProcessInEverySchedule) {
   for (const int micro_batches : {1, 4, 6, 12}) {
     const Outcome expected = alone(micro_batches, 0.25);
-    for (const PipelineKind kind :
-         {PipelineKind::kGPipe, PipelineKind::k1F1B, PipelineKind::kInterleaved, PipelineKind::kZeroBubble}) {
+    for (const PipelineKind kind : kPipelineKinds) {
       for (int ranks = 1; ranks <= 4; ++ranks) {
         const bool chunked = kind == PipelineKind::kInterleaved || kind == PipelineKind::kGPipe;
         for (int chunks = 1; chunks <= (chunked ? 3 : 1); ++chunks) {

@@ -175,7 +175,8 @@ void expect_close_to_one_rank(Case c) {
 }
 
 TEST(ParallelGpt, EveryPipelineScheduleHasTheBitsOfOneRank) {
-  for (const PipelineKind kind : {PipelineKind::kGPipe, PipelineKind::k1F1B, PipelineKind::kZeroBubble}) {
+  for (const PipelineKind kind :
+       {PipelineKind::kGPipe, PipelineKind::k1F1B, PipelineKind::kEager1F1B, PipelineKind::kZeroBubble}) {
     expect_equal_to_one_rank({.mesh = "pp=2", .schedule = kind});
     expect_equal_to_one_rank({.mesh = "pp=3", .schedule = kind});
   }

@@ -49,20 +49,22 @@ Actions gpipe(const PipelineShape& shape, int rank) {
 }
 
 /// Forwards before the first backward of a rank.
-int warm_up(const PipelineShape& shape, int rank) {
-  if (shape.chunks == 1) return std::min(shape.micro_batches, shape.ranks - 1 - rank);
-  return std::min(shape.micro_batches * shape.chunks, (shape.ranks - 1 - rank) * 2 + (shape.chunks - 1) * shape.ranks);
+int warm_up(PipelineKind kind, const PipelineShape& shape, int rank) {
+  const int behind = shape.ranks - 1 - rank;
+  if (kind == PipelineKind::kEager1F1B) return std::min(shape.micro_batches, 2 * behind);
+  if (shape.chunks == 1) return std::min(shape.micro_batches, behind);
+  return std::min(shape.micro_batches * shape.chunks, 2 * behind + (shape.chunks - 1) * shape.ranks);
 }
 
 /// 1F1B. With several chunks, groups of p micro-batches go through all chunks of a rank before the next group begins.
-Actions one_forward_one_backward(const PipelineShape& shape, int rank) {
+Actions one_forward_one_backward(PipelineKind kind, const PipelineShape& shape, int rank) {
   const int total = shape.micro_batches * shape.chunks, group = shape.ranks * shape.chunks;
   const auto at = [&](Op op, int i) -> PipelineAction {
     if (shape.chunks == 1) return {op, rank, i};
     const int chunk = i % group / shape.ranks, micro_batch = i / group * shape.ranks + i % shape.ranks;
     return {op, (op == Op::kForward ? chunk : shape.chunks - 1 - chunk) * shape.ranks + rank, micro_batch};
   };
-  const int ahead = warm_up(shape, rank);
+  const int ahead = warm_up(kind, shape, rank);
   Actions actions;
   for (int i = 0; i < ahead; ++i) actions.push_back(at(Op::kForward, i));
   for (int i = 0; i < total; ++i) {
@@ -75,7 +77,7 @@ Actions one_forward_one_backward(const PipelineShape& shape, int rank) {
 /// 1F1B whose weight gradients come `rank` micro-batches later: the later ranks, which hold fewer micro-batches in
 /// 1F1B, then hold as many as the first, and have work left for the time in which they would wait.
 Actions zero_bubble(const PipelineShape& shape, int rank) {
-  const int ahead = warm_up(shape, rank);
+  const int ahead = warm_up(PipelineKind::kZeroBubble, shape, rank);
   Actions actions;
   for (int i = 0; i < ahead; ++i) actions.push_back({Op::kForward, rank, i});
   int weights = 0;
@@ -164,7 +166,7 @@ std::vector<int> held_by(PipelineKind kind, const PipelineShape& shape) {
         most.push_back(std::min(shape.micro_batches, shape.ranks));
         break;
       default:
-        most.push_back(std::min(shape.micro_batches * shape.chunks, warm_up(shape, rank) + 1));
+        most.push_back(std::min(shape.micro_batches * shape.chunks, warm_up(kind, shape, rank) + 1));
     }
   }
   return most;
@@ -317,6 +319,8 @@ const char* name(PipelineKind kind) {
       return "gpipe";
     case PipelineKind::k1F1B:
       return "1f1b";
+    case PipelineKind::kEager1F1B:
+      return "eager-1f1b";
     case PipelineKind::kInterleaved:
       return "interleaved";
     default:
@@ -349,7 +353,7 @@ PipelineSchedule make_pipeline_schedule(PipelineKind kind, const PipelineShape& 
   for (int rank = 0; rank < shape.ranks; ++rank) {
     schedule.actions.push_back(kind == PipelineKind::kGPipe        ? gpipe(shape, rank)
                                : kind == PipelineKind::kZeroBubble ? zero_bubble(shape, rank)
-                                                                   : one_forward_one_backward(shape, rank));
+                                                                   : one_forward_one_backward(kind, shape, rank));
   }
   schedule.most_held = held_by(kind, shape);
   add_transfers(schedule);

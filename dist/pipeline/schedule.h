@@ -1,4 +1,5 @@
 #pragma once
+#include <array>
 #include <cstdint>
 #include <iosfwd>
 #include <string>
@@ -33,15 +34,20 @@ bool is_compute(PipelineOp op);
 bool is_send(PipelineOp op);
 
 enum class PipelineKind : uint8_t {
-  kGPipe,        ///< all forwards, then all backwards (Huang et al. 2019); with several stages a
-                 ///< rank one stage after the other (breadth-first, Lamy-Poirier 2023)
-  k1F1B,         ///< one forward, one backward: holds at most `ranks` micro-batches (Narayanan et al. 2019, 2021)
+  kGPipe,  ///< all forwards, then all backwards (Huang et al. 2019); with several stages a
+           ///< rank one stage after the other (breadth-first, Lamy-Poirier 2023)
+  k1F1B,   ///< one forward, one backward: holds at most `ranks` micro-batches (Narayanan et al. 2019, 2021)
+  /// 1F1B with twice as many forwards ahead, so that transfers are hidden that take up to a stage's time; holds up to
+  /// twice as many micro-batches (Zhuang et al. 2023)
+  kEager1F1B,
   kInterleaved,  ///< 1F1B with several smaller stages a rank: a bubble `chunks` times smaller (Narayanan et al. 2021)
   kZeroBubble,   ///< ZB-H1: weight gradients wait and fill the bubble, with the memory of 1F1B (Qi et al. 2023)
 };
-/// "gpipe", "1f1b", "interleaved", "zero-bubble".
+/// "gpipe", "1f1b", "eager-1f1b", "interleaved", "zero-bubble".
 const char* name(PipelineKind kind);
 std::ostream& operator<<(std::ostream& out, PipelineKind kind);
+inline constexpr std::array kPipelineKinds = {PipelineKind::kGPipe, PipelineKind::k1F1B, PipelineKind::kEager1F1B,
+                                              PipelineKind::kInterleaved, PipelineKind::kZeroBubble};
 
 struct PipelineShape {
   int ranks = 1;          ///< p
