@@ -22,6 +22,8 @@ void VerifyOptions::declare(Options& o) {
          {"2", dist::Zero::kGradients},
          {"3", dist::Zero::kParameters}},
         "what data-parallel ranks share out (ZeRO)");
+  o.add("zero_ranks", &zero_ranks, {.min = 0, .max = 64, .unit = "ranks"},
+        "with --zero 1 or 3: copies of the first mesh that share out states among them; 0: all together");
   o.add("bucket", &bucket, {.min = 1, .max = int64_t{1} << 40, .unit = "bytes"}, "of gradients that travel together");
   o.add("pipeline", &pipeline, pipeline_kinds(), "with pp: the order in which a rank computes micro-batches");
   o.add("pipeline_chunks", &pipeline_chunks, {.min = 1, .max = 1 << 16, .unit = "stages"},
@@ -90,6 +92,10 @@ models::ParallelOptions VerifyOptions::layout(const Options& options, const std:
   if (ranks > 1 && pipeline == PipelineKind::kInterleaved && accumulate % (copies * ranks) != 0)
     options.reject("accumulate", "must be a multiple of the ", ranks, " pipeline ranks for each of ", copies,
                    " copies with --pipeline interleaved, got ", accumulate);
+  const int64_t sharing = copies * on.size(Axis::cp);
+  if (first && zero_ranks > 0 && (sharing % zero_ranks != 0 || zero == dist::Zero::kGradients))
+    options.reject("zero_ranks", "must divide the ", sharing, " copies, and is not for --zero 2; got ", zero_ranks);
+  layout.shard_ranks = first ? static_cast<int>(zero_ranks) : 0;
   if (!first || pipeline_split.empty()) return layout;
   layout.stage_layers = pipeline_split;
   int64_t total = 0;
@@ -175,6 +181,13 @@ std::vector<std::string> random_arguments(int64_t seed, int64_t number) {
       "mesh",
       dist::Mesh({static_cast<int>(dp), static_cast<int>(pp), static_cast<int>(cp), static_cast<int>(tp)}).to_string());
   give("zero", zero);
+  if (zero != 2 && dice.one_in(2)) {
+    std::vector<int64_t> divisors;
+    for (int64_t d = 1; d <= dp * cp; ++d) {
+      if (dp * cp % d == 0) divisors.push_back(d);
+    }
+    give("zero-ranks", dice.one_of(divisors));
+  }
   const bool sequence = dice.one_in(2);
   if (tp > 1 && sequence) arguments.push_back("--sequence-parallel");
   give("bucket", dice.one_of<int64_t>({1, 500, 4096, 1 << 20}));

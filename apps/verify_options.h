@@ -12,6 +12,7 @@ namespace weft::apps {
 struct VerifyOptions {
   std::string mesh, then;
   dist::Zero zero = dist::Zero::kNone;
+  int64_t zero_ranks = 0;
   int64_t bucket = 4096;
   dist::PipelineKind pipeline = dist::PipelineKind::k1F1B;
   int64_t pipeline_chunks = 1;
