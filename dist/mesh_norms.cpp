@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/memory.h"
+#include "dist/texts.h"
 
 namespace weft::dist {
 namespace {
@@ -39,15 +40,6 @@ void add_up(Group* group, std::span<Square> squares, const Parameters& parameter
   });
 }
 
-/// The bytes of all ranks, one after the other.
-std::string gather_text(Group& group, const std::string& own) {
-  const Tensor length = Tensor::from(std::vector<int64_t>{static_cast<int64_t>(own.size())}, {1}, group.device());
-  const std::vector<int64_t> lengths = group.all_gather(length).to_vector<int64_t>();
-  const Tensor bytes = Tensor::from(std::vector<uint8_t>(own.begin(), own.end()), {static_cast<int64_t>(own.size())}, group.device());
-  const std::vector<uint8_t> all = group.all_gather(bytes, lengths).to_vector<uint8_t>();
-  return {all.begin(), all.end()};
-}
-
 }  // namespace
 
 MeshNorms::MeshNorms(const Groups& groups, const std::vector<std::string>& names, const std::vector<int64_t>& places)
@@ -56,15 +48,15 @@ MeshNorms::MeshNorms(const Groups& groups, const std::vector<std::string>& names
     fail(ErrorKind::kValue, kWhere, "there are ", names.size(), " names, but ", places.size(), " places");
   if (groups.stages == nullptr || groups.stages->size() == 1) return;
   const MemoryScope scope(MemoryCategory::communication);
-  const Tensor count = Tensor::from(std::vector<int64_t>{static_cast<int64_t>(names.size())}, {1}, groups.stages->device());
-  counts_ = groups.stages->all_gather(count).to_vector<int64_t>();
   std::ostringstream own;
   for (size_t i = 0; i < names.size(); ++i) own << places[i] << ' ' << names[i] << '\n';
-  std::istringstream lines(gather_text(*groups.stages, own.str()));
-  std::vector<std::pair<int64_t, std::string>> all(static_cast<size_t>(std::reduce(counts_.begin(), counts_.end())));
-  for (auto& [place, name] : all) {
-    lines >> place >> std::ws;
-    std::getline(lines, name);
+  std::vector<std::pair<int64_t, std::string>> all;
+  for (const std::string& text : gather_texts(*groups.stages, own.str())) {
+    const size_t before = all.size();
+    std::istringstream lines(text);
+    int64_t place = 0;
+    for (std::string name; lines >> place >> std::ws && std::getline(lines, name);) all.emplace_back(place, name);
+    counts_.push_back(static_cast<int64_t>(all.size() - before));
   }
   std::vector<size_t> order(all.size());
   std::iota(order.begin(), order.end(), size_t{0});

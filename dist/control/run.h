@@ -1,5 +1,5 @@
 #pragma once
-// Internal to control_server.cpp: what a run is, apart from how its messages travel.
+// Internal to server.cpp: what a run is, apart from how its messages travel.
 #include <chrono>
 #include <functional>
 #include <map>

@@ -1,5 +1,5 @@
 // Saving checkpoints: by one process or by the ranks of a group, at once or in the background. How a directory appears
-// and goes is in checkpoint_directory.cpp, who writes what in checkpoint_plan.cpp.
+// and goes is in directory.cpp, who writes what in plan.cpp.
 #include "models/checkpoint/saver.h"
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 
 #include "core/autograd.h"
 #include "core/log.h"
+#include "dist/texts.h"
 #include "models/checkpoint/directory.h"
 #include "models/checkpoint/manifest.h"
 #include "models/checkpoint/plan.h"
@@ -26,20 +27,6 @@ using checkpoint::kOptimizerFile;
 using Json = nlohmann::json;
 
 constexpr const char* kWhere = "save_checkpoint";
-
-/// A text of every rank, on every rank.
-std::vector<std::string> gather_texts(dist::Group& group, const std::string& text) {
-  const MemoryScope scope(MemoryCategory::communication);
-  const std::vector<int64_t> size = {static_cast<int64_t>(text.size())};
-  const std::vector<int64_t> sizes = group.all_gather(Tensor::from(size, {1}, group.device())).to_vector<int64_t>();
-  const std::vector<uint8_t> bytes(text.begin(), text.end());
-  const Tensor mine = Tensor::from(bytes, {size[0]}, group.device());
-  const std::vector<uint8_t> all = group.all_gather(mine, sizes).to_vector<uint8_t>();
-  std::vector<std::string> texts;
-  auto at = all.begin();
-  for (const int64_t count : sizes) texts.emplace_back(at, at + count), at += count;
-  return texts;
-}
 
 /// What failed on a rank, as others are told.
 struct Failure {
@@ -69,7 +56,7 @@ std::vector<Json> exchange(dist::Group* group, const Json& mine, const std::exce
     message = {{"kind", static_cast<int>(failure.kind)}, {"failed", failure.text}};
   }
   constexpr auto kReplace = Json::error_handler_t::replace;  // paths may be of any bytes
-  const std::vector<std::string> texts = gather_texts(*group, message.dump(-1, ' ', false, kReplace));
+  const std::vector<std::string> texts = dist::gather_texts(*group, message.dump(-1, ' ', false, kReplace));
   std::vector<Json> all;
   for (size_t rank = 0; rank < texts.size(); ++rank) {
     const Json theirs = Json::parse(texts[rank]);
