@@ -4,6 +4,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "apps/columns.h"
 #include "apps/files.h"
 #include "core/file.h"
 #include "models/speed_of_light.h"
@@ -11,13 +12,6 @@
 namespace weft::apps {
 namespace {
 
-std::string left(std::string text, size_t width) {
-  text.resize(std::max(text.size(), width), ' ');
-  return text;
-}
-std::string right(const std::string& text, size_t width) {
-  return std::string(width > text.size() ? width - text.size() : 0, ' ') + text;
-}
 std::string percent(double ratio) { return fixed(100 * ratio, 1) + "%"; }
 
 double median(std::vector<double> values) {

@@ -6,6 +6,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "apps/columns.h"
 #include "apps/files.h"
 #include "core/backend.h"
 #include "core/file.h"
@@ -15,14 +16,6 @@
 
 namespace weft::apps {
 namespace {
-
-std::string left(std::string text, size_t width) {
-  text.resize(std::max(text.size(), width), ' ');
-  return text;
-}
-std::string right(const std::string& text, size_t width) {
-  return std::string(width > text.size() ? width - text.size() : 0, ' ') + text;
-}
 
 /// "12.3 GB", "1.05 TFLOP": three digits that count, with the prefix that fits.
 std::string amount_text(double amount, const char* unit) {

@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "apps/columns.h"
 #include "core/backend.h"
 #include "core/error.h"
 #include "models/trainer.h"
@@ -143,9 +144,6 @@ std::vector<Saver> joined_savers(const TrainOptions& o, Device device) {
 std::string padded(std::string text, size_t width) {
   text.resize(std::max(text.size() + 1, width), ' ');
   return text;
-}
-std::string right(const std::string& text, size_t width) {
-  return std::string(width - std::min(width, text.size()), ' ') + text;
 }
 
 /// The largest micro-batch below the one that was asked for, of which a step of as many rows can be made, that needs at
