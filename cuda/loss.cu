@@ -86,6 +86,13 @@ struct ExpSum {
     }
   }
 
+  /// What all threads of the block have, for each of them.
+  __device__ void join(A* scratch) {
+    rescale(block_reduce(largest, cuda::Max{}, scratch));
+    sum = block_reduce(sum, cuda::Sum{}, scratch);
+  }
+  __device__ double log_sum_exp() const { return static_cast<double>(largest) + log(static_cast<double>(sum)); }
+
   /// Logits of this thread's packs from number `begin` on.
   template <int kCount, class T>
   __device__ void add_row(const T* row, int64_t begin, int64_t packs) {
@@ -167,10 +174,9 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     const T* row = logits + n * t.classes;
     ExpSum<A> part;
     part.template add_row<kCount>(row, 0, t.classes / kCount);
-    part.rescale(block_reduce(part.largest, cuda::Max{}, scratch));
-    part.sum = block_reduce(part.sum, cuda::Sum{}, scratch);
+    part.join(scratch);
     if (threadIdx.x == 0) {
-      const double value = static_cast<double>(part.largest) + log(static_cast<double>(part.sum));
+      const double value = part.log_sum_exp();
       if (lse != nullptr) lse[n] = static_cast<A>(value);
       loss[n] = value - static_cast<double>(widen(row[target]));
     }
@@ -286,9 +292,9 @@ __global__ void __launch_bounds__(kRowThreads, 1)
       }
       kept[p] = in;
     }
-    const A sum = block_reduce(part.sum, cuda::Sum{}, scratch);
+    part.sum = block_reduce(part.sum, cuda::Sum{}, scratch);
     const double scale = value_of(by);
-    const A factor = static_cast<A>(scale) / sum;
+    const A factor = static_cast<A>(scale) / part.sum;
 
     for (int64_t p = threadIdx.x; p < held; p += kFlight * threads) {
       In in[kFlight];
@@ -325,7 +331,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
       }
     }
     if (owner) {
-      const double lost = static_cast<double>(largest) + log(static_cast<double>(sum)) - logit;
+      const double lost = part.log_sum_exp() - logit;
       loss[n] = lost;
       out[target] = target_gradient<T>(-lost, scale);
     }
@@ -369,11 +375,10 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     const A* row = logits + n * t.classes;
     ExpSum<A> part;
     part.template add_row<kCount>(row, 0, t.classes / kCount);
-    part.rescale(block_reduce(part.largest, cuda::Max{}, scratch));
-    part.sum = block_reduce(part.sum, cuda::Sum{}, scratch);
+    part.join(scratch);
     if (threadIdx.x == 0) {
       const int64_t here = t.targets[n] - first;
-      parts[2 * n] = static_cast<double>(part.largest) + log(static_cast<double>(part.sum));
+      parts[2 * n] = part.log_sum_exp();
       parts[2 * n + 1] = is_class(t, here) ? static_cast<double>(row[here]) : 0;
     }
   }
