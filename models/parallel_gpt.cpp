@@ -47,13 +47,6 @@ const ParallelOptions& checked(const dist::Group& world, const ParallelOptions& 
   return options;
 }
 
-/// The place of a parameter in the whole model: its layer; embeddings come before the layers, the final norm after
-/// them.
-int64_t place_of(const std::string& name, const GptConfig& config) {
-  if (name.starts_with("h.")) return std::stoll(name.substr(2));
-  return name.starts_with("ln_f.") ? config.layers : -1;
-}
-
 /// Of the ranks that add up gradients, this one's neighbours that share out states with it.
 dist::Group shard_group(const dist::Group& all, const ParallelOptions& options) {
   const int size = options.shard_ranks == 0 ? all.size() : options.shard_ranks;
@@ -79,6 +72,11 @@ constexpr std::array kData = {Axis::dp}, kPipeline = {Axis::pp}, kTensor = {Axis
 constexpr std::array kGradients = {Axis::dp, Axis::cp};
 
 }  // namespace
+
+int64_t layer_of(const std::string& parameter, const GptConfig& config) {
+  if (parameter.starts_with("h.")) return std::stoll(parameter.substr(2));
+  return parameter.starts_with("ln_f.") ? config.layers : -1;
+}
 
 std::vector<int64_t> pipeline_stages(const ParallelOptions& options, const GptConfig& config) {
   config.check();
@@ -106,7 +104,8 @@ std::vector<int64_t> pipeline_stages(const ParallelOptions& options, const GptCo
 
 ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, const GptConfig& config, Device device,
                          uint64_t seed, DType dtype)
-    : options_(checked(world, options)),
+    : world_(world),
+      options_(checked(world, options)),
       device_(device),
       dtype_(dtype),
       data_(world.subgroup(options.mesh, kData)),
@@ -121,7 +120,7 @@ ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, con
   std::vector<int64_t> places;
   for (const Parameter& parameter : gpt_.parameters()) {
     names.push_back(parameter.name);
-    places.push_back(place_of(parameter.name, config));
+    places.push_back(layer_of(parameter.name, config));
   }
   const int last = pipeline_.size() - 1;
   if (shards_.size() < gradients_.size()) replicas_.emplace(replica_group(gradients_, shards_.size()));
@@ -185,35 +184,41 @@ ParallelGpt::OwnTokens ParallelGpt::own_tokens(const MicroBatch& batch, GptStep 
   return {{own(batch.inputs), own(batch.targets)}, step};
 }
 
-Tensor ParallelGpt::forward(const std::optional<OwnTokens>& own) {
+ParallelGpt::Passage ParallelGpt::loss_passage(const OwnTokens& own) const {
+  return {.ids = own.batch.inputs.shape(),
+          .begin = [this, own] { return gpt_.begin(own.batch.inputs, own.step); },
+          .blocks = [this, own](GptStream stream, int64_t first,
+                                int64_t end) { return gpt_.blocks(std::move(stream), first, end, own.step); },
+          .finish = [this, own](const GptStream& stream) { return gpt_.finish(stream, own.batch.targets, own.step); }};
+}
+
+Tensor ParallelGpt::forward(const std::optional<Passage>& passage) {
   const int rank = pipeline_.rank(), ranks = pipeline_.size();
   GptStream stream;
-  Tensor loss;
+  Tensor result;
   for (int chunk = 0; chunk < chunks(); ++chunk) {
     const auto stage = static_cast<size_t>(chunk * ranks + rank);
     if (runs_units()) data_parallel_->begin_unit(stage, dist::Pass::kForward);
-    if (own) {
-      const auto& [batch, step] = *own;
-      const Shape& ids = batch.inputs.shape();
+    if (passage) {
       if (stage == 0) {
-        stream = gpt_.begin(batch.inputs, step);
+        stream = passage->begin();
       } else if (ranks > 1) {
-        const Shape shape = gpt_.stream_shape(ids);
-        stream = {Tensor::empty(shape, dtype_, device_), Tensor::empty(shape, dtype_, device_), ids};
+        const Shape shape = gpt_.stream_shape(passage->ids);
+        stream = {Tensor::empty(shape, dtype_, device_), Tensor::empty(shape, dtype_, device_), passage->ids};
         pipeline_.recv_(stream.x, (rank + ranks - 1) % ranks);
         pipeline_.recv_(stream.branch, (rank + ranks - 1) % ranks);
       }
-      stream = gpt_.blocks(stream, cuts_[stage], cuts_[stage + 1], step);
+      stream = passage->blocks(std::move(stream), cuts_[stage], cuts_[stage + 1]);
       if (stage + 2 == cuts_.size()) {
-        loss = gpt_.finish(stream, batch.targets, step);
+        result = passage->finish(stream);
       } else if (ranks > 1) {
-        pipeline_.send(stream.x.contiguous(), (rank + 1) % ranks);
-        pipeline_.send(stream.branch.contiguous(), (rank + 1) % ranks);
+        pipeline_.send(stream.x.detach().contiguous(), (rank + 1) % ranks);
+        pipeline_.send(stream.branch.detach().contiguous(), (rank + 1) % ranks);
       }
     }
     if (runs_units()) data_parallel_->end_unit(stage, dist::Pass::kForward);
   }
-  return loss;
+  return result;
 }
 
 void ParallelGpt::prepare_pipeline() {
@@ -293,6 +298,29 @@ Tensor ParallelGpt::run(std::span<const MicroBatch> batches, const std::function
   return all.contiguous().reshape({-1});
 }
 
+void ParallelGpt::forward_again(std::span<const MicroBatch> batches, const std::function<GptStep(size_t)>& settings,
+                                const std::function<void(int64_t micro_batch, int64_t layer)>& entering) {
+  const bool at_once = sharded() && !runs_units();
+  if (at_once) data_parallel_->begin_unit(0, dist::Pass::kForward);
+  const auto most = static_cast<size_t>(*std::max_element(shares_.begin(), shares_.end()));
+  for (size_t i = 0; i < most; ++i) {
+    if (i >= batches.size()) {
+      // The others need this rank's weights.
+      if (runs_units()) forward({});
+      continue;
+    }
+    const int64_t number = micro_batch(static_cast<int64_t>(i));
+    entering(number, 0);
+    Passage passage = loss_passage(own_tokens(batches[i], settings(i)));
+    passage.blocks = [&, blocks = passage.blocks](GptStream stream, int64_t first, int64_t end) {
+      entering(number, first);
+      return blocks(std::move(stream), first, end);
+    };
+    forward(passage);
+  }
+  if (at_once) data_parallel_->end_unit(0, dist::Pass::kForward);
+}
+
 std::vector<double> ParallelGpt::loss_sums(int64_t count,
                                            const std::function<std::pair<MicroBatch, int64_t>(int64_t)>& batch) {
   const autograd::NoGrad no_grad;
@@ -309,7 +337,7 @@ std::vector<double> ParallelGpt::loss_sums(int64_t count,
     const auto [rows, valid] = batch(i);
     GptStep step;
     step.valid_tokens = static_cast<double>(valid);
-    const Tensor mean = forward(own_tokens(rows, step));
+    const Tensor mean = forward(loss_passage(own_tokens(rows, step)));
     if (mean.defined()) sums[static_cast<size_t>(i)] = mean.item() * static_cast<double>(valid);
   }
   if (at_once) data_parallel_->end_unit(0, dist::Pass::kForward);

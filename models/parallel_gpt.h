@@ -37,6 +37,10 @@ struct ParallelOptions {
 /// First layer of each stage, and the number of layers. @throws Error kValue for options that do not fit the model.
 std::vector<int64_t> pipeline_stages(const ParallelOptions& options, const GptConfig& config);
 
+/// The layer of the whole model that a parameter belongs to: -1 for embeddings, the number of layers for the final
+/// norm.
+int64_t layer_of(const std::string& parameter, const GptConfig& config);
+
 /// A GPT on the ranks of a mesh: this rank's part of the model, the groups that it exchanges with, and a training step
 /// on them; all ranks of a data rank are given the same whole sequences. With one rank it is the model with its
 /// gradients added up in the canonical order, whose bits every mesh of dp and pp has, with any `zero` and schedule
@@ -62,6 +66,8 @@ class ParallelGpt {
   /// Whether this rank has all of it and of every sequence.
   bool whole() const { return pipeline_.size() * tensor_.size() * context_.size() == 1 && !sharded(); }
   const ParallelOptions& options() const { return options_; }
+  /// All ranks of the mesh.
+  dist::Group& world() { return world_; }
   /// Whether weights are shared out too, and whole only while they are used.
   bool sharded() const { return options_.zero == dist::Zero::kParameters; }
   /// First layer of each stage, and the number of layers.
@@ -97,6 +103,11 @@ class ParallelGpt {
   /// @return the losses of all micro-batches of the step in their order, without loss_scale; the same on all ranks
   Tensor run(std::span<const MicroBatch> batches, const std::function<GptStep(size_t)>& settings,
              double loss_scale = 1);
+  /// The forward passes of run() once more, one after the other, for those who watch their functions
+  /// (autograd::RecordObserver). All ranks call it, in a step.
+  /// @param entering  told the micro-batch's number in the step and the first layer of what runs next
+  void forward_again(std::span<const MicroBatch> batches, const std::function<GptStep(size_t)>& settings,
+                     const std::function<void(int64_t micro_batch, int64_t layer)>& entering);
   void reduce() { data_parallel_->reduce(); }
   void gather() { data_parallel_->gather(); }
 
@@ -114,11 +125,21 @@ class ParallelGpt {
   int chunks() const { return static_cast<int>(cuts_.size() - 1) / pipeline_.size(); }
   /// Whether stages are units of weights, each of which is whole only while it runs.
   bool runs_units() const { return sharded() && pipeline_.size() == 1; }
-  /// The loss of a micro-batch, on the ranks of the last stage, from this rank's stages one after the other. Of none,
-  /// the weights come and go all the same.
-  Tensor forward(const std::optional<OwnTokens>& own);
+  /// What goes through the stages in a forward pass without a schedule.
+  struct Passage {
+    Shape ids;
+    std::function<GptStream()> begin;
+    std::function<GptStream(GptStream stream, int64_t first, int64_t end)> blocks;
+    std::function<Tensor(const GptStream& stream)> finish;
+  };
+  /// What comes out of the last stage, on its ranks, from this rank's stages one after the other. Of none, the weights
+  /// come and go all the same.
+  Tensor forward(const std::optional<Passage>& passage);
+  /// With the loss of a micro-batch at its end.
+  Passage loss_passage(const OwnTokens& own) const;
   void prepare_pipeline();
 
+  dist::Group& world_;
   ParallelOptions options_;
   Device device_;
   DType dtype_;

@@ -26,18 +26,6 @@ class Stopwatch {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
-struct NotFinite {
-  int64_t element;
-  double value;
-};
-std::optional<NotFinite> first_not_finite(const Tensor& tensor) {
-  const autograd::NoGrad no_grad;
-  const std::vector<double> values = tensor.to_vector<double>();
-  const auto found = std::find_if(values.begin(), values.end(), [](double value) { return !std::isfinite(value); });
-  if (found == values.end()) return std::nullopt;
-  return NotFinite{found - values.begin(), *found};
-}
-
 }  // namespace
 
 Trainer::Trainer(Gpt& gpt, optim::Optimizer& optimizer, text::Loader& loader, const optim::CosineSchedule& schedule,
@@ -192,9 +180,9 @@ StepMetrics Trainer::step() {
   graph_.run(frozen, host_work(), parameters_, [&] { compute(metrics, split); });
   // The host waits here, once: a device that waits for the host within a step idles.
   Stopwatch finishing;
-  const optim::StepReport report = optimizer_.finish();
+  const optim::StepReport report = finish_update();
   metrics.loss = report.loss;
-  if (!std::isfinite(report.loss)) explain_loss(report.loss);
+  if (!std::isfinite(report.loss)) explain_loss(failed_step(), report.loss);
   if (parallel_ != nullptr) parallel_->gather();
   if (fp8_) metrics.fp8 = fp8_counts_;
   metrics.skipped = report.skipped;
@@ -214,46 +202,21 @@ StepMetrics Trainer::step() {
   return metrics;
 }
 
-void Trainer::explain_loss(double loss) const {
-  const auto failed = concat("the loss of step ", step_, " is ", loss, ": ");
-  constexpr const char* kAfter = ". No weight was changed by this step. Hint: a lower learning rate or more warm-up";
-  for (const Parameter& parameter : parallel_ != nullptr ? parallel_->parameters() : parameters_) {
-    if (const auto at = first_not_finite(parameter.tensor)) {
-      fail(ErrorKind::kValue, "trainer", failed, "weight ", quoted(parameter.name), " is ", at->value, " at element ",
-           grouped(at->element), kAfter);
-    }
+FailedStep Trainer::failed_step() const {
+  return {.step = step_, .gpt = gpt_, .parallel = parallel_, .batches = batches_, .settings = [this](size_t i) {
+            return settings(i);
+          }};
+}
+
+optim::StepReport Trainer::finish_update() {
+  try {
+    return optimizer_.finish();
+  } catch (const Error& error) {
+    // All ranks have failed alike, but each knows of its own gradients only.
+    const bool spread = parallel_ != nullptr && parallel_->world().size() > 1;
+    if (spread && error.kind() == ErrorKind::kValue) explain_gradients(failed_step());
+    throw;
   }
-  if (parallel_ != nullptr && !parallel_->whole()) {
-    fail(ErrorKind::kValue, "trainer", failed,
-         "every weight of this rank is finite; the tensors between its layers are ",
-         "not looked at where a model is spread over ranks", kAfter);
-  }
-  std::string weights = "before the first weight";
-  const autograd::RecordObserver observer(
-      [&](const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {
-        std::string used;
-        for (const Tensor& input : inputs) {
-          for (const Parameter& parameter : parameters_) {
-            if (input.defined() && input.storage() == parameter.tensor.storage())
-              used += (used.empty() ? "" : ", ") + parameter.name;
-          }
-        }
-        if (!used.empty()) weights = "at or after " + used;
-        for (const Tensor& output : outputs) {
-          if (!is_float(output.dtype())) continue;
-          const auto at = first_not_finite(output);
-          if (!at) continue;
-          fail(ErrorKind::kValue, "trainer", failed,
-               "every weight is finite, and the first tensor that is not is the output of ", op, " ", output.describe(),
-               ", ", weights, ", with ", at->value, " at element ", grouped(at->element), kAfter);
-        }
-      });
-  for (size_t i = 0; i < batches_.size(); ++i) gpt_.loss(batches_[i].inputs, batches_[i].targets, settings(i));
-  fail(ErrorKind::kValue, "trainer", failed,
-       parallel_ != nullptr && parallel_->data_ranks() > 1
-           ? "that of a micro-batch of another rank, which says why"
-           : "every weight and every tensor of the forward pass is finite: the sum over the micro-batches overflowed",
-       kAfter);
 }
 
 }  // namespace weft::models

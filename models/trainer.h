@@ -2,7 +2,7 @@
 #include <functional>
 #include <optional>
 
-#include "models/parallel_gpt.h"
+#include "models/not_finite.h"
 #include "models/step_graph.h"
 #include "models/text/loader.h"
 #include "optim/delayed_scaling.h"
@@ -65,7 +65,7 @@ class Trainer {
   const StepGraph& graph() const { return graph_; }
 
   /// One step. @throws Error kValue, before any weight changes, if the loss or a gradient is NaN or infinite; it names
-  /// the first tensor that has one.
+  /// the first tensor that has one, on whatever rank (models/not_finite.h).
   StepMetrics step();
 
   /// Steps taken.
@@ -81,8 +81,10 @@ class Trainer {
   GptStep settings(size_t i) const;
   /// What in compute() needs the host, or "".
   std::string host_work() const;
-  /// Why the loss is not finite: computes it again, looking at every tensor.
-  [[noreturn]] void explain_loss(double loss) const;
+  /// optimizer_.finish(), with the gradient that is not finite named by all ranks alike.
+  optim::StepReport finish_update();
+  /// For those who look for what is not finite in it.
+  FailedStep failed_step() const;
 
   Gpt& gpt_;
   optim::Optimizer& optimizer_;
