@@ -176,6 +176,7 @@ int run_train(std::span<const std::string> args) {
   // All ranks have looked at the options and at what is in the directory before any writes there.
   world.connect(device);
   if (world.speaks()) say_if_adapted(o, mesh);
+  if (world.speaks() && o.save_async) log::info("checkpoints are written in the background: ", background_writing());
   if (world.size() > 1) {
     world.group().barrier();
     if (world.speaks()) log::info("mesh ", mesh.to_string(), ", ZeRO ", static_cast<int>(o.zero));

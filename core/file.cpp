@@ -198,6 +198,26 @@ void AtomicFile::write_at(uint64_t offset, std::span<const std::byte> bytes) {
   if (const int error = write_all(descriptor_, bytes, offset)) abandon("cannot write", error);
 }
 
+void AtomicFile::write_back() {
+  if (descriptor_ < 0) fail(ErrorKind::kState, "write_file", path_, ": write_back() after commit() or a failure");
+  const auto sync = [&](uint64_t begin, uint64_t end, unsigned what) {
+    if (begin == end) return;  // no bytes would mean all that follow
+    const auto offset = static_cast<off64_t>(begin), count = static_cast<off64_t>(end - begin);
+    int error = 0;
+    while (::sync_file_range(descriptor_, offset, count, what) != 0 && (error = errno) == EINTR) error = 0;
+    // Some file systems cannot: then commit() brings everything to the disk.
+    if (error != 0 && error != ENOSYS && error != EINVAL && error != ESPIPE) abandon("cannot write", error);
+  };
+  sync(on_disk_, under_way_, SYNC_FILE_RANGE_WAIT_BEFORE);
+  if (on_disk_ < under_way_) {  // advice: whether it is taken changes nothing else
+    ::posix_fadvise(descriptor_, static_cast<off_t>(on_disk_), static_cast<off_t>(under_way_ - on_disk_),
+                    POSIX_FADV_DONTNEED);
+  }
+  on_disk_ = under_way_;
+  sync(under_way_, size_, SYNC_FILE_RANGE_WRITE);
+  under_way_ = size_;
+}
+
 void AtomicFile::commit() {
   if (descriptor_ < 0) fail(ErrorKind::kState, "write_file", path_, ": commit() after commit() or a failure");
   if (const int error = fsync_retrying(descriptor_)) abandon("fsync", error);

@@ -61,6 +61,12 @@ class AtomicFile {
   /// lie within what was written. @throws Error  kValue if it does not.
   void write_at(uint64_t offset, std::span<const std::byte> bytes);
 
+  /// Has the system begin to bring what was written since the last call to the disk, and waits for what the call before
+  /// that was about, which then leaves the system's cache: a writer that calls it every so many bytes has at most twice
+  /// as many under way, pushes nobody's data out of memory and leaves commit() little to do. @throws Error  kIo if the
+  /// disk failed; commit() would not be told of it again.
+  void write_back();
+
   /// Makes the file durable and gives it its name; at most once.
   void commit();
 
@@ -74,6 +80,7 @@ class AtomicFile {
   std::string temporary_;  ///< empty once renamed or removed
   int descriptor_ = -1;
   uint64_t size_ = 0;
+  uint64_t on_disk_ = 0, under_way_ = 0;  ///< what write_back() has waited for, and begun, up to here
 };
 
 /// AtomicFile in one call.

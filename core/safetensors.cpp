@@ -18,14 +18,17 @@ static_assert(std::endian::native == std::endian::little, "safetensors data is l
 /// Data begins at a multiple of this, so that a mapped tensor is aligned as an allocated one.
 constexpr size_t kDataAlignment = 64;
 
-/// Device tensors pass through host memory in pieces of this size; small writes are gathered up to it.
-constexpr size_t kPiece = size_t{4} << 20;
+/// What is hashed and then written from the cache; small tensors are gathered up to it.
+constexpr size_t kPiece = size_t{256} << 10;
+/// Device tensors pass through host memory in pieces of this size.
+constexpr size_t kTransfer = size_t{4} << 20;
 
-/// Sends bytes to a file and to a hash, with few large system calls.
+/// Sends bytes to a file and to a hash, without small system calls.
 class HashedFile {
  public:
   explicit HashedFile(const std::string& path) : file_(path) {}
 
+  /// At most kPiece bytes.
   void write(std::span<const std::byte> bytes) {
     hasher_.update(bytes);
     if (waiting_.size() + bytes.size() > kPiece) flush();
@@ -35,6 +38,11 @@ class HashedFile {
     } else {
       waiting_.insert(waiting_.end(), bytes.begin(), bytes.end());
     }
+  }
+
+  void write_back() {
+    flush();
+    file_.write_back();
   }
 
   std::string commit() {
@@ -54,22 +62,6 @@ class HashedFile {
   std::vector<std::byte> waiting_;
 };
 
-void write_tensor(HashedFile& file, const Tensor& tensor) {
-  const Tensor row_major = tensor.contiguous();
-  const auto* data = static_cast<const std::byte*>(row_major.raw());
-  const auto size = static_cast<size_t>(tensor.numel() * size_of(tensor.dtype()));
-  if (tensor.device().kind == DeviceKind::cpu) {
-    file.write({data, size});
-    return;
-  }
-  std::vector<std::byte> host(std::min(size, kPiece));
-  for (size_t at = 0; at < size; at += kPiece) {
-    const size_t bytes = std::min(kPiece, size - at);
-    backend(tensor.device()).to_host(host.data(), data + at, bytes);
-    file.write({host.data(), bytes});
-  }
-}
-
 /// `text` as a JSON string.
 std::string json_string(const std::string& path, const char* what, const std::string& text) {
   try {
@@ -79,7 +71,7 @@ std::string json_string(const std::string& path, const char* what, const std::st
   }
 }
 
-using Item = const std::pair<std::string, Tensor>*;
+using Item = std::pair<std::string, Tensor>;
 
 std::string header_of(const std::string& path, const std::vector<Item>& order,
                       const std::map<std::string, std::string>& metadata) {
@@ -93,8 +85,7 @@ std::string header_of(const std::string& path, const std::vector<Item>& order,
     header += '}';
   }
   int64_t at = 0;
-  for (const Item item : order) {
-    const auto& [name, tensor] = *item;
+  for (const auto& [name, tensor] : order) {
     const int64_t bytes = tensor.numel() * size_of(tensor.dtype());
     int64_t end = 0;
     if (__builtin_add_overflow(at, bytes, &end)) {
@@ -121,42 +112,114 @@ std::string header_of(const std::string& path, const std::vector<Item>& order,
   return header;
 }
 
-}  // namespace
-
-std::string save_safetensors(const std::string& path, std::span<const std::pair<std::string, Tensor>> tensors,
-                             const std::map<std::string, std::string>& metadata) {
+/// Checks tensors and puts them in the order of the file.
+std::vector<Item> in_order(const std::string& path, std::vector<Item> tensors) {
   if (DryRun::active())
     fail(ErrorKind::kState, "save_safetensors", path, ": there are no values to write in a dry run");
-  std::vector<Item> order;
-  for (const auto& item : tensors) {
-    if (item.first == "__metadata__") {
+  std::vector<std::string_view> names;
+  for (const auto& [name, tensor] : tensors) {
+    if (name == "__metadata__") {
       fail(ErrorKind::kValue, "save_safetensors", path,
            ": a tensor may not be named \"__metadata__\"; the format uses it");
     }
-    if (!item.second.defined()) {
-      fail(ErrorKind::kValue, "save_safetensors", path, ": tensor ", weft::quoted(item.first), " is undefined");
+    if (!tensor.defined()) {
+      fail(ErrorKind::kValue, "save_safetensors", path, ": tensor ", weft::quoted(name), " is undefined");
     }
-    order.push_back(&item);
+    names.push_back(name);
   }
-  std::sort(order.begin(), order.end(), [](Item a, Item b) {
-    const int64_t left = size_of(a->second.dtype()), right = size_of(b->second.dtype());
-    return left != right ? left > right : a->first < b->first;
-  });
-  std::vector<std::string_view> names;
-  for (const Item item : order) names.push_back(item->first);
   std::sort(names.begin(), names.end());
   if (const auto twice = std::adjacent_find(names.begin(), names.end()); twice != names.end()) {
     fail(ErrorKind::kValue, "save_safetensors", path, ": two tensors are named ", weft::quoted(*twice));
   }
+  std::sort(tensors.begin(), tensors.end(), [](const Item& a, const Item& b) {
+    const int64_t left = size_of(a.second.dtype()), right = size_of(b.second.dtype());
+    return left != right ? left > right : a.first < b.first;
+  });
+  return tensors;
+}
 
-  const std::string header = header_of(path, order, metadata);
-  const uint64_t length = header.size();
+}  // namespace
+
+struct SafetensorsWriter::Impl {
+  Impl(std::string name, std::vector<Item> tensors, const std::map<std::string, std::string>& metadata)
+      : path(std::move(name)),
+        order(in_order(path, std::move(tensors))),
+        header(header_of(path, order, metadata)),
+        file(path) {
+    const uint64_t length = header.size();
+    header.insert(0, reinterpret_cast<const char*>(&length), sizeof length);
+    current = as_bytes(header);
+  }
+
+  bool left() {
+    while (current.empty() && (next < order.size() || !on_device.empty())) advance();
+    return !current.empty();
+  }
+
+  /// The next bytes of the file, at most `most`; none at its end.
+  std::span<const std::byte> take(size_t most) {
+    left();
+    const auto taken = current.first(std::min(most, current.size()));
+    current = current.subspan(taken.size());
+    return taken;
+  }
+
+  void advance() {
+    if (on_device.empty()) {
+      row_major = order[next++].second.contiguous();
+      const std::span all(static_cast<const std::byte*>(row_major.raw()),
+                          static_cast<size_t>(row_major.numel() * size_of(row_major.dtype())));
+      (row_major.device().kind == DeviceKind::cpu ? current : on_device) = all;
+      return;
+    }
+    host.resize(std::min(on_device.size(), kTransfer));
+    backend(row_major.device()).to_host(host.data(), on_device.data(), host.size());
+    on_device = on_device.subspan(host.size());
+    current = host;
+  }
+
+  const std::string path;
+  std::vector<Item> order;
+  std::string header;  ///< with its length
+  HashedFile file;
+  size_t next = 0;                       ///< of `order`: the tensor after row_major
+  Tensor row_major;                      ///< that is being written
+  std::vector<std::byte> host;           ///< of a device's tensor, what is being written
+  std::span<const std::byte> on_device;  ///< of it, what comes after that
+  std::span<const std::byte> current;    ///< in host memory, what comes next
+};
+
+SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<std::pair<std::string, Tensor>> tensors,
+                                     const std::map<std::string, std::string>& metadata)
+    : impl_(std::make_unique<Impl>(path, std::move(tensors), metadata)) {}
+
+SafetensorsWriter::~SafetensorsWriter() = default;
+
+bool SafetensorsWriter::write(size_t bytes) {
   const autograd::NoGrad no_grad;
-  HashedFile file(path);
-  file.write(std::as_bytes(std::span(&length, 1)));
-  file.write(as_bytes(header));
-  for (const Item item : order) write_tensor(file, item->second);
-  return file.commit();
+  while (bytes > 0) {
+    const auto piece = impl_->take(std::min(bytes, kPiece));
+    if (piece.empty()) return false;
+    impl_->file.write(piece);
+    bytes -= piece.size();
+  }
+  return impl_->left();
+}
+
+void SafetensorsWriter::write_back() { impl_->file.write_back(); }
+
+std::string SafetensorsWriter::commit() {
+  if (impl_->left())
+    fail(ErrorKind::kState, "save_safetensors", impl_->path, ": commit() before everything is written");
+  return impl_->file.commit();
+}
+
+std::string save_safetensors(const std::string& path, std::span<const std::pair<std::string, Tensor>> tensors,
+                             const std::map<std::string, std::string>& metadata) {
+  SafetensorsWriter writer(path, {tensors.begin(), tensors.end()}, metadata);
+  while (writer.write(kTransfer)) {
+  }
+  return writer.commit();
 }
 
 SafetensorsFile::SafetensorsFile(MappedFile file)

@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -104,11 +105,34 @@ class SafetensorsFile {
 /// bytes, in whatever order they are passed: tensors are stored by element size, largest first, then by name
 /// (bytewise), so that every one is aligned to its element; the header is in the same order, metadata first and sorted,
 /// no space between its tokens, and padded with spaces so that the data begins at a multiple of 64. Tensors are
-/// streamed; only one that is not contiguous or not on the CPU is copied, one at a time.
+/// streamed, hashed and written in one pass; only one that is not contiguous or not on the CPU is copied, one at a
+/// time.
 /// @return        the XXH3-128 hash of the file, as hash_file would give it
 /// @throws Error  kValue for a duplicate name, the name "__metadata__", a name or metadata that is not UTF-8, or a
 ///                header above kSafetensorsMaxHeader; kState in a dry run; kIo if the file cannot be written.
 std::string save_safetensors(const std::string& path, std::span<const std::pair<std::string, Tensor>> tensors,
                              const std::map<std::string, std::string>& metadata = {});
+
+/// save_safetensors() in pieces, by which a program does other things between them. The tensors must not change until
+/// commit(). Any thread may call it, one at a time.
+class SafetensorsWriter {
+ public:
+  /// Begins the file. @throws Error  as save_safetensors().
+  SafetensorsWriter(const std::string& path, std::vector<std::pair<std::string, Tensor>> tensors,
+                    const std::map<std::string, std::string>& metadata = {});
+  ~SafetensorsWriter();  ///< without commit(): nothing is left of the file
+
+  /// Writes the next `bytes`. Returns false if no more than that was left.
+  bool write(size_t bytes);
+  /// AtomicFile::write_back() of what write() has written.
+  void write_back();
+  /// Makes the file durable and gives it its name, when write() has returned false. Returns its hash.
+  /// @throws Error  kState if something is left to write.
+  std::string commit();
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
 
 }  // namespace weft

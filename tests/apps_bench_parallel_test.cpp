@@ -1,5 +1,5 @@
-// `weft bench collectives`, `parallel` and `overlap`: that every row runs and is written, and that what ranks send and
-// keep is what the formulas say. How fast they are is for a machine that does nothing else.
+// `weft bench collectives`, `parallel`, `overlap` and `checkpoint`: that every row runs and is written, and that what
+// ranks send and keep is what the formulas say. How fast they are is for a machine that does nothing else.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -63,6 +63,26 @@ TEST(BenchOverlap, EveryScheduleAndEverySlowLinkIsMeasured) {
     EXPECT_GE(row["ratio"].get<double>(), 0) << row;
     EXPECT_LT(row["ratio"].get<double>(), 1) << row;
   }
+}
+
+TEST(BenchCheckpoint, StepsBesideASaveAndAsManyWithoutAreTimed) {
+  const Scratch scratch;
+  const Outcome outcome =
+      run_weft(scratch.path(), {"bench", "checkpoint", "--rounds", "2", "--json", "all.json"}, {}, "", 240);
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const nlohmann::json all = nlohmann::json::parse(content_of(scratch.path() / "all.json"));
+  for (const char* per_save : {"plain", "at_once", "copies", "first", "behind", "extra", "steps"})
+    EXPECT_EQ(all[per_save].size(), 2u) << per_save;
+  const double steps = all["steps"][0].get<double>() + all["steps"][1].get<double>();
+  EXPECT_GE(steps, 4);  // a save is there after two looks at the earliest
+  EXPECT_EQ(static_cast<double>(all["beside"].size()), steps);
+  EXPECT_EQ(static_cast<double>(all["alone"].size()), steps);
+  EXPECT_GT(all["bytes"].get<int64_t>(), 9'000'000);
+  for (const char* line : {"a plain write:", "at once:", "in the background:", "a step alone:", "a step beside:",
+                           "the copy:", "a save in all:", "the writer:         idle class of the scheduler"})
+    EXPECT_NE(outcome.out.find(line), std::string::npos) << line << " is not in\n" << outcome.out;
+  for (const auto& entry : std::filesystem::directory_iterator(scratch.path()))
+    EXPECT_EQ(entry.path().filename(), "all.json");
 }
 
 }  // namespace

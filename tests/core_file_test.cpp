@@ -141,6 +141,21 @@ TEST_F(File, AHeaderCanBeFilledInBeforeTheCommit) {
   message_of(ErrorKind::kState, [&] { file.commit(); });
 }
 
+TEST_F(File, WritingBackEarlyChangesNoByte) {
+  std::string bytes;
+  AtomicFile file(at("a"));
+  file.write_back();
+  for (int i = 0; i < 20; ++i) {
+    const std::string piece(static_cast<size_t>(50'000 + 777 * i), static_cast<char>('a' + i));
+    file.write(piece);
+    if (i % 3 != 0) file.write_back();
+    bytes += piece;
+  }
+  file.commit();
+  EXPECT_TRUE(read_file(at("a")) == bytes);
+  message_of(ErrorKind::kState, [&] { file.write_back(); });
+}
+
 TEST_F(File, ReplacingKeepsTheModeAndFollowsLinks) {
   write_file_atomic(at("real"), "1");
   fs::permissions(at("real"), fs::perms::owner_read | fs::perms::owner_write | fs::perms::group_read);

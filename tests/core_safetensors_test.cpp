@@ -154,6 +154,30 @@ TEST_F(Safetensors, WritesLargeTensorsBesideSmallOnes) {
   for (const auto& [name, tensor] : tensors) EXPECT_EQ(bytes_of(file.load(name)), bytes_of(tensor)) << name;
 }
 
+TEST_F(Safetensors, PiecesOfAnySizeMakeTheSameFile) {
+  Named tensors = samples();
+  tensors.emplace_back("large", Tensor::arange(200'003).to(DType::f32));
+  tensors.emplace_back("turned", Tensor::arange(60'000).to(DType::f64).reshape({200, 300}).transpose(0, 1));
+  const std::string hash = save_safetensors(at("a"), tensors, {{"k", "value"}});
+  const std::string bytes = read_file(at("a"));
+  for (const size_t piece :
+       {size_t{1'001}, size_t{65'536}, size_t{300'000}, bytes.size() - 1, bytes.size(), bytes.size() + 1}) {
+    SafetensorsWriter writer(at("b"), tensors, {{"k", "value"}});
+    EXPECT_NE(message_of(ErrorKind::kState, [&] { writer.commit(); }).find("before everything"), std::string::npos);
+    size_t calls = 1;
+    for (; writer.write(piece); ++calls) writer.write_back();
+    EXPECT_EQ(calls, (bytes.size() + piece - 1) / piece);
+    EXPECT_FALSE(writer.write(piece));
+    EXPECT_EQ(writer.commit(), hash);
+    EXPECT_TRUE(read_file(at("b")) == bytes) << piece;
+  }
+  {
+    SafetensorsWriter writer(at("c"), tensors);
+    writer.write(100'000);
+  }
+  EXPECT_EQ(std::distance(fs::directory_iterator(folder_), fs::directory_iterator()), 2);
+}
+
 TEST_F(Safetensors, LoadsIntoViewsAndParameters) {
   save_safetensors(at("a"), Named{{"x", Tensor::arange(6, DType::f32).reshape({2, 3})}});
   const SafetensorsFile file(at("a"));

@@ -3,7 +3,6 @@
 #include "models/checkpoint/saver.h"
 
 #include <algorithm>
-#include <atomic>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <thread>
@@ -11,9 +10,11 @@
 #include "core/autograd.h"
 #include "core/log.h"
 #include "dist/texts.h"
+#include "models/checkpoint/background.h"
 #include "models/checkpoint/directory.h"
 #include "models/checkpoint/manifest.h"
 #include "models/checkpoint/plan.h"
+#include "models/checkpoint/snapshot.h"
 
 namespace weft {
 namespace {
@@ -27,6 +28,7 @@ using checkpoint::kOptimizerFile;
 using Json = nlohmann::json;
 
 constexpr const char* kWhere = "save_checkpoint";
+const std::map<std::string, std::string> kMetadata = {{"format", "weft"}};
 
 /// What failed on a rank, as others are told.
 struct Failure {
@@ -154,16 +156,19 @@ std::vector<HeldPiece> held_pieces(const Json& list) {
   return held;
 }
 
-/// `part` of a tensor, as a file holds it, and with `copied` sharing no memory with what training goes on to change.
-Tensor to_write(const StoredTensor& stored, const TensorPart& part, bool copied) {
+/// `part` of a tensor, as a file holds it, in the tensor's own memory.
+Tensor to_write(const StoredTensor& stored, const TensorPart& part) {
   const autograd::NoGrad no_grad;
-  const MemoryScope scope(MemoryCategory::checkpoint);
   const int64_t begin = stored.part ? stored.part->begin : 0;
   Tensor tensor = stored.tensor.detach();
   if (part.count() < tensor.numel()) tensor = tensor.reshape({-1}).narrow(0, part.begin - begin, part.count());
-  if (copied) tensor = tensor.device() == Device::cpu() ? tensor.clone() : tensor.to(Device::cpu());
   return tensor.reshape(part.shape());
 }
+
+/// What is written and hashed at once in the background: a tenth to a fifth of a millisecond of a processor.
+constexpr size_t kPiece = size_t{256} << 10;
+/// What the disk is given at once meanwhile: others who use it wait for no more than twice that.
+constexpr size_t kWriteBack = size_t{1} << 20;
 
 }  // namespace
 
@@ -177,14 +182,15 @@ struct CheckpointSaver::Save {
   std::string path;                                          ///< of the directory
   const SaveCheckpointOptions* options = nullptr;
 
-  std::vector<CheckpointFile> written;
+  std::vector<CheckpointFile> written;  ///< by this rank, and once `listed`, on rank 0, by all
+  bool listed = false;                  ///< all ranks have written, and know it: the checkpoint is to be published
+  std::string published;                ///< the path, by then, on rank 0
   std::exception_ptr failed;
-  std::atomic<bool> is_written = false;
-  std::thread writer;
 
-  ~Save() {
-    if (writer.joinable()) writer.join();
-  }
+  size_t kind = 0;                                 ///< of the file that is being written; 2: of text
+  std::unique_ptr<SafetensorsWriter> file;         ///< it, if it has begun
+  size_t not_on_disk = 0;                          ///< bytes of it since the last write_back()
+  std::optional<checkpoint::BackgroundWork> work;  ///< last: it uses all of the above
 
   void done(std::string_view step) const {
     if (options->after_step) options->after_step(step);
@@ -198,38 +204,98 @@ struct CheckpointSaver::Save {
     done(name);
   }
 
-  void write() {
-    failed = failure_in([&] {
-      for (const Kind kind : kKinds) {
-        const auto k = static_cast<size_t>(kind);
-        if (files[k].empty()) continue;
-        add(files[k], save_safetensors(path + "/" + files[k], tensors[k], {{"format", "weft"}}));
-        tensors[k].clear();
+  /// Puts copies in the place of the tensors.
+  void copy() {
+    const MemoryScope scope(MemoryCategory::checkpoint);
+    std::vector<Tensor> all;
+    for (const NamedTensors& of_kind : tensors) {
+      for (const auto& [name, tensor] : of_kind) all.push_back(tensor);
+    }
+    all = checkpoint::snapshot(all);
+    auto next = all.begin();
+    for (NamedTensors& of_kind : tensors) {
+      for (auto& [name, tensor] : of_kind) tensor = *next++;
+    }
+  }
+
+  void begin_pieces() {
+    if (!anything_to_do()) return;
+    // Without threads the save fails, on all ranks and when it would be published.
+    const std::exception_ptr no_threads =
+        failure_in([&] { work.emplace([this](bool beside) { return do_piece(beside); }); });
+    if (no_threads) failed = no_threads;
+  }
+
+  /// Returns when nothing is left to do or something has failed.
+  void finish_pieces() {
+    if (work) {
+      work->finish();
+    } else if (!failed && anything_to_do()) {
+      while (do_piece(false)) {
       }
-      for (const auto& [name, text] : text_files) {
-        write_file_atomic(path + "/" + name, text);
-        add(name, hash_bytes(as_bytes(text)));
+    }
+  }
+
+  bool anything_to_do() const {
+    return listed ? directory && published.empty() : kind < kKinds.size() || !text_files.empty();
+  }
+
+  /// Does the next piece and returns whether there is another. What it throws ends all and is in `failed`.
+  bool do_piece(bool beside) {
+    const MemoryScope scope(MemoryCategory::checkpoint);
+    failed = failure_in([&] {
+      if (listed) {
+        published = publish();
+      } else if (kind < kKinds.size()) {
+        write_tensors(beside);
+      } else {
+        const auto text = text_files.extract(text_files.begin());
+        write_file_atomic(path + "/" + text.key(), text.mapped());
+        add(text.key(), hash_bytes(as_bytes(text.mapped())));
       }
     });
-    is_written = true;
+    return !failed && anything_to_do();
+  }
+
+  void write_tensors(bool beside) {
+    const std::string& name = files[kind];
+    if (!file) file = std::make_unique<SafetensorsWriter>(path + "/" + name, tensors[kind], kMetadata);
+    if (file->write(kPiece)) {
+      not_on_disk += kPiece;
+      if (!beside || not_on_disk < kWriteBack) return;
+      file->write_back();
+      not_on_disk = 0;
+      return;
+    }
+    add(name, file->commit());
+    file.reset();
+    tensors[kind].clear();
+    next_kind(kind + 1);
+  }
+
+  /// Goes to the first kind from `from` on of which this rank writes a file.
+  void next_kind(size_t from) {
+    kind = from;
+    while (kind < kKinds.size() && files[kind].empty()) ++kind;
+    not_on_disk = 0;
   }
 
   /// Lists what all ranks have written, and gives the directory its name.
-  std::string publish(std::vector<CheckpointFile> all) {
+  std::string publish() {
     const checkpoint::TensorFiles names = checkpoint::tensor_files(manifest);
     const auto place = [&](const CheckpointFile& file) {
       return names.model.contains(file.name) ? 0 : names.optimizer.contains(file.name) ? 1 : 2;
     };
-    std::sort(all.begin(), all.end(), [&](const CheckpointFile& a, const CheckpointFile& b) {
+    std::sort(written.begin(), written.end(), [&](const CheckpointFile& a, const CheckpointFile& b) {
       return std::pair(place(a), a.name) < std::pair(place(b), b.name);
     });
-    for (const CheckpointFile& file : all) {
+    for (const CheckpointFile& file : written) {
       std::error_code error;
       if (std::filesystem::file_size(path + "/" + file.name, error) == static_cast<uintmax_t>(file.size)) continue;
       fail(ErrorKind::kIo, kWhere, path, "/", file.name, ": was written with ", grouped(file.size),
            " bytes and is not there. Hint: the directory must be one that all ranks see");
     }
-    manifest.files = std::move(all);
+    manifest.files = std::move(written);
     write_file_atomic(path + "/" + kManifestFile, checkpoint::manifest_text(manifest));
     done(kManifestFile);
     return directory->publish();
@@ -297,9 +363,10 @@ void CheckpointSaver::start(const ShardedContent& content, bool background) {
         const auto found = own.find({kind, each.name});
         if (group_ != nullptr && found == own.end()) continue;
         const TensorPart part = group_ == nullptr ? TensorPart::all(part_of(each).whole) : found->second;
-        save->tensors[static_cast<size_t>(kind)].emplace_back(each.name, to_write(each, part, background));
+        save->tensors[static_cast<size_t>(kind)].emplace_back(each.name, to_write(each, part));
       }
     }
+    if (background) save->copy();
     if (rank != 0) return;
     save->directory = std::make_unique<checkpoint::PendingCheckpoint>(root_, content.step, options_);
     save->path = save->directory->directory();
@@ -307,14 +374,8 @@ void CheckpointSaver::start(const ShardedContent& content, bool background) {
   save->path = exchange(group_, save->path, failed)[0].get<std::string>();
   if (rank != 0) save->done("directory");
   save_ = std::move(save);
-  if (background) {
-    save_->writer = std::thread([save = save_.get()] {
-      const MemoryScope scope(MemoryCategory::checkpoint);
-      save->write();
-    });
-  } else {
-    save_->write();
-  }
+  save_->next_kind(0);
+  if (background) save_->begin_pieces();
 }
 
 void CheckpointSaver::begin(const ShardedContent& content) { start(content, true); }
@@ -325,35 +386,47 @@ std::string CheckpointSaver::save(const ShardedContent& content) {
 }
 
 bool CheckpointSaver::pending() const { return save_ != nullptr; }
-bool CheckpointSaver::writing() const { return save_ && !save_->is_written; }
+bool CheckpointSaver::writing() const { return save_ && save_->work && !save_->work->done(); }
+
+void CheckpointSaver::list_files(Save& save) {
+  save.finish_pieces();
+  save.work.reset();
+  Json mine = Json::array();
+  for (const CheckpointFile& file : save.written) mine.push_back({file.name, file.size, file.hash});
+  const std::vector<Json> all = exchange(group_, mine, save.failed);
+  save.written.clear();
+  for (const Json& rank : all) {
+    for (const Json& file : rank) save.written.push_back({file[0], file[1], file[2]});
+  }
+  save.listed = true;
+  if (!save.directory) save.failed = failure_in([&] { save.done("written"); });
+}
 
 std::optional<std::string> CheckpointSaver::poll(bool anywhere) {
   if (!save_ || anywhere) return std::nullopt;
-  return finish();
+  if (save_->listed) return finish();
+  std::unique_ptr<Save> save = std::move(save_);
+  list_files(*save);
+  save->begin_pieces();
+  save_ = std::move(save);
+  return std::nullopt;
 }
 
 std::optional<std::string> CheckpointSaver::finish() {
   if (!save_) return std::nullopt;
   const std::unique_ptr<Save> save = std::move(save_);  // whatever fails from here on, it is over
-  if (save->writer.joinable()) save->writer.join();
-  Json written = Json::array();
-  for (const CheckpointFile& file : save->written) written.push_back({file.name, file.size, file.hash});
-  const std::vector<Json> all = exchange(group_, written, save->failed);
-  std::string path;
-  const std::exception_ptr failed = failure_in([&] {
-    if (!save->directory) {
-      save->done("written");
-      return;
-    }
-    std::vector<CheckpointFile> files;
-    for (const Json& rank : all) {
-      for (const Json& file : rank) files.push_back({file[0], file[1], file[2]});
-    }
-    path = save->publish(std::move(files));
-  });
-  path = exchange(group_, path, failed)[0].get<std::string>();
+  if (!save->listed) list_files(*save);
+  save->finish_pieces();
+  const std::string path = exchange(group_, save->published, save->failed)[0].get<std::string>();
   if (!save->directory) save->done("end");
   return path;
+}
+
+std::string background_writing() {
+  checkpoint::GivenWay given;
+  std::thread([&] { given = checkpoint::give_way(); }).join();
+  const double percent = 100 * checkpoint::BackgroundWork::kShare;
+  return concat(given.text, given.processor ? "; where no processor is idle, " : "; ", percent, "% of one");
 }
 
 std::string save_checkpoint(const std::string& root, const CheckpointContent& content,

@@ -36,22 +36,25 @@ NamedTensors load_stored(const CheckpointTensors& tensors, const std::vector<Sto
 /// Error on all, which names the rank.
 ///
 /// Written in the background a save is: begin(), which copies to host memory what this rank is to write; training goes
-/// on meanwhile; poll() once a step, which publishes the checkpoint when all ranks have written their files; and
-/// finish() at the end. No thread but the caller's ever uses the group:
+/// on meanwhile; poll() once a step, by which the ranks learn that all have written their files, and then that the
+/// checkpoint is there; and finish() at the end. No thread but the caller's ever uses the group:
 ///
 ///   saver.begin(content);
 ///   for (;;) { step(); if (auto path = saver.poll(any_rank(saver.writing()))) ...; }
 ///
 /// where any_rank() is an all-reduce, one that the caller makes anyway: a flag in it costs nothing, and poll() itself
-/// talks to other ranks only when there is something to publish. All ranks call begin(), poll(), finish() and save()
+/// talks to other ranks only when one part of the save is done. All ranks call begin(), poll(), finish() and save()
 /// alike.
+///
+/// The writing gives way to training: it takes what processors are idle, and where none is, 1% of one, so that however
+/// busy the machine is it ends after at most a hundred times the processor time that it needs and what the disk takes.
+/// finish() does what is left itself, at the priority of its caller.
 class CheckpointSaver {
  public:
   /// @param group  null: this process alone. Must outlive this, and the directory be one that all ranks
-  /// see. options.after_step is called on each rank, while files are written in the background from the thread that
-  /// does.
+  /// see. options.after_step is called on each rank, from whatever thread has done the step.
   CheckpointSaver(std::string root, dist::Group* group, SaveCheckpointOptions options = {});
-  /// Waits for the writing; a checkpoint that was not published is gone.
+  /// A checkpoint that was not published is gone.
   ~CheckpointSaver();
 
   /// Returns when the checkpoint is there, with its path. @throws Error as save_checkpoint(), and kValue, before
@@ -62,23 +65,28 @@ class CheckpointSaver {
   void begin(const ShardedContent& content);
   /// Whether a save has begun that is not published.
   bool pending() const;
-  /// Whether this rank's files are still being written.
+  /// Whether this rank is at work on it in the background: on its files, or on the directory.
   bool writing() const;
-  /// The path of the checkpoint if this call has published it. @param anywhere  writing() of any rank, the same on all
+  /// The path of the checkpoint if it is there, once. @param anywhere  writing() of any rank, the same on all
   /// @throws Error  what a rank failed with since begin(); the checkpoint is gone then, older ones are there.
   std::optional<std::string> poll(bool anywhere);
-  /// Waits for the writing and publishes; nothing if no save is pending. @throws Error as poll().
+  /// Writes what is left and publishes; nothing if no save is pending. @throws Error as poll().
   std::optional<std::string> finish();
 
  private:
   struct Save;
   void start(const ShardedContent& content, bool background);
+  void list_files(Save& save);
 
   std::string root_;
   dist::Group* group_;
   SaveCheckpointOptions options_;
   std::unique_ptr<Save> save_;
 };
+
+/// How writing in the background gives way here, in words: "idle class of the scheduler, idle class of the disk; where
+/// no processor is idle, 1% of one".
+std::string background_writing();
 
 /// open_checkpoint() by all ranks of a group together, to load parts from: each file is read whole, to check its hash,
 /// by one rank only. @throws Error  on all ranks what any of them found.
