@@ -48,7 +48,7 @@ std::vector<int64_t> pipeline_stages(const ParallelOptions& options, const GptCo
 ///   losses = parallel.run(batches, settings); // forward and backward passes
 ///   parallel.reduce();                        // gradients of the whole step
 ///   optimizer.step(lr);
-///   parallel.gather();                        // weights that other ranks have updated
+///   parallel.gather();                        // weights that other ranks have updated; whoever reads one waits for it
 class ParallelGpt {
  public:
   /// `world` must outlive this; all its ranks make one with equal arguments.
