@@ -24,7 +24,7 @@ Storage::Storage(Device device, int64_t bytes, std::string what)
       bytes_(bytes),
       allocator_(nullptr),
       category_(MemoryScope::current()),
-      released_(true),
+      place_(Place::released),
       what_(std::move(what)) {}
 
 Storage::~Storage() {
@@ -43,12 +43,13 @@ void Storage::release(std::string what) {
   if (owner_ == nullptr && data_ != nullptr) allocator_->free(data_);
   owner_ = nullptr;
   data_ = nullptr;
-  released_ = true;
+  place_ = Place::released;
   what_ = std::move(what);
+  deferred_ = nullptr;
 }
 
 void Storage::lend(std::shared_ptr<Storage> owner, int64_t offset) {
-  if (!released_)
+  if (!is_released())
     fail(ErrorKind::kState, "storage", "memory can be lent only where it was released; these ", grouped(bytes_),
          " bytes have theirs");
   if (owner->device_ != device_ || offset < 0 || offset > owner->bytes_ - bytes_) {
@@ -58,12 +59,30 @@ void Storage::lend(std::shared_ptr<Storage> owner, int64_t offset) {
   void* begin = owner->data();
   data_ = begin == nullptr ? nullptr : static_cast<char*>(begin) + offset;
   owner_ = std::move(owner);
-  released_ = false;
+  place_ = Place::here;
 }
 
-void Storage::refuse() const {
-  fail(ErrorKind::kState, "storage", what_, " is released: its ", grouped(bytes_),
-       " bytes are not in memory now. Hint: reach for them only between getting the memory and giving it back");
+void Storage::defer(std::function<void()> complete) {
+  if (is_released())
+    fail(ErrorKind::kState, "storage", what_, " is released: there is no memory for elements that are on their way");
+  if (deferred_ == nullptr) deferred_ = std::make_unique<Deferred>();
+  const std::lock_guard lock(deferred_->mutex);
+  deferred_->completions.push_back(std::move(complete));
+  place_.store(Place::deferred, std::memory_order_release);
+}
+
+void Storage::reach() const {
+  if (is_released()) {
+    fail(ErrorKind::kState, "storage", what_, " is released: its ", grouped(bytes_),
+         " bytes are not in memory now. Hint: reach for them only between getting the memory and giving it back");
+  }
+  const std::lock_guard lock(deferred_->mutex);
+  std::vector<std::function<void()>>& completions = deferred_->completions;
+  while (!completions.empty()) {
+    completions.front()();
+    completions.erase(completions.begin());
+  }
+  place_.store(Place::here, std::memory_order_release);
 }
 
 // ---- making ----

@@ -1,7 +1,9 @@
 #pragma once
+#include <atomic>
 #include <functional>
 #include <iosfwd>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -30,9 +32,10 @@ class Storage {
   Storage(const Storage&) = delete;
   Storage& operator=(const Storage&) = delete;
 
-  /// Null if it has no bytes. @throws Error kState, naming what it is, while it is released.
+  /// Null if it has no bytes. Waits for elements that are on their way (defer()). @throws Error kState, naming what it
+  /// is, while it is released.
   void* data() const {
-    if (released_) refuse();
+    if (place_.load(std::memory_order_acquire) != Place::here) reach();
     return data_;
   }
   int64_t bytes() const { return bytes_; }
@@ -52,23 +55,38 @@ class Storage {
   /// are those from before is the caller's promise: this is no change. @throws Error kState unless it is released;
   /// kIndex if the owner has too few bytes or is on another device.
   void lend(std::shared_ptr<Storage> owner, int64_t offset);
-  bool is_released() const { return released_; }
+  bool is_released() const { return place_ == Place::released; }
+
+  /// From now on some elements are on their way: `complete` waits for them and puts them in their place, by addresses
+  /// that it took before, and whoever reaches for any element calls it first, on whatever thread. If it throws, so does
+  /// data(), now and then again. Several run in the order of these calls; release() drops them. That elements change is
+  /// the caller's to note, here and now (bump()).
+  void defer(std::function<void()> complete);
+  /// Whether some elements are on their way.
+  bool is_deferred() const { return place_ == Place::deferred; }
 
   /// How a rule that saves this is to have it again (autograd::remade); null: by keeping it.
   const std::shared_ptr<autograd::Recipe>& recipe() const { return recipe_; }
   void set_recipe(std::shared_ptr<autograd::Recipe> recipe) { recipe_ = std::move(recipe); }
 
  private:
-  [[noreturn]] void refuse() const;
+  /// Where the elements are.
+  enum class Place : uint8_t { here, deferred, released };
+  struct Deferred {
+    std::mutex mutex;
+    std::vector<std::function<void()>> completions;
+  };
+  void reach() const;
 
   Device device_;
   int64_t bytes_;
   Allocator* allocator_;  // null: without memory of its own from the start
   MemoryCategory category_;
   void* data_ = nullptr;
-  bool released_ = false;
-  std::string what_;                // it is, once it was released
-  std::shared_ptr<Storage> owner_;  // of the memory, where it was lent
+  mutable std::atomic<Place> place_ = Place::here;
+  std::unique_ptr<Deferred> deferred_;  // once there were any
+  std::string what_;                    // it is, once it was released
+  std::shared_ptr<Storage> owner_;      // of the memory, where it was lent
   std::shared_ptr<autograd::Recipe> recipe_;
   uint64_t version_ = 0;
   const char* last_change_ = "nothing";

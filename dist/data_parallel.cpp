@@ -134,34 +134,7 @@ void DataParallel::gather() {
     return;
   }
   if (s.zero == Zero::kNone || s.group.size() == 1) return;
-  const autograd::NoGrad no_grad;
-  const MemoryScope scope(MemoryCategory::communication);
-  const auto range = [&](const ShardPiece& piece) {
-    return s.model[piece.tensor].tensor.detach().reshape({-1}).narrow(0, piece.begin, piece.count());
-  };
-  std::vector<Tensor> flat;
-  std::vector<Work> works;
-  for (size_t b = 0; b < s.buckets; ++b) {
-    const ShardBucket& layout = s.layout(b);
-    const Tensor& first = s.model[layout.tensors().front()].tensor;
-    flat.push_back(Tensor::empty({layout.elements()}, first.dtype(), first.device()));
-    const int64_t cut = layout.cut(s.group.rank());
-    layout.for_each_piece(s.group.rank(), [&](const ShardPiece& piece, int64_t at) {
-      flat.back().narrow(0, cut + at, piece.count()).copy_(range(piece));
-    });
-    works.push_back(s.group.all_gather_async_(flat.back(), layout.counts()));
-  }
-  for (size_t b = 0; b < s.buckets; ++b) {
-    works[b].wait();
-    const ShardBucket& layout = s.layout(b);
-    for (int rank = 0; rank < s.group.size(); ++rank) {
-      if (rank == s.group.rank()) continue;
-      const int64_t cut = layout.cut(rank);
-      layout.for_each_piece(rank, [&](const ShardPiece& piece, int64_t at) {
-        range(piece).copy_(flat[b].narrow(0, cut + at, piece.count()));
-      });
-    }
-  }
+  for (const size_t bucket : s.forward_order) s.gather(bucket);
 }
 
 }  // namespace weft::dist

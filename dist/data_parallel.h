@@ -56,7 +56,7 @@ std::vector<int64_t> micro_batch_shares(int64_t total, int ranks);
 ///   for (i of own micro-batches) { loss(micro-batch number parallel.micro_batch(i)).backward(); }
 ///   parallel.reduce();                        // parameters().grad is now that of the whole step
 ///   optimizer.step(lr);                       // an optimizer over parameters(), with norms() as its NormReducer
-///   parallel.gather();                        // what other ranks have updated
+///   parallel.gather();                        // what other ranks have updated comes while the next step begins
 ///   optimizer.zero_grad();
 ///
 /// Gradients of micro-batches are added up in the canonical order (dist/canonical_sum.h), so that the result has the
@@ -125,7 +125,9 @@ class DataParallel {
   /// Ends the step's backward passes. @throws Error kState, naming the parameter, if one got no gradient from some
   /// micro-batch, or if there were fewer or more backward passes than micro-batches.
   void reduce();
-  /// After the update: every rank gets every parameter's new values, or with kParameters when their units run.
+  /// After the update: every rank gets every parameter's new values, or with kParameters when their units run. They are
+  /// sent in the order of `parameters`, that of the forward pass best, and this does not wait for them: whoever reaches
+  /// for a parameter's elements does (Storage::defer), and gets the GroupError if they do not come.
   void gather();
 
  private:

@@ -1,6 +1,7 @@
 #include "dist/data_parallel_state.h"
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 
 #include "core/autograd.h"
@@ -64,6 +65,10 @@ DataParallel::State::State(Group& group, Parameters parameters, const DataParall
     all_buckets.push_back({layouts.back(), shared, zero == Zero::kNone && !shared});
   }
   buckets = layouts.size();
+  forward_order.resize(buckets);
+  std::iota(forward_order.begin(), forward_order.end(), size_t{0});
+  const auto first = [&](size_t bucket) { return std::ranges::min(layouts[bucket].tensors()); };
+  std::ranges::sort(forward_order, std::ranges::less(), first);
   for (Use& use : uses) {
     if (use.pair != nullptr) continue;
     use.bucket = all_buckets.size();
@@ -229,6 +234,40 @@ Tensor DataParallel::State::finish(size_t bucket) {
   }
   const MemoryScope scope(MemoryCategory::gradients);
   return sum.to(model[first].tensor.dtype());
+}
+
+void DataParallel::State::gather(size_t bucket) const {
+  const autograd::NoGrad no_grad;
+  const MemoryScope scope(MemoryCategory::communication);
+  const ShardBucket& at = layout(bucket);
+  const Tensor& first = model[at.tensors().front()].tensor;
+  const Tensor flat = Tensor::empty({at.elements()}, first.dtype(), first.device());
+  struct Copy {
+    StridedView to, from;
+  };
+  std::map<size_t, std::vector<Copy>> coming;  // [parameter]
+  for (int rank = 0; rank < group.size(); ++rank) {
+    at.for_each_piece(rank, [&](const ShardPiece& piece, int64_t begin) {
+      const Tensor& parameter = model[piece.tensor].tensor;
+      Tensor there = flat.narrow(0, at.cut(rank) + begin, piece.count());
+      const Tensor here = parameter.detach().reshape({-1}).narrow(0, piece.begin, piece.count());
+      if (rank == group.rank())
+        there.copy_(here);
+      else
+        coming[piece.tensor].push_back({here.view(), there.view()});
+    });
+  }
+  const Work work = group.all_gather_async_(flat, at.counts());
+  for (auto& [parameter, copies] : coming) {
+    Storage& storage = *model[parameter].tensor.storage();
+    // Now, and not when the values are there: what a function saves of them in between is of this version.
+    storage.bump("an update by other ranks");
+    storage.defer([flat, work, copies = std::move(copies)] {
+      work.wait();
+      if (DryRun::active()) return;
+      for (const Copy& copy : copies) backend(flat.device()).copy(copy.to, copy.from);
+    });
+  }
 }
 
 void DataParallel::State::require_units_ended(const char* before) const {

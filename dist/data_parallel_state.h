@@ -26,9 +26,10 @@ struct DataParallel::State {
   Parameters model, own;
   std::vector<ShardPiece> pieces;
   std::vector<Use> uses;
-  std::vector<Tensor> leaves;     ///< of the parameters, then of second uses
-  std::vector<size_t> bucket_of;  ///< [parameter]
-  size_t buckets = 0;             ///< of parameters; those of second leaves follow
+  std::vector<Tensor> leaves;         ///< of the parameters, then of second uses
+  std::vector<size_t> bucket_of;      ///< [parameter]
+  size_t buckets = 0;                 ///< of parameters; those of second leaves follow
+  std::vector<size_t> forward_order;  ///< those, by the first of their parameters
   std::optional<GradientSums> sums;
   std::optional<ParameterUnits> units;  ///< with Zero::kParameters
   size_t started_before = 0;            ///< transfers that had begun before the present unit
@@ -38,6 +39,9 @@ struct DataParallel::State {
   const Use* use_of(size_t parameter) const;
   /// This rank's range of a bucket's gradients of the whole step.
   Tensor finish(size_t bucket);
+  /// Begins to gather a bucket's parameters from the ranks that have updated them. Whoever reaches for one waits for
+  /// it.
+  void gather(size_t bucket) const;
   /// @throws Error kState, naming a unit that is whole.
   void require_units_ended(const char* before) const;
 

@@ -99,6 +99,8 @@ void check_tensor(Collective op, const Tensor& t, Device device, const char* imp
     fail(ErrorKind::kShape, name(op), t.describe(), " is not contiguous (strides ", t.strides(),
          "). Hint: .contiguous()");
   }
+  // Elements that are on their way come first, before anything of this operation is queued on a device.
+  (void)t.raw();
 }
 
 }  // namespace

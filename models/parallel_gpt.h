@@ -52,7 +52,7 @@ int64_t layer_of(const std::string& parameter, const GptConfig& config);
 ///   losses = parallel.run(batches, settings); // forward and backward passes
 ///   parallel.reduce();                        // gradients of the whole step
 ///   optimizer.step(lr);
-///   parallel.gather();                        // weights that other ranks have updated
+///   parallel.gather();                        // weights that other ranks have updated; whoever reads one waits for it
 class ParallelGpt {
  public:
   /// `world` must outlive this; all its ranks make one with equal arguments.

@@ -1,6 +1,9 @@
 // Memory that is given back while tensors still refer to it, and given again.
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <thread>
+
 #include "core/autograd.h"
 #include "core/memory.h"
 #include "ops/elementwise.h"
@@ -111,6 +114,70 @@ TEST(Storage, LentMemoryIsCountedWithItsOwner) {
   weight.storage()->lend(owner.storage(), 0);
   weight.storage()->recount(MemoryCategory::parameters);
   EXPECT_EQ(parameter_bytes() - before, 64);
+}
+
+TEST(Storage, WhoeverReachesForDeferredElementsHasThem) {
+  for (const auto& reach : std::vector<std::function<double(const Tensor&)>>{
+           [](const Tensor& w) { return w.select(0, 2).item(); },
+           [](const Tensor& w) { return static_cast<double>(w.to_vector<float>()[2]); },
+           [](const Tensor& w) { return (w + w).select(0, 2).item() / 2; },
+           [](const Tensor& w) { return w.clone().to_vector<double>()[2]; },
+           [](const Tensor& w) { return static_cast<double>(static_cast<const float*>(w.storage()->data())[2]); }}) {
+    const Tensor weight = make({1, 2, 3, 4});
+    int completed = 0;
+    weight.storage()->defer([&, at = weight.data<float>() + 2] { *at = 30, ++completed; });
+    EXPECT_TRUE(weight.storage()->is_deferred());
+    EXPECT_EQ(weight.narrow(0, 1, 2).shape(), (Shape{2})) << "a view reads nothing";
+    EXPECT_EQ(completed, 0);
+    EXPECT_EQ(reach(weight), 30);
+    EXPECT_EQ(reach(weight), 30);
+    EXPECT_EQ(completed, 1);
+    EXPECT_FALSE(weight.storage()->is_deferred());
+  }
+}
+
+TEST(Storage, DeferredElementsThatDoNotComeAreAnErrorForEveryReader) {
+  const Tensor weight = make({1, 2});
+  bool fails = true;
+  std::vector<int> order;
+  weight.storage()->defer([&] {
+    if (fails) fail(ErrorKind::kIo, "peer", "rank 1 is gone");
+    order.push_back(1);
+  });
+  weight.storage()->defer([&] { order.push_back(2); });
+  for (int reader = 0; reader < 3; ++reader) EXPECT_ERROR(ErrorKind::kIo, "rank 1 is gone", weight.to_vector<float>());
+  EXPECT_TRUE(order.empty());
+  fails = false;
+  EXPECT_EQ(weight.to_vector<float>(), (std::vector<float>{1, 2}));
+  EXPECT_EQ(order, (std::vector<int>{1, 2}));
+}
+
+TEST(Storage, DeferredElementsComeOnceForManyThreads) {
+  const Tensor weight = make({0});
+  weight.storage()->defer([at = weight.data<float>()] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    *at += 1;
+  });
+  std::atomic<int> right = 0;
+  std::vector<std::thread> readers;
+  for (int i = 0; i < 4; ++i) readers.emplace_back([&] { right += *static_cast<float*>(weight.raw()) == 1; });
+  for (std::thread& reader : readers) reader.join();
+  EXPECT_EQ(right, 4);
+}
+
+TEST(Storage, DeferringIsNoChangeAndReleasingEndsIt) {
+  Tensor weight = make({1, 2, 3});
+  weight.requires_grad_();
+  bool completed = false;
+  const uint64_t version = weight.storage()->version();
+  weight.storage()->defer([&] { completed = true; });
+  sum(weight * weight).backward();
+  EXPECT_TRUE(completed);
+  EXPECT_EQ(weight.storage()->version(), version);
+  weight.storage()->defer([] { FAIL() << "nobody has asked"; });
+  weight.storage()->release("w");
+  EXPECT_ERROR(ErrorKind::kState, "w is released", weight.raw());
+  EXPECT_ERROR(ErrorKind::kState, "w is released", weight.storage()->defer([] {}));
 }
 
 }  // namespace

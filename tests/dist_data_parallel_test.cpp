@@ -3,13 +3,17 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
+#include <condition_variable>
 #include <map>
 #include <mutex>
 #include <numeric>
 
 #include "core/autograd.h"
+#include "dist/engine.h"
 #include "dist/threads.h"
 #include "models/gpt.h"
+#include "ops/elementwise.h"
 #include "optim/adam.h"
 #include "tests/error_of.h"
 
@@ -206,6 +210,156 @@ TEST(DataParallel, SumsThatEveryRankKeepsComeInOneReductionOfEachBucketWhileTheB
       EXPECT_EQ(world.traffic(Collective::all_gather).calls, 0);
     });
   }
+}
+
+/// Lets each rank's first so many all-gathers pass; those of a broken one throw.
+struct Gate {
+  std::mutex mutex;
+  std::condition_variable changed;
+  int open = 0, broken_rank = -1;
+  std::vector<std::vector<int64_t>> elements = std::vector<std::vector<int64_t>>(2);  ///< [rank], of those that came
+  void set(int number) {
+    const std::lock_guard lock(mutex);
+    open = number;
+    changed.notify_all();
+  }
+  void pass(int rank, int64_t size) {
+    std::unique_lock lock(mutex);
+    std::vector<int64_t>& came = elements[static_cast<size_t>(rank)];
+    came.push_back(size);
+    changed.wait(lock, [&] { return static_cast<int>(came.size()) <= open; });
+    if (rank == broken_rank) fail(ErrorKind::kIo, "link", "torn");
+  }
+};
+
+class Gated final : public Engine {
+ public:
+  Gated(std::shared_ptr<Engine> over, Gate& gate)
+      : Engine(std::shared_ptr<Board>(over, &over->board()), over->rank()), over_(std::move(over)), gate_(gate) {}
+  const char* name() const override { return over_->name(); }
+  int64_t run(const Operation& op) override {
+    if (op.stamp.op == Collective::all_gather) gate_.pass(rank(), op.output.numel());
+    return over_->run(op);
+  }
+
+ private:
+  std::shared_ptr<Engine> over_;
+  Gate& gate_;
+};
+
+ThreadsOptions behind(Gate& gate) {
+  ThreadsOptions options;
+  options.engine = [&gate](std::shared_ptr<Engine> over) { return std::make_shared<Gated>(std::move(over), gate); };
+  return options;
+}
+
+constexpr int64_t kLengths[] = {3000, 5000, 4000};  // of three parameters, each a bucket
+
+/// A step of two ranks in which each adds 1 to what it updates, as far as gather().
+void step_of_ones(DataParallel& parallel, const Parameters& weights) {
+  const std::vector<int64_t> micro_batches = {1, 1};
+  parallel.begin_step(micro_batches);
+  for (const Parameter& weight : weights) weight.tensor.backward(Tensor::ones(weight.tensor.shape()));
+  parallel.reduce();
+  const autograd::NoGrad no_grad;
+  for (const Parameter& own : parallel.parameters()) Tensor(own.tensor).copy_(own.tensor + Tensor::ones({1}));
+  parallel.gather();
+}
+
+Parameters three_weights() {
+  Parameters weights;
+  for (const int64_t length : kLengths)
+    weights.push_back({concat("w", weights.size()), Tensor::zeros({length}).requires_grad_()});
+  return weights;
+}
+
+/// Whether all of a weight has one value.
+bool is_all(const Tensor& weight, float value) {
+  return weight.to_vector<float>() == std::vector<float>(static_cast<size_t>(weight.numel()), value);
+}
+
+TEST(DataParallel, UpdatedWeightsComeInTheOrderOfTheForwardPassAndAreWaitedForOneByOne) {
+  for (const Zero zero : {Zero::kOptimizer, Zero::kGradients}) {
+    Gate gate;
+    run_threads(
+        2,
+        [&](Group& world) {
+          const Parameters weights = three_weights();
+          DataParallel parallel(world, weights, {.zero = zero, .bucket_bytes = 1});
+          step_of_ones(parallel, weights);  // does not wait: nothing has passed the gate
+          for (const Parameter& weight : weights) EXPECT_TRUE(weight.tensor.storage()->is_deferred());
+          for (int i = 0; i < 3; ++i) {
+            if (world.rank() == 0) gate.set(i + 1);
+            EXPECT_TRUE(is_all(weights[static_cast<size_t>(i)].tensor, 1)) << "while the next is held up";
+            if (i < 2) {
+              EXPECT_TRUE(weights[2].tensor.storage()->is_deferred());
+            }
+          }
+          gate.set(1000);
+          // What nobody used in between is waited for by the next update.
+          step_of_ones(parallel, weights);
+          step_of_ones(parallel, weights);
+          for (const Parameter& weight : weights) EXPECT_TRUE(is_all(weight.tensor, 3));
+        },
+        behind(gate));
+    for (const std::vector<int64_t>& came : gate.elements) {
+      ASSERT_EQ(came.size(), 9U);
+      for (size_t i = 0; i < came.size(); ++i) EXPECT_EQ(came[i], kLengths[i % 3]);
+    }
+  }
+}
+
+TEST(DataParallel, WeightsOnTheirWayOutliveWhatGathersThem) {
+  Gate gate;
+  gate.set(1000);
+  run_threads(
+      2,
+      [&](Group& world) {
+        const Parameters weights = three_weights();
+        {
+          Group group = world.subgroup(std::array{0, 1}, "short");
+          DataParallel parallel(group, weights, {.zero = Zero::kOptimizer});
+          step_of_ones(parallel, weights);
+        }
+        for (const Parameter& weight : weights) EXPECT_TRUE(is_all(weight.tensor, 1));
+      },
+      behind(gate));
+}
+
+TEST(DataParallel, NobodyReadsAWeightThatAPeerDidNotSend) {
+  Gate gate;
+  gate.broken_rank = 1;
+  std::mutex mutex;
+  int begun = 0, named = 0;
+  const auto run = [&] {
+    run_threads(
+        2,
+        [&](Group& world) {
+          const Parameters weights = three_weights();
+          DataParallel parallel(world, weights, {.zero = Zero::kOptimizer, .bucket_bytes = 1});
+          step_of_ones(parallel, weights);
+          {
+            const std::lock_guard lock(mutex);
+            if (++begun == world.size()) gate.set(1000);
+          }
+          for (int i = 0; i < 2; ++i) {
+            for (const Parameter& weight : weights) {
+              try {
+                is_all(weight.tensor, 1);
+                ADD_FAILURE() << "rank " << world.rank() << " has read " << weight.name;
+              } catch (const Error& error) {
+                const bool says = std::string(error.what()).find("torn") != std::string::npos;
+                const std::lock_guard lock(mutex);
+                named += says;
+              }
+            }
+          }
+          (void)weights.front().tensor.raw();
+        },
+        behind(gate));
+  };
+  EXPECT_ERROR(ErrorKind::kIo, "torn", run());
+  EXPECT_EQ(named, 2 * 2 * 3);
 }
 
 /// One rank with one parameter that its loss may leave out.
