@@ -1,4 +1,4 @@
-// Reading checkpoints: every check, and the search for the newest intact one. Saving is in checkpoint_save.cpp.
+// Reading checkpoints: every check, and the search for the newest intact one. Saving is in saver.cpp.
 #include "models/checkpoint/checkpoint.h"
 
 #include <dirent.h>
