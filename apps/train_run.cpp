@@ -1,7 +1,6 @@
 #include "apps/train_run.h"
 
 #include "apps/stop_signal.h"
-#include "core/log.h"
 #include "models/generate.h"
 #include "ops/matmul.h"
 
@@ -44,17 +43,12 @@ bool TrainRun::train() {
   if (o_.precision == Precision::tf32) tf32.emplace();
   const StopSignal stop;
   TrainReport report(o_, world_, device_, gpt_.config(), *trainer_, graph_reason_);
-  const bool samples = o_.sample_every > 0 && (!parallel_ || parallel_->whole());
-  if (o_.sample_every > 0 && !samples && world_.speaks()) {
-    log::warn("no samples are printed: no rank has the whole model. weft generate --checkpoint ", o_.out.string(),
-              " reads what is saved");
-  }
   while (trainer_->steps() < o_.steps && !agree_to_stop(stop.requested(), report)) {
     report.step(trainer_->step());
     const int64_t done = trainer_->steps();
     const bool last = done == o_.steps;
     if (o_.eval_every > 0 && done % o_.eval_every == 0 && !last) report.held_out(done, held_out());
-    if (samples && done % o_.sample_every == 0 && world_.speaks()) report.sample(done, sample_text(done));
+    if (o_.sample_every > 0 && done % o_.sample_every == 0) report.sample(done, sample_text(done));
     if (last || (o_.save_every > 0 && done % o_.save_every == 0)) save(report);
   }
   const bool complete = trainer_->steps() == o_.steps;
@@ -113,14 +107,17 @@ HeldOutLoss TrainRun::held_out() const {
 }
 
 std::string TrainRun::sample_text(int64_t done) {
+  const bool together = parallel_ && !parallel_->whole();
+  if (!together && !world_.speaks()) return "";
   models::SamplingOptions sampling;
   sampling.temperature = 0.8;
   sampling.top_p = 0.95;
   sampling.seed = static_cast<uint64_t>(done);
   gpt_.eval();
-  const std::vector<int32_t> prompt = data_.tokenizer.encode(o_.sample_prompt);
-  const std::vector<int32_t> ids =
-      models::generate(gpt_, prompt.empty() ? std::vector<int32_t>{0} : prompt, o_.sample_tokens, sampling);
+  std::vector<int32_t> prompt = data_.tokenizer.encode(o_.sample_prompt);
+  if (prompt.empty()) prompt = {0};
+  const std::vector<int32_t> ids = together ? models::generate(*parallel_, prompt, o_.sample_tokens, sampling)
+                                            : models::generate(gpt_, prompt, o_.sample_tokens, sampling);
   gpt_.train();
   return o_.sample_prompt + data_.tokenizer.decode(ids);
 }

@@ -39,6 +39,7 @@ class TrainRun {
   void save(TrainReport& report);
   /// All ranks of a run take part.
   HeldOutLoss held_out() const;
+  /// Written by all ranks where none has the whole model, else by the one that speaks; "" on the others.
   std::string sample_text(int64_t done);
 
   const TrainOptions o_;
