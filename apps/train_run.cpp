@@ -7,7 +7,7 @@
 namespace weft::apps {
 
 TrainRun::TrainRun(const TrainOptions& options, Device device, World& world, const dist::Mesh& mesh,
-                   const std::string& config_text, DataDirectory data, const std::string& from)
+                   const std::string& config_text, DataDirectory data, const std::optional<ResumePoint>& from)
     : o_(options),
       device_(device),
       world_(world),
@@ -27,13 +27,13 @@ TrainRun::TrainRun(const TrainOptions& options, Device device, World& world, con
       checkpoints_(o_, world_, {parallel_.get(), gpt_, optimizer_, loader_},
                    {{"config.toml", config_text}, {"tokenizer.json", data_.tokenizer_json}}) {
   TrainCheckpoints::Loaded loaded;
-  if (!from.empty()) loaded = checkpoints_.load(from);
+  if (from) loaded = checkpoints_.load(*from);
   trainer_.emplace(gpt_, optimizer_, loader_, options.schedule(), micro_batches(), loaded.info.step);
   if (parallel_) trainer_->parallelize(*parallel_, options.accumulate);
   if (options.precision == Precision::f16) trainer_->scale_loss(loaded.scale.value_or(optim::LossScale()));
   if (options.precision == Precision::fp8) {
     trainer_->scale_fp8(gpt_.use_fp8());
-    if (!from.empty()) trainer_->fp8()->load_state(loaded.fp8);
+    if (from) trainer_->fp8()->load_state(loaded.fp8);
   }
   graph_reason_ = trainer_->use_graph(options.cuda_graph);
 }

@@ -164,6 +164,27 @@ TEST(Parallel, SamplesAreThoseOfOneProcessWhereNoRankHasTheWholeModel) {
   expect_the_same(4, "sampled-all", {"--mesh", "pp=2,tp=2", "--sequence-parallel"});
 }
 
+TEST(Parallel, ADamagedCheckpointMakesAllRanksGoOnFromTheOneBefore) {
+  must_run(workplace(), ranks(2, train("damaged", {"--zero", "1"})));
+  const fs::path shard = fs::path(checkpoint("damaged")) / "optimizer-00002-of-00002.safetensors";
+  std::string bytes = content_of(shard);
+  ASSERT_FALSE(bytes.empty());
+  bytes[bytes.size() - 5] ^= 1;
+  write_content(shard, bytes);
+  const Outcome outcome = must_run(workplace(), ranks(2, {"train", "--resume", "damaged", "--zero", "1"}));
+  const std::string text = outcome.out + outcome.err;
+  for (const std::string part :
+       {"step_00000012 is not used: rank ", "optimizer-00002-of-00002.safetensors: has XXH3-128",
+        "the newest intact checkpoint is damaged/step_00000006", "resuming from damaged/step_00000006 at step 6"})
+    EXPECT_NE(text.find(part), std::string::npos) << part << "\nin: " << text;
+  expect_same_as_alone("damaged");
+  // To go back on purpose, where a later one is intact, is refused on all ranks.
+  const Outcome back = run_weft(workplace(), ranks(2, {"train", "--resume", checkpoint("damaged", 6)}));
+  EXPECT_EQ(back.code, 2) << back.out << back.err;
+  EXPECT_NE((back.out + back.err).find("a later checkpoint than the one to go on from is there"), std::string::npos)
+      << back.out << back.err;
+}
+
 TEST(Parallel, StoppedRanksStopAfterTheSameStepAndGoOn) {
   Process run(workplace(), ranks(2, train("stopped", {"--log-seconds", "0"}, 100000)));
   for (const double deadline = now() + 60;
