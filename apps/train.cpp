@@ -6,13 +6,13 @@
 #include "apps/files.h"
 #include "apps/memory_plan.h"
 #include "apps/train_options.h"
+#include "apps/train_resume.h"
 #include "apps/train_run.h"
 #include "apps/world.h"
 #include "core/backend.h"
 #include "core/file.h"
 #include "core/log.h"
 #include "core/thread_pool.h"
-#include "models/gpt_checkpoint.h"
 #include "models/stage_costs.h"
 
 namespace weft::apps {
@@ -99,20 +99,6 @@ fs::path directory_above(const fs::path& path) {
   return directory.empty() ? fs::path(".") : directory;
 }
 
-/// A new run among the checkpoints of another, or one that goes on before the last, would mix the two: the next
-/// --resume would find the one with more steps.
-void refuse_later_checkpoints(const TrainOptions& o, const std::optional<CheckpointManifest>& from,
-                              const Options& options) {
-  for (const ListedCheckpoint& other : list_checkpoints(o.out.string())) {
-    if (from && (other.manifest.step <= from->step || !verify_checkpoint(other.path).empty())) continue;
-    options.reject(
-        "out",
-        from ? "a later checkpoint than the one to go on from is there, " : "checkpoints of a run are there already, ",
-        other.path, ". To go on from the last one: weft train --resume ", o.out.string(),
-        ". Otherwise give another --out");
-  }
-}
-
 /// An elastic run that has other ranks than its mesh says.
 void say_if_adapted(const TrainOptions& o, const dist::Mesh& mesh) {
   if (o.mesh.empty() || dist::Mesh::parse(o.mesh) == mesh) return;
@@ -133,27 +119,19 @@ int run_train(std::span<const std::string> args) {
   World world;
   const dist::LaunchInfo& launched = world.launched();
   if (launched.launcher != dist::Launcher::none) log::info(launched.describe());
-  // Started again by a launcher with the same command: what the run saved in the meantime comes before what it began
-  // with.
-  if (launched.restart > 0 && !o.dry_run && find_latest_checkpoint(o.out.string()).path) o.resume = o.out.string();
-
-  std::optional<CheckpointManifest> from;
-  std::string from_path;
+  const std::optional<ResumePoint> from = find_resume_point(o.resume, o.out, launched.restart > 0 && !o.dry_run, world);
   std::optional<Options> second;
-  if (!o.resume.empty()) {
+  if (from) {
     // The options again, this time above the file that was saved with the run.
-    const std::string path = models::resolve_checkpoint(o.resume, [](const std::string& line) { log::warn(line); });
-    from = read_checkpoint_manifest(path);
-    from_path = path;
     o = TrainOptions();
     second.emplace("train", "Trains a GPT on prepared data.");
     o.declare(*second);
     second->action("resume", &o.resume, "DIR", "");
-    second->load(fs::path(path) / "config.toml");
+    second->load(fs::path(from->path) / "config.toml");
     if (!second->parse(args)) return 0;
     // The run may have been moved since: it goes on where it lies, unless this call says otherwise.
-    if (second->origin("out").source == Source::kFile) o.out = directory_above(path);
-    log::info("resuming from ", path, " at step ", from->step);
+    if (second->origin("out").source == Source::kFile) o.out = directory_above(from->path);
+    log::info("resuming from ", from->path, " at step ", from->step);
   }
   const Options& options = second ? *second : first;
   o.check(options);
@@ -168,7 +146,7 @@ int run_train(std::span<const std::string> args) {
     return 0;
   }
 
-  refuse_later_checkpoints(o, from, options);
+  refuse_later_checkpoints(o, from, options, world);
   const PlannedData planned{data.train, data.tokenizer.vocab_size()};
   if (mesh.size() == 1) refuse_if_it_cannot_fit(o, device, planned);
   const std::string config_text = options.toml(false);
@@ -183,7 +161,7 @@ int run_train(std::span<const std::string> args) {
   }
   if (o.pipeline_measure) o.pipeline_split = measured_split(o, mesh, device, world, data.tokenizer.vocab_size());
   const auto train = [&] {
-    TrainRun run(o, device, world, mesh, config_text, std::move(data), from_path);
+    TrainRun run(o, device, world, mesh, config_text, std::move(data), from);
     if (world.speaks()) {
       // Whatever could be wrong with options and data was found above: a refused call leaves nothing behind.
       make_directories(o.out);

@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "core/autograd.h"
+#include "models/checkpoint/shared_check.h"
 #include "models/gpt_checkpoint.h"
 
 namespace weft::apps {
@@ -66,8 +67,10 @@ std::optional<std::string> TrainCheckpoints::save(const models::Trainer& trainer
   return std::nullopt;
 }
 
-TrainCheckpoints::Loaded TrainCheckpoints::load(const std::string& path) {
-  const OpenCheckpoint from = world_.size() > 1 ? open_checkpoint(path, world_.group()) : open_checkpoint(path);
+TrainCheckpoints::Loaded TrainCheckpoints::load(const ResumePoint& point) {
+  const OpenCheckpoint from = point.verified      ? open_verified_checkpoint(point.path)
+                              : world_.size() > 1 ? open_checkpoint(point.path, world_.group())
+                                                  : open_checkpoint(point.path);
   Loaded loaded{from.manifest, {}, {}};
   const int64_t step = loaded.info.step;
   if (step > o_.steps) {

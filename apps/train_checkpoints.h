@@ -4,6 +4,7 @@
 #include <string>
 
 #include "apps/train_options.h"
+#include "apps/train_resume.h"
 #include "apps/world.h"
 #include "models/checkpoint/saver.h"
 #include "models/text/loader.h"
@@ -34,7 +35,7 @@ class TrainCheckpoints {
   };
   /// Takes over what a checkpoint has of the model, the optimizer and the data; of tensors each rank reads what it
   /// holds. @throws Error kUsage if it is of a run with more steps, or in another precision.
-  Loaded load(const std::string& path);
+  Loaded load(const ResumePoint& from);
 
   /// Saves the run as it is after the trainer's last step; in the background if the options say so, and then nothing is
   /// returned. @throws Error kState unless the save before is finished.

@@ -1,14 +1,13 @@
 #include "apps/train_run.h"
 
 #include "apps/stop_signal.h"
-#include "core/log.h"
 #include "models/generate.h"
 #include "ops/matmul.h"
 
 namespace weft::apps {
 
 TrainRun::TrainRun(const TrainOptions& options, Device device, World& world, const dist::Mesh& mesh,
-                   const std::string& config_text, DataDirectory data, const std::string& from)
+                   const std::string& config_text, DataDirectory data, const std::optional<ResumePoint>& from)
     : o_(options),
       device_(device),
       world_(world),
@@ -28,13 +27,13 @@ TrainRun::TrainRun(const TrainOptions& options, Device device, World& world, con
       checkpoints_(o_, world_, {parallel_.get(), gpt_, optimizer_, loader_},
                    {{"config.toml", config_text}, {"tokenizer.json", data_.tokenizer_json}}) {
   TrainCheckpoints::Loaded loaded;
-  if (!from.empty()) loaded = checkpoints_.load(from);
+  if (from) loaded = checkpoints_.load(*from);
   trainer_.emplace(gpt_, optimizer_, loader_, options.schedule(), micro_batches(), loaded.info.step);
   if (parallel_) trainer_->parallelize(*parallel_, options.accumulate);
   if (options.precision == Precision::f16) trainer_->scale_loss(loaded.scale.value_or(optim::LossScale()));
   if (options.precision == Precision::fp8) {
     trainer_->scale_fp8(gpt_.use_fp8());
-    if (!from.empty()) trainer_->fp8()->load_state(loaded.fp8);
+    if (from) trainer_->fp8()->load_state(loaded.fp8);
   }
   graph_reason_ = trainer_->use_graph(options.cuda_graph);
 }
@@ -44,17 +43,12 @@ bool TrainRun::train() {
   if (o_.precision == Precision::tf32) tf32.emplace();
   const StopSignal stop;
   TrainReport report(o_, world_, device_, gpt_.config(), *trainer_, graph_reason_);
-  const bool samples = o_.sample_every > 0 && (!parallel_ || parallel_->whole());
-  if (o_.sample_every > 0 && !samples && world_.speaks()) {
-    log::warn("no samples are printed: no rank has the whole model. weft generate --checkpoint ", o_.out.string(),
-              " reads what is saved");
-  }
   while (trainer_->steps() < o_.steps && !agree_to_stop(stop.requested(), report)) {
     report.step(trainer_->step());
     const int64_t done = trainer_->steps();
     const bool last = done == o_.steps;
     if (o_.eval_every > 0 && done % o_.eval_every == 0 && !last) report.held_out(done, held_out());
-    if (samples && done % o_.sample_every == 0 && world_.speaks()) report.sample(done, sample_text(done));
+    if (o_.sample_every > 0 && done % o_.sample_every == 0) report.sample(done, sample_text(done));
     if (last || (o_.save_every > 0 && done % o_.save_every == 0)) save(report);
   }
   const bool complete = trainer_->steps() == o_.steps;
@@ -113,14 +107,17 @@ HeldOutLoss TrainRun::held_out() const {
 }
 
 std::string TrainRun::sample_text(int64_t done) {
+  const bool together = parallel_ && !parallel_->whole();
+  if (!together && !world_.speaks()) return "";
   models::SamplingOptions sampling;
   sampling.temperature = 0.8;
   sampling.top_p = 0.95;
   sampling.seed = static_cast<uint64_t>(done);
   gpt_.eval();
-  const std::vector<int32_t> prompt = data_.tokenizer.encode(o_.sample_prompt);
-  const std::vector<int32_t> ids =
-      models::generate(gpt_, prompt.empty() ? std::vector<int32_t>{0} : prompt, o_.sample_tokens, sampling);
+  std::vector<int32_t> prompt = data_.tokenizer.encode(o_.sample_prompt);
+  if (prompt.empty()) prompt = {0};
+  const std::vector<int32_t> ids = together ? models::generate(*parallel_, prompt, o_.sample_tokens, sampling)
+                                            : models::generate(gpt_, prompt, o_.sample_tokens, sampling);
   gpt_.train();
   return o_.sample_prompt + data_.tokenizer.decode(ids);
 }

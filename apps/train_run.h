@@ -8,6 +8,7 @@
 #include "apps/train_checkpoints.h"
 #include "apps/train_options.h"
 #include "apps/train_report.h"
+#include "apps/train_resume.h"
 #include "apps/world.h"
 #include "models/trainer.h"
 
@@ -17,9 +18,8 @@ namespace weft::apps {
 class TrainRun {
  public:
   /// @param world  connected
-  /// @param from   the checkpoint to go on from, or ""
   TrainRun(const TrainOptions& options, Device device, World& world, const dist::Mesh& mesh,
-           const std::string& config_text, DataDirectory data, const std::string& from);
+           const std::string& config_text, DataDirectory data, const std::optional<ResumePoint>& from);
 
   /// Trains to the last step or to the first signal on any rank, with checkpoints, evaluations and samples on the way,
   /// and says what it does. Returns whether the run is complete.
@@ -39,6 +39,7 @@ class TrainRun {
   void save(TrainReport& report);
   /// All ranks of a run take part.
   HeldOutLoss held_out() const;
+  /// Written by all ranks where none has the whole model, else by the one that speaks; "" on the others.
   std::string sample_text(int64_t done);
 
   const TrainOptions o_;

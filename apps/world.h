@@ -6,6 +6,7 @@
 #include "dist/group.h"
 #include "dist/launch_info.h"
 #include "dist/mesh.h"
+#include "models/checkpoint/shared_check.h"
 
 namespace weft::apps {
 
@@ -18,6 +19,9 @@ class World {
   World();
   /// The device of this rank among those of its machine, if `planned` is a GPU and there are several ranks.
   Device device(Device planned) const;
+  /// The ranks as they can look at checkpoints before they exchange tensors; meets the others for it. While one of them
+  /// reads, it goes on saying that it lives. @throws Error kIo if they do not come.
+  CheckingRanks checking_ranks();
   /// Meets the other ranks, which exchange tensors on `device`. @throws Error kIo if they do not come.
   void connect(Device device);
 
@@ -30,8 +34,12 @@ class World {
   dist::Group& group() { return *group_; }
 
  private:
+  /// Where the ranks find each other.
+  dist::ControlClient& control();
+
   dist::LaunchInfo launched_;
   std::unique_ptr<dist::ControlClient> control_;
+  int gathered_ = 0;  ///< texts exchanged through it
   std::optional<dist::Group> group_;
 };
 

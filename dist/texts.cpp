@@ -16,4 +16,13 @@ std::vector<std::string> gather_texts(Group& group, const std::string& own) {
   return texts;
 }
 
+std::vector<std::string> gather_texts(Store& store, const std::string& name, int rank, int size, const std::string& own,
+                                      double timeout) {
+  const auto key = [&](int of) { return concat(name, " of rank ", of); };
+  store.set(key(rank), own);
+  std::vector<std::string> texts;
+  for (int of = 0; of < size; ++of) texts.push_back(store.get(key(of), timeout));
+  return texts;
+}
+
 }  // namespace weft::dist

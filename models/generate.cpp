@@ -53,13 +53,15 @@ int32_t sample(std::vector<double> logits, const SamplingOptions& options, uint6
   return order[count - 1];
 }
 
-std::vector<int32_t> generate(const Gpt& gpt, const std::vector<int32_t>& prompt, int64_t count,
-                              const SamplingOptions& options, const std::function<bool(int32_t)>& on_token) {
-  options.check();
+namespace {
+
+/// The token after `all`, of which the last ones, `ids` [1, n], are new to the cache; it is number `position`.
+using NextToken = std::function<int32_t(const Tensor& ids, KvCache& cache, uint64_t position)>;
+
+std::vector<int32_t> generate(int64_t context, Device device, const std::vector<int32_t>& prompt, int64_t count,
+                              const NextToken& next_token, const std::function<bool(int32_t)>& on_token) {
   if (prompt.empty()) fail(ErrorKind::kValue, "generate", "the prompt must have at least one token");
   if (count < 0) fail(ErrorKind::kValue, "generate", "the number of tokens must not be negative, got ", count);
-  const int64_t context = gpt.config().context;
-  const Device device = gpt.parameters().front().tensor.device();
   std::vector<int32_t> all = prompt, fresh;
   KvCache cache;
   size_t fed = all.size() > static_cast<size_t>(context) ? all.size() - static_cast<size_t>(context) : 0;
@@ -69,13 +71,35 @@ std::vector<int32_t> generate(const Gpt& gpt, const std::vector<int32_t>& prompt
       fed = all.size() - static_cast<size_t>(std::max<int64_t>(1, context / 2));
     }
     const std::vector<int32_t> next(all.begin() + static_cast<std::ptrdiff_t>(fed), all.end());
-    const Tensor logits = gpt.next_logits(Tensor::from(next, {1, static_cast<int64_t>(next.size())}, device), cache);
+    const Tensor ids = Tensor::from(next, {1, static_cast<int64_t>(next.size())}, device);
     fed = all.size();
-    all.push_back(sample(logits.to_vector<double>(), options, fresh.size()));
+    all.push_back(next_token(ids, cache, fresh.size()));
     fresh.push_back(all.back());
     if (on_token && !on_token(fresh.back())) break;
   }
   return fresh;
+}
+
+}  // namespace
+
+std::vector<int32_t> generate(const Gpt& gpt, const std::vector<int32_t>& prompt, int64_t count,
+                              const SamplingOptions& options, const std::function<bool(int32_t)>& on_token) {
+  options.check();
+  const auto next_token = [&](const Tensor& ids, KvCache& cache, uint64_t position) {
+    return sample(gpt.next_logits(ids, cache).to_vector<double>(), options, position);
+  };
+  const Device device = gpt.parameters().front().tensor.device();
+  return generate(gpt.config().context, device, prompt, count, next_token, on_token);
+}
+
+std::vector<int32_t> generate(ParallelGpt& parallel, const std::vector<int32_t>& prompt, int64_t count,
+                              const SamplingOptions& options) {
+  options.check();
+  const auto next_token = [&](const Tensor& ids, KvCache& cache, uint64_t position) {
+    const Tensor logits = parallel.next_logits(ids, cache);
+    return parallel.chosen(parallel.chooses() ? sample(logits.to_vector<double>(), options, position) : 0);
+  };
+  return generate(parallel.gpt().config().context, parallel.device(), prompt, count, next_token, {});
 }
 
 }  // namespace weft::models

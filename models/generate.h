@@ -2,7 +2,7 @@
 #include <functional>
 #include <vector>
 
-#include "models/gpt.h"
+#include "models/parallel_gpt.h"
 
 namespace weft::models {
 
@@ -30,5 +30,10 @@ int32_t sample(std::vector<double> logits, const SamplingOptions& options, uint6
 /// @return          the new tokens
 std::vector<int32_t> generate(const Gpt& gpt, const std::vector<int32_t>& prompt, int64_t count,
                               const SamplingOptions& options, const std::function<bool(int32_t)>& on_token = {});
+
+/// The same with a model on several ranks, all of which call it with equal arguments and have the result: one of those
+/// with logits chooses each token and tells the others. Without tp the logits have the bits that one process has.
+std::vector<int32_t> generate(ParallelGpt& parallel, const std::vector<int32_t>& prompt, int64_t count,
+                              const SamplingOptions& options);
 
 }  // namespace weft::models

@@ -5,6 +5,7 @@
 
 #include "core/autograd.h"
 #include "core/offload.h"
+#include "dist/collective_ops.h"
 #include "dist/group.h"
 #include "dist/ring_attention.h"
 #include "ops/attention.h"
@@ -115,16 +116,19 @@ class Attention : public Module {
     return proj_(y.reshape({ids[0] * ids[1], y.size(-1)}));
   }
 
-  /// The same for positions that follow the `seen` first ones of `keys` and `values` [B, T, C], which are filled.
-  Tensor extend(const Tensor& x, int64_t seen, const Tensor& keys, const Tensor& values) const {
-    const std::vector<Tensor> qkv = qkv_(x).split(x.size(-1), -1);
-    keys.narrow(1, seen, x.size(1)).copy_(qkv[1]);
-    values.narrow(1, seen, x.size(1)).copy_(qkv[2]);
+  /// The same for positions `ids` [B, n] that follow the `seen` first ones of `keys` and `values` [B, T, C of the heads
+  /// here], which are filled.
+  Tensor extend(const Tensor& x, const Shape& ids, int64_t seen, const Tensor& keys, const Tensor& values) const {
+    const Tensor all = qkv_(x, ids[0] * ids[1]).reshape({ids[0], ids[1], 3 * keys.size(-1)});
+    const std::vector<Tensor> qkv = all.split(keys.size(-1), -1);
+    keys.narrow(1, seen, ids[1]).copy_(qkv[1]);
+    values.narrow(1, seen, ids[1]).copy_(qkv[2]);
     AttentionOptions options;
     options.heads = heads_.count();
     options.query_offset = seen;
-    const int64_t length = seen + x.size(1);
-    return proj_(attention(qkv[0], keys.narrow(1, 0, length), values.narrow(1, 0, length), options));
+    const int64_t length = seen + ids[1];
+    const Tensor y = attention(qkv[0], keys.narrow(1, 0, length), values.narrow(1, 0, length), options);
+    return proj_(split_.sequence() ? y.reshape({ids[0] * ids[1], y.size(-1)}) : y);
   }
 
  private:
@@ -221,11 +225,11 @@ class Gpt::Block : public Module {
     return {after, drop(mlp_(normed_again, tokens.ids), mlp_stream_, tokens, step)};
   }
 
-  std::pair<Tensor, Tensor> extend(const Tensor& x, const Tensor& branch, int64_t seen, const Tensor& keys,
+  std::pair<Tensor, Tensor> extend(const GptStream& stream, int64_t seen, const Tensor& keys,
                                    const Tensor& values) const {
-    const auto [before, normed] = ln_1_.add_and_norm(x, branch);
-    const auto [after, normed_again] = ln_2_.add_and_norm(before, attn_.extend(normed, seen, keys, values));
-    return {after, mlp_(normed_again, {x.size(0), x.size(1)})};
+    const auto [before, normed] = ln_1_.add_and_norm(stream.x, stream.branch);
+    const auto [after, normed_again] = ln_2_.add_and_norm(before, attn_.extend(normed, stream.ids, seen, keys, values));
+    return {after, mlp_(normed_again, stream.ids)};
   }
 
  private:
@@ -337,7 +341,8 @@ Tensor Gpt::embed(const Tensor& ids, int64_t first_position, const dist::Sequenc
   // Those of the sequences that this rank has rows of.
   const IndexRange rows = split_.share(ids.numel());
   const int64_t first = rows.begin / count, sequences = (rows.end + count - 1) / count - first;
-  const Tensor repeated = positions.expand({sequences, count, config_.width}).reshape({-1, config_.width});
+  const Tensor repeated =
+      positions.expand({sequences, count, config_.width}).reshape({sequences * count, config_.width});
   return (*wte_)(ids) + repeated.narrow(0, rows.begin - first * count, rows.count());
 }
 
@@ -379,6 +384,12 @@ std::vector<std::vector<std::string>> Gpt::units() const {
   return units;
 }
 
+const Gpt::Block& Gpt::block(int64_t i) const {
+  if (i < 0 || i >= config_.layers || blocks_[static_cast<size_t>(i)] == nullptr)
+    fail(ErrorKind::kState, "gpt", "this process does not hold block ", i, " of ", config_.layers);
+  return *blocks_[static_cast<size_t>(i)];
+}
+
 GptStream Gpt::begin(const Tensor& ids, const GptStep& step) const {
   if (!embeds()) fail(ErrorKind::kState, "gpt", "this process does not hold the embeddings");
   const RandomStream stream(seed_, "dropout/embedding");
@@ -397,9 +408,7 @@ GptStream Gpt::blocks(GptStream stream, int64_t first, int64_t end, const GptSte
   const Tokens tokens = tokens_of(stream.ids, part_, step);
   autograd::Offload offload(config_.offload_from.value_or(0));
   for (int64_t i = first; i < end; ++i) {
-    if (i < 0 || i >= config_.layers || blocks_[static_cast<size_t>(i)] == nullptr)
-      fail(ErrorKind::kState, "gpt", "this process does not hold block ", i, " of ", config_.layers);
-    const Block& block = *blocks_[static_cast<size_t>(i)];
+    const Block& block = this->block(i);
     std::optional<autograd::Offload::Group> group;
     if (config_.offload_from && training) group.emplace(offload, i + 2 < config_.layers);
     if (!config_.recompute.block || !training) {
@@ -459,19 +468,45 @@ Tensor Gpt::loss(const Tensor& ids, const Tensor& targets, const GptStep& step) 
 Tensor Gpt::next_logits(const Tensor& ids, KvCache& cache) const {
   require_whole("generation");
   require_uncut("generation");
+  const Tensor logits = finish_next(extend(begin_next(ids, cache), 0, config_.layers, cache));
+  cache.advance(ids.size(1));
+  return logits;
+}
+
+GptStream Gpt::begin_next(const Tensor& ids, const KvCache& cache) const {
+  if (!embeds()) fail(ErrorKind::kState, "gpt", "this process does not hold the embeddings");
   const autograd::NoGrad no_grad;
-  Tensor x = embed(ids, cache.positions_, dist::SequenceLayout(ids.size(1), 1)), branch;
-  while (cache.keys_.size() < blocks_.size()) {
-    const Shape shape = {ids.size(0), config_.context, config_.width};
-    cache.keys_.push_back(Tensor::empty(shape, x.dtype(), x.device()));
-    cache.values_.push_back(Tensor::empty(shape, x.dtype(), x.device()));
+  return {embed(ids, cache.positions_, dist::SequenceLayout(ids.size(1), 1)), {}, ids.shape()};
+}
+
+GptStream Gpt::extend(GptStream stream, int64_t first, int64_t end, KvCache& cache) const {
+  const autograd::NoGrad no_grad;
+  const int64_t channels = split_.share(config_.heads).count() * (config_.width / config_.heads);
+  cache.layers_.resize(blocks_.size());
+  for (int64_t i = first; i < end; ++i) {
+    const Block& block = this->block(i);
+    auto& [keys, values] = cache.layers_[static_cast<size_t>(i)];
+    if (!keys.defined()) {
+      const Shape shape = {stream.ids[0], config_.context, channels};
+      keys = Tensor::empty(shape, stream.x.dtype(), stream.x.device());
+      values = Tensor::empty(shape, stream.x.dtype(), stream.x.device());
+    }
+    std::tie(stream.x, stream.branch) = block.extend(stream, cache.positions_, keys, values);
   }
-  for (size_t i = 0; i < blocks_.size(); ++i) {
-    std::tie(x, branch) = blocks_[i]->extend(x, branch, cache.positions_, cache.keys_[i], cache.values_[i]);
-  }
-  cache.positions_ += ids.size(1);
-  const Tensor last = ln_f_->add_and_norm(x, branch).normed.select(1, ids.size(1) - 1);
-  return linear(last, head_);
+  return stream;
+}
+
+Tensor Gpt::finish_next(const GptStream& stream) const {
+  if (!has_head()) fail(ErrorKind::kState, "gpt", "this process does not hold the head");
+  const autograd::NoGrad no_grad;
+  const int64_t rows = stream.ids[0], count = stream.ids[1];
+  Tensor x = ln_f_->add_and_norm(stream.x, stream.branch).normed;
+  if (split_.sequence()) x = split_.enter(x, rows * count).reshape({rows, count, config_.width});
+  const Tensor logits = linear(x.select(1, count - 1), head_);
+  if (!split_.active()) return logits;
+  // The words of all ranks, one after the other.
+  const dist::Counts words = dist::even_counts(config_.vocab, split_.ranks());
+  return part_.tensor->all_gather(logits.transpose(0, 1).contiguous(), words).transpose(0, 1).contiguous();
 }
 
 }  // namespace weft::models

@@ -42,15 +42,20 @@ struct GptConfig {
   double flops_per_token() const;
 };
 
-/// Keys and values of the positions that a generation has seen.
+/// Keys and values of the positions that a generation has seen, of the layers and heads that a process holds.
 class KvCache {
  public:
   KvCache() = default;
   int64_t positions() const { return positions_; }
+  /// When the new positions have been through all layers here.
+  void advance(int64_t positions) { positions_ += positions; }
 
  private:
   friend class Gpt;
-  std::vector<Tensor> keys_, values_;  // per layer [B, context, C], filled up to positions_
+  struct Layer {
+    Tensor keys, values;  ///< [B, context, C], or the heads here in place of C; filled up to positions_
+  };
+  std::vector<Layer> layers_;  // all of them, undefined where they are not here
   int64_t positions_ = 0;
 };
 
@@ -143,6 +148,13 @@ class Gpt : public Module {
   /// gradients. @throws Error kShape when the context is full.
   Tensor next_logits(const Tensor& ids, KvCache& cache) const;
 
+  /// next_logits() in pieces, as those of loss(): embeddings, blocks [first, end), and the rest, whose `ids` are the
+  /// shape of the new positions' [B, n]. Ranks that share layers have the whole logits each; those that share sequences
+  /// out take part each for itself, with all positions. The caller advances the cache.
+  GptStream begin_next(const Tensor& ids, const KvCache& cache) const;
+  GptStream extend(GptStream stream, int64_t first, int64_t end, KvCache& cache) const;
+  Tensor finish_next(const GptStream& stream) const;
+
   /// From now on the blocks' linear layers (qkv, proj, fc, mlp.proj) multiply in fp8 in training steps; evaluation and
   /// generation stay as they are. Give the result to the trainer. @throws Error kDType unless the weights are bf16;
   /// kValue unless the width is a multiple of 16; kDevice on a device without such products.
@@ -155,6 +167,7 @@ class Gpt : public Module {
   Tensor embed(const Tensor& ids, int64_t first_position, const dist::SequenceLayout& layout) const;
   void require_whole(const char* what) const;
   void require_uncut(const char* what) const;
+  const Block& block(int64_t i) const;
 
   GptConfig config_;
   GptPart part_;

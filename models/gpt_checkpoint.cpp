@@ -88,10 +88,11 @@ GptConfig gpt_config_from_state(const std::map<std::string, std::string>& state,
   return config;
 }
 
-std::string resolve_checkpoint(const std::string& path, const std::function<void(const std::string&)>& warn) {
+std::string resolve_checkpoint(const std::string& path, const std::function<void(const std::string&)>& warn,
+                               const CheckingRanks& ranks) {
   if (!exists(path)) fail(ErrorKind::kIo, "gpt_checkpoint", weft::quoted(path), ": there is no such directory");
   if (exists(path + "/manifest.json")) return path;
-  const LatestCheckpoint latest = find_latest_checkpoint(path);
+  const LatestCheckpoint latest = find_latest_checkpoint(path, ranks);
   if (latest.path.has_value()) {
     for (const std::string& line : latest.messages()) {
       if (warn) warn(line);
@@ -109,7 +110,8 @@ std::string resolve_checkpoint(const std::string& path, const std::function<void
 LoadedGpt load_gpt(const std::string& path, Device device, const std::function<void(const std::string&)>& warn) {
   LoadedGpt loaded;
   loaded.path = resolve_checkpoint(path, warn);
-  const OpenCheckpoint open = open_checkpoint(loaded.path);
+  const bool verified = loaded.path != path;
+  const OpenCheckpoint open = verified ? open_verified_checkpoint(loaded.path) : open_checkpoint(loaded.path);
   const GptConfig config = gpt_config_from_state(open.manifest.state, loaded.path);
   check_count(config, open.model);
   const DType dtype = open.model.entry("wte.weight").dtype;

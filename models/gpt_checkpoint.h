@@ -2,7 +2,7 @@
 #include <memory>
 #include <optional>
 
-#include "models/checkpoint/checkpoint.h"
+#include "models/checkpoint/shared_check.h"
 #include "models/gpt.h"
 #include "models/text/bpe.h"
 
@@ -27,7 +27,9 @@ struct LoadedGpt {
 LoadedGpt load_gpt(const std::string& path, Device device, const std::function<void(const std::string&)>& warn = {});
 
 /// The checkpoint directory that `path` means: itself if it is one, else the newest complete one below it.
+/// All of `ranks` look for it together; of one that is found below `path` every file has been read and is intact.
 /// @throws Error kData if there is none, with the reasons for which others were refused.
-std::string resolve_checkpoint(const std::string& path, const std::function<void(const std::string&)>& warn = {});
+std::string resolve_checkpoint(const std::string& path, const std::function<void(const std::string&)>& warn = {},
+                               const CheckingRanks& ranks = {});
 
 }  // namespace weft::models

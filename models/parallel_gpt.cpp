@@ -106,6 +106,7 @@ ParallelGpt::ParallelGpt(dist::Group& world, const ParallelOptions& options, con
                          uint64_t seed, DType dtype)
     : world_(world),
       options_(checked(world, options)),
+      chooser_(options.mesh.rank_of({0, options.mesh.size(Axis::pp) - 1, 0, 0})),
       device_(device),
       dtype_(dtype),
       data_(world.subgroup(options.mesh, kData)),
@@ -346,6 +347,27 @@ std::vector<double> ParallelGpt::loss_sums(int64_t count,
   if (context_.size() > 1) context_.all_reduce_(all);
   data_.all_reduce_(all);
   return all.to_vector<double>();
+}
+
+Tensor ParallelGpt::next_logits(const Tensor& ids, KvCache& cache) {
+  const autograd::NoGrad no_grad;
+  const bool at_once = sharded() && !runs_units();
+  if (at_once) data_parallel_->begin_unit(0, dist::Pass::kForward);
+  const Tensor logits =
+      forward(Passage{.ids = ids.shape(),
+                      .begin = [&] { return gpt_.begin_next(ids, cache); },
+                      .blocks = [&](GptStream stream, int64_t first,
+                                    int64_t end) { return gpt_.extend(std::move(stream), first, end, cache); },
+                      .finish = [&](const GptStream& stream) { return gpt_.finish_next(stream); }});
+  if (at_once) data_parallel_->end_unit(0, dist::Pass::kForward);
+  cache.advance(ids.size(1));
+  return logits;
+}
+
+int32_t ParallelGpt::chosen(int32_t token) {
+  const Tensor choice = Tensor::from(std::vector<int32_t>{token}, {1}, device_);
+  world_.broadcast_(choice, chooser_);
+  return choice.to_vector<int32_t>()[0];
 }
 
 }  // namespace weft::models

@@ -66,6 +66,7 @@ class ParallelGpt {
   /// Whether this rank has all of it and of every sequence.
   bool whole() const { return pipeline_.size() * tensor_.size() * context_.size() == 1 && !sharded(); }
   const ParallelOptions& options() const { return options_; }
+  Device device() const { return device_; }
   /// All ranks of the mesh.
   dist::Group& world() { return world_; }
   /// Whether weights are shared out too, and whole only while they are used.
@@ -115,6 +116,15 @@ class ParallelGpt {
   /// ranks share the batches out; all ranks have the result.
   std::vector<double> loss_sums(int64_t count, const std::function<std::pair<MicroBatch, int64_t>(int64_t)>& batch);
 
+  /// Gpt::next_logits() by all ranks together, each with its layers and a cache of its own, and with the same ids.
+  /// Sequences are not shared out for it.
+  /// @return  [B, V] on the ranks of the last stage, undefined on the others
+  Tensor next_logits(const Tensor& ids, KvCache& cache);
+  /// Whether this is the one rank, of those with logits, that chooses a token for all.
+  bool chooses() const { return world_.rank() == chooser_; }
+  /// What that rank has chosen, on every rank.
+  int32_t chosen(int32_t token);
+
  private:
   /// This rank's tokens of a micro-batch, and what it is told of them.
   struct OwnTokens {
@@ -141,6 +151,7 @@ class ParallelGpt {
 
   dist::Group& world_;
   ParallelOptions options_;
+  int chooser_;  ///< the rank that chooses tokens
   Device device_;
   DType dtype_;
   dist::Group data_, pipeline_, tensor_, context_;

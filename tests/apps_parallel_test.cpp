@@ -1,4 +1,6 @@
 // weft launch -- train: what several processes save together are the tensors that one process saves, bit for bit.
+#include <sstream>
+
 #include "models/checkpoint/checkpoint.h"
 #include "tests/apps_process.h"
 #include "tests/same_checkpoint.h"
@@ -127,6 +129,60 @@ TEST(Parallel, ARunGoesOnWithAnotherNumberOfRanks) {
   fs::remove_all(workplace() / "spread" / "step_00000012");
   must_run(workplace(), ranks(4, {"train", "--resume", "spread", "--zero", "2"}));
   expect_same_as_alone("spread");
+}
+
+/// The samples of a run as it prints them: the lines from "sample after step" to the next message.
+std::string samples_of(const Outcome& run) {
+  std::string samples;
+  std::istringstream lines(run.out + run.err);
+  bool in_sample = false;
+  for (std::string line; std::getline(lines, line);) {
+    if (line.starts_with("[0] ")) line.erase(0, 4);
+    if (line.starts_with("[1] ") || line.starts_with("[2] ") || line.starts_with("[3] ")) continue;
+    const size_t begin = line.find("sample after step ");
+    if (begin != std::string::npos) line.erase(0, begin);
+    in_sample = begin != std::string::npos || (in_sample && line.find("saved ") == std::string::npos);
+    if (in_sample) samples += line + "\n";
+  }
+  return samples;
+}
+
+TEST(Parallel, SamplesAreThoseOfOneProcessWhereNoRankHasTheWholeModel) {
+  const Args sampled = {"--sample-every", "6", "--sample-tokens", "24", "--sample-prompt", "the king"};
+  const auto run = [&](const std::string& out, const Args& more) { return train(out, sampled + more); };
+  const std::string expected = samples_of(must_run(workplace(), run("sampled", {"--deterministic"})));
+  for (const std::string part : {"sample after step 6:\n", "sample after step 12:\n", " the king"})
+    EXPECT_NE(expected.find(part), std::string::npos) << part << "\nin: " << expected;
+  const auto expect_the_same = [&](int n, const std::string& out, const Args& more) {
+    const Outcome outcome = must_run(workplace(), ranks(n, run(out, more)));
+    EXPECT_EQ(samples_of(outcome), expected) << out << outcome.out << outcome.err;
+  };
+  expect_the_same(2, "sampled2", {});
+  expect_the_same(2, "sampled-stages", {"--mesh", "pp=2"});
+  expect_the_same(2, "sampled-shards", {"--zero", "3"});
+  expect_the_same(2, "sampled-slices", {"--mesh", "tp=2"});
+  expect_the_same(4, "sampled-all", {"--mesh", "pp=2,tp=2", "--sequence-parallel"});
+}
+
+TEST(Parallel, ADamagedCheckpointMakesAllRanksGoOnFromTheOneBefore) {
+  must_run(workplace(), ranks(2, train("damaged", {"--zero", "1"})));
+  const fs::path shard = fs::path(checkpoint("damaged")) / "optimizer-00002-of-00002.safetensors";
+  std::string bytes = content_of(shard);
+  ASSERT_FALSE(bytes.empty());
+  bytes[bytes.size() - 5] ^= 1;
+  write_content(shard, bytes);
+  const Outcome outcome = must_run(workplace(), ranks(2, {"train", "--resume", "damaged", "--zero", "1"}));
+  const std::string text = outcome.out + outcome.err;
+  for (const std::string part :
+       {"step_00000012 is not used: rank ", "optimizer-00002-of-00002.safetensors: has XXH3-128",
+        "the newest intact checkpoint is damaged/step_00000006", "resuming from damaged/step_00000006 at step 6"})
+    EXPECT_NE(text.find(part), std::string::npos) << part << "\nin: " << text;
+  expect_same_as_alone("damaged");
+  // To go back on purpose, where a later one is intact, is refused on all ranks.
+  const Outcome back = run_weft(workplace(), ranks(2, {"train", "--resume", checkpoint("damaged", 6)}));
+  EXPECT_EQ(back.code, 2) << back.out << back.err;
+  EXPECT_NE((back.out + back.err).find("a later checkpoint than the one to go on from is there"), std::string::npos)
+      << back.out << back.err;
 }
 
 TEST(Parallel, StoppedRanksStopAfterTheSameStepAndGoOn) {

@@ -1,4 +1,4 @@
-// Reading checkpoints: every check, and the search for the newest intact one. Saving is in saver.cpp.
+// Reading checkpoints: every check. The search for the newest intact one is in shared_check.cpp, saving in saver.cpp.
 #include "models/checkpoint/checkpoint.h"
 
 #include <dirent.h>
@@ -9,6 +9,7 @@
 #include <system_error>
 
 #include "models/checkpoint/manifest.h"
+#include "models/checkpoint/shared_check.h"
 
 namespace weft {
 
@@ -91,6 +92,11 @@ OpenCheckpoint open(const std::string& path, const std::function<bool(const Chec
   return {std::move(manifest), std::move(of_model), std::move(of_optimizer), std::move(text_files)};
 }
 
+void check_file(const std::string& path, const CheckpointFile& file, bool has_tensors) {
+  MappedFile mapped = map_checked(path, file);
+  if (has_tensors) SafetensorsFile(std::move(mapped)).check_values();
+}
+
 CheckpointManifest check_sizes(const std::string& path) {
   CheckpointManifest manifest = read_checkpoint_manifest(path);
   for (const CheckpointFile& file : manifest.files) map_with_size(path, file);
@@ -134,28 +140,7 @@ CheckpointContent load_checkpoint(const std::string& path, Device device) {
   return content;
 }
 
-std::vector<std::string> verify_checkpoint(const std::string& path) {
-  std::vector<std::string> problems;
-  const auto attempt = [&](const auto& check) {
-    try {
-      check();
-    } catch (const Error& error) {
-      problems.emplace_back(error.what());
-    }
-  };
-  CheckpointManifest manifest;
-  attempt([&] { manifest = read_checkpoint_manifest(path); });
-  const checkpoint::TensorFiles tensors = checkpoint::tensor_files(manifest);
-  for (const CheckpointFile& file : manifest.files) {
-    attempt([&] {
-      MappedFile mapped = map_checked(path, file);
-      if (tensors.contains(file.name)) SafetensorsFile(std::move(mapped)).check_values();
-    });
-  }
-  // Whether the files hold the pieces that the manifest says.
-  if (problems.empty()) attempt([&] { checkpoint::open(path, [](const CheckpointFile&) { return false; }); });
-  return problems;
-}
+std::vector<std::string> verify_checkpoint(const std::string& path) { return verify_checkpoint(path, CheckingRanks()); }
 
 std::vector<std::string> LatestCheckpoint::messages() const {
   std::vector<std::string> lines;
@@ -167,18 +152,7 @@ std::vector<std::string> LatestCheckpoint::messages() const {
 }
 
 LatestCheckpoint find_latest_checkpoint(const std::string& root) {
-  LatestCheckpoint latest;
-  const std::vector<checkpoint::DirectoryName> names = checkpoint::directories(root);
-  for (auto name = names.rbegin(); name != names.rend(); ++name) {
-    const std::string path = root + "/" + checkpoint::to_string(*name);
-    const std::vector<std::string> problems = verify_checkpoint(path);
-    if (problems.empty()) {
-      latest.path = path;
-      break;
-    }
-    latest.rejected.push_back({path, problems[0]});
-  }
-  return latest;
+  return find_latest_checkpoint(root, CheckingRanks());
 }
 
 std::vector<ListedCheckpoint> list_checkpoints(const std::string& root) {

@@ -54,6 +54,9 @@ std::optional<std::vector<std::string>> entries(const std::string& directory);
 /// open_checkpoint() that checks the hashes of the tensor files for which `check_hash` says so.
 OpenCheckpoint open(const std::string& path, const std::function<bool(const CheckpointFile&)>& check_hash);
 
+/// Reads the whole file: its size and hash, and the values of its tensors if it is of those. @throws Error  kIo, kData.
+void check_file(const std::string& path, const CheckpointFile& file, bool has_tensors);
+
 /// The manifest of a checkpoint whose files are all there in their full sizes. @throws Error  kIo, kData.
 CheckpointManifest check_sizes(const std::string& path);
 
