@@ -71,7 +71,8 @@ void TrainOptions::declare(Options& o) {
   o.add("sequence_parallel", &sequence_parallel,
         "with tp: its ranks also share the rows of the activations between the layers that they share");
   o.add("pipeline", &pipeline, pipeline_kinds(),
-        "with pp: the order in which a rank computes micro-batches; `weft plan schedule` draws it; same numbers");
+        "with pp: the order in which a rank computes micro-batches; eager-1f1b hides slow links, for nearly twice the "
+        "activations of 1f1b, which waits for every transfer; `weft plan schedule` draws it; same numbers");
   o.add("pipeline_chunks", &pipeline_chunks, {.min = 1, .max = 1 << 16, .unit = "stages"},
         "with pp: stages a rank, of fewer layers each; other than 1 for --pipeline interleaved alone");
   o.add("pipeline_split", &pipeline_split, {.min = 1, .unit = "layers"}, {},

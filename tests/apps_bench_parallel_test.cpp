@@ -58,7 +58,7 @@ TEST(BenchParallel, RanksSendAndKeepWhatTheFormulasSay) {
 
 TEST(BenchOverlap, EveryScheduleAndEverySlowLinkIsMeasured) {
   const auto rows = quick_rows("overlap");
-  EXPECT_EQ(rows.size(), weft::dist::kPipelineKinds.size() * (3 * 3 + 1) + 3);
+  EXPECT_EQ(rows.size(), weft::dist::kPipelineKinds.size() * (3 * 3 + 1) + 4);
   for (const auto& [name, row] : rows) {
     EXPECT_GE(row["ratio"].get<double>(), 0) << row;
     EXPECT_LT(row["ratio"].get<double>(), 1) << row;

@@ -88,6 +88,33 @@ TEST(PipelineSchedule, EagerForwardsHideTransfersOfHalfOfTheComputation) {
   EXPECT_EQ(make_pipeline_schedule(PipelineKind::kEager1F1B, {4, 12}).most_held, (std::vector<int>{7, 5, 3, 1}));
 }
 
+TEST(PipelineSchedule, BehindSlowLinksTheSchedulesOfLeastMemoryAreAsFastAsTheirMemoryAllows) {
+  // The first rank has p micro-batches under way at most, so that p of them take one's whole way at least: there and
+  // back through p stages. No order of transfers changes that.
+  const double f = 1, b = 1, w = 1;
+  for (const int p : {2, 4, 8}) {
+    for (const double t : {0.0, 0.25, 0.75, 2.0}) {
+      const auto time_of_a_micro_batch = [&](PipelineKind kind) {
+        const auto makespan = [&](int micro_batches) {
+          return simulate_pipeline(make_pipeline_schedule(kind, {p, micro_batches}),
+                                   PipelineCosts::uniform(p, f, b, w, t))
+              .makespan;
+        };
+        const int cycles = 2 * p * (2 * p - 1);
+        return (makespan(2 * cycles) - makespan(cycles)) / cycles;
+      };
+      const double way = 2 * t * (p - 1), computing = f + b + w;
+      EXPECT_NEAR(time_of_a_micro_batch(PipelineKind::k1F1B), (p * (f + b + w) + way) / p, 1e-9) << p << ", " << t;
+      EXPECT_NEAR(time_of_a_micro_batch(PipelineKind::kZeroBubble), std::max(computing, (p * (f + b) + w + way) / p),
+                  1e-9)
+          << p << ", " << t;
+      EXPECT_NEAR(time_of_a_micro_batch(PipelineKind::kEager1F1B),
+                  std::max(computing, (p * (f + b + w) + way) / (2 * p - 1)), 1e-9)
+          << p << ", " << t;
+    }
+  }
+}
+
 TEST(PipelineSchedule, SmallerStagesMakeASmallerBubble) {
   const auto fraction = [](PipelineKind kind, int chunks) {
     const PipelineSchedule s = make_pipeline_schedule(kind, {4, 8, chunks});
