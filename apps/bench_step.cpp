@@ -9,10 +9,13 @@
 #include "apps/device_option.h"
 #include "apps/files.h"
 #include "apps/options.h"
+#include "apps/step_prediction.h"
 #include "apps/step_shapes.h"
 #include "apps/train_options.h"
 #include "core/log.h"
 #include "core/thread_pool.h"
+#include "dist/threads.h"
+#include "models/parallel_gpt.h"
 #include "models/speed_of_light.h"
 #include "models/trainer.h"
 #include "optim/adam.h"
@@ -23,16 +26,26 @@ namespace {
 /// Forward, backward, clipping and AdamW over random tokens.
 class StepBench {
  public:
-  StepBench(const StepShape& shape, int64_t accumulate, Device device, DType dtype, bool fp8, models::GraphUse graph)
+  StepBench(const StepShape& shape, int64_t accumulate, Device device, DType dtype, bool fp8, bool deterministic,
+            models::GraphUse graph)
       : shape_(shape),
         accumulate_(accumulate),
         device_(device),
         dtype_(dtype),
         bound_(models::step_bound(shape.config, tokens(), models::machine_speed(device, dtype))),
-        gpt_(shape.config, device, 1, dtype),
-        optimizer_(gpt_.parameters(), {.beta2 = 0.95, .weight_decay = 0.1, .clip_norm = 1.0}),
+        world_(dist::self_group(device)),
+        parallel_(deterministic ? std::make_unique<models::ParallelGpt>(
+                                      world_, models::ParallelOptions{.mesh = dist::Mesh::parse("dp=1", 1)},
+                                      shape.config, device, 1, dtype)
+                                : nullptr),
+        alone_(deterministic ? nullptr : std::make_unique<models::Gpt>(shape.config, device, 1, dtype)),
+        gpt_(parallel_ ? parallel_->gpt() : *alone_),
+        optimizer_(parallel_ ? parallel_->parameters() : gpt_.parameters(),
+                   {.beta2 = 0.95, .weight_decay = 0.1, .clip_norm = 1.0},
+                   parallel_ ? parallel_->norms() : std::make_shared<optim::LocalNorms>()),
         loader_(random_tokens(shape), {.batch = shape.batch, .context = shape.config.context, .prefetch = 0}),
         trainer_(gpt_, optimizer_, loader_, {.peak = 3e-4, .floor = 3e-5, .warmup = 10, .total = 1000000}, accumulate) {
+    if (parallel_) trainer_.parallelize(*parallel_, accumulate);
     if (fp8) trainer_.scale_fp8(gpt_.use_fp8());
     graph_reason_ = trainer_.use_graph(graph);
   }
@@ -57,7 +70,10 @@ class StepBench {
   Device device_;
   DType dtype_;
   models::StepBound bound_;  // first: it may measure the machine, in memory that is then free
-  models::Gpt gpt_;
+  dist::Group world_;
+  std::unique_ptr<models::ParallelGpt> parallel_;  // where gradients are added up in the order of several ranks
+  std::unique_ptr<models::Gpt> alone_;             // else
+  models::Gpt& gpt_;
   optim::Adam optimizer_;
   text::Loader loader_;
   models::Trainer trainer_;
@@ -101,7 +117,7 @@ int bench_step(std::span<const std::string> args) {
   std::string shape = "a";
   Precision precision = Precision::f32;
   int64_t threads = 0, steps = 20, batch = 0, accumulate = 1;
-  bool serving = false;
+  bool serving = false, deterministic = false, predicting = false;
   DeviceOption device;
   Options options("bench step", "Times whole training steps (forward, backward, clipping, AdamW) on random tokens.");
   options.add("shape", &shape, {.choices = step_shape_names()}, kStepShapesHelp);
@@ -116,16 +132,23 @@ int bench_step(std::span<const std::string> args) {
   declare_cuda_graph(options, &graph);
   options.add("threads", &threads, {.min = 0, .max = 1024}, "threads; 0: as many as the process may use");
   options.add("steps", &steps, {.min = 1, .max = 1000000}, "steps that are timed, after 3 that are not");
+  options.add(
+      "deterministic", &deterministic,
+      "add up the gradients of micro-batches in the order that several ranks add them up in, as weft train does");
+  options.action("predict", &predicting,
+                 "print what a step of GPT-2's sizes moves and computes by formula, and what that takes on an H200; "
+                 "nothing is measured");
   options.action("serve", &serving,
                  "answer commands on standard input (step N, rss, sol, quit) with JSON lines instead");
   if (!options.parse(args)) return 0;
+  if (predicting) return print_prediction(std::cout), 0;
   if (threads > 0) set_num_threads(static_cast<int>(threads));
   StepShape chosen = step_shape(shape);
   if (batch > 0) chosen.batch = batch;
   const Device where = device.device(options);
   const bool fp8 = precision == Precision::fp8;
   const DType dtype = precision == Precision::f32 ? DType::f32 : DType::bf16;
-  StepBench bench(chosen, accumulate, where, dtype, fp8, graph);
+  StepBench bench(chosen, accumulate, where, dtype, fp8, deterministic, graph);
   if (serving) return serve(bench), 0;
 
   for (int i = 0; i < 3; ++i) bench.step();

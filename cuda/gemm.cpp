@@ -8,6 +8,7 @@
 #include <array>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <tuple>
 
 #include "core/error.h"
@@ -18,7 +19,9 @@
 #include "cuda/strided.h"
 #include "ops/elementwise_kernels.h"
 #include "ops/fp8_kernels.h"
+#include "ops/gemm_sums.h"
 #include "ops/gemm_types.h"
+#include "ops/reduce_kernels.h"
 
 namespace weft {
 namespace {
@@ -104,6 +107,8 @@ uint32_t alignment_of(const void* p) {
   return static_cast<uint32_t>(address & (~address + 1));
 }
 
+size_t bytes_of(cudaDataType_t type) { return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2; }
+
 std::string type_name(int type) {
   switch (type) {
     case CUDA_R_64F:
@@ -133,10 +138,12 @@ std::string name_of(const Key& key) {
 }
 
 /// The algorithm for a product, asked for once: a function of the product, of the library's version and of the list of
-/// choices, if one was given, so that every run makes the same choice and has the same bits.
-cublasLtMatmulAlgo_t algorithm(Context& context, const Key& key, const cuda::GemmCall& call) {
+/// choices, if one was given, so that every run makes the same choice and has the same bits. Nothing if the product is
+/// `optional` and the library does not have it.
+std::optional<cublasLtMatmulAlgo_t> algorithm(Context& context, const Key& key, const cuda::GemmCall& call,
+                                              bool optional) {
   static std::mutex& mutex = *new std::mutex;
-  static auto& known = *new std::map<Key, cublasLtMatmulAlgo_t>;
+  static auto& known = *new std::map<Key, std::optional<cublasLtMatmulAlgo_t>>;
   static int64_t epoch = 0;
   const std::lock_guard lock(mutex);
   if (const int64_t now = cuda::gemm_algorithm_epoch(); now != epoch) {
@@ -145,7 +152,82 @@ cublasLtMatmulAlgo_t algorithm(Context& context, const Key& key, const cuda::Gem
   }
   if (const auto found = known.find(key); found != known.end()) return found->second;
   context.refuse_while_capturing("looks for the algorithm of a product");  // which may take memory
-  return known.emplace(key, cuda::choose_gemm_algorithm(context, name_of(key), call)).first->second;
+  std::optional<cublasLtMatmulAlgo_t> chosen;
+  if (!optional || cuda::has_gemm_algorithm(context, call))
+    chosen = cuda::choose_gemm_algorithm(context, name_of(key), call);
+  return known.emplace(key, chosen).first->second;
+}
+
+struct Operand {
+  cudaDataType_t type;
+  Columns columns;
+  const void* data;
+  int64_t step = 0;  ///< from one product of a batch to the next
+};
+
+/// op(first) op(second), and beta times what `out` holds, to `out`.
+struct Product {
+  Operand first, second, out;
+  int64_t k = 0, batch = 1;
+  const void *alpha, *beta;
+  bool accumulates = false, tf32 = false, factor_on_device = false;
+  cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+  bool optional = false;  ///< the library may not have it
+};
+
+/// Queues the product that `descriptor` is of; false, and nothing, if it is optional and the library does not have it.
+bool multiply(Context& context, cudaStream_t stream, Descriptor& descriptor, const Product& p) {
+  const auto set_transposed = [&](cublasLtMatmulDescAttributes_t which, const Operand& operand) {
+    descriptor.set(which, static_cast<int32_t>(operand.columns.transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
+  };
+  set_transposed(CUBLASLT_MATMUL_DESC_TRANSA, p.first);
+  set_transposed(CUBLASLT_MATMUL_DESC_TRANSB, p.second);
+  if (p.epilogue != CUBLASLT_EPILOGUE_DEFAULT) descriptor.set(CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue);
+  const auto layout_of = [&](const Operand& o) { return Layout(o.type, o.columns, p.batch, o.step); };
+  const Layout a = layout_of(p.first), b = layout_of(p.second), c = layout_of(p.out);
+  const int64_t m = p.out.columns.columns, n = p.out.columns.rows;
+  const std::array<uint32_t, 3> alignment = {alignment_of(p.first.data), alignment_of(p.second.data),
+                                             alignment_of(p.out.data)};
+  const Key key{p.second.type,
+                p.first.type,
+                p.out.type,
+                m,
+                n,
+                p.k,
+                p.first.columns.ld,
+                p.second.columns.ld,
+                p.out.columns.ld,
+                p.batch,
+                p.first.columns.transposed,
+                p.second.columns.transposed,
+                context.index,
+                static_cast<int>(p.epilogue),
+                static_cast<int>(p.factor_on_device) | static_cast<int>(p.tf32) << 1,
+                alignment[0] << 18 | alignment[1] << 9 | alignment[2]};
+  const int64_t elements = (p.batch - 1) * p.out.step + (m - 1) * p.out.columns.ld + n;
+  void* const out = const_cast<void*>(p.out.data);
+  const std::optional<cublasLtMatmulAlgo_t> chosen =
+      algorithm(context, key,
+                {.product = descriptor.get(),
+                 .a = a.get(),
+                 .b = b.get(),
+                 .c = c.get(),
+                 .alpha = p.alpha,
+                 .a_data = p.first.data,
+                 .b_data = p.second.data,
+                 .beta = p.beta,
+                 .c_data = out,
+                 .alignment = alignment,
+                 .accumulates = p.accumulates,
+                 .c_bytes = static_cast<size_t>(elements) * bytes_of(p.out.type),
+                 .flops = 2.0 * static_cast<double>(p.batch) * static_cast<double>(m) * static_cast<double>(n) *
+                          static_cast<double>(p.k)},
+                p.optional);
+  if (!chosen) return false;
+  WEFT_BLAS(cublaslt().Matmul(context.blas, descriptor.get(), p.alpha, p.first.data, a.get(), p.second.data, b.get(),
+                              p.beta, out, c.get(), out, c.get(), &*chosen, context.workspace, Context::kWorkspace,
+                              stream));
+  return true;
 }
 
 /// C of all products of a batch.
@@ -191,50 +273,48 @@ bool activates(const Gemm<TA, TB, TC>& g, const GemmBatch& batch) {
          alignment_of(forward ? g.c : g.aux) == kMostAlignment;
 }
 
+/// With `sums`, which takes those over k of A's rows: false, and nothing, if the library does not have it.
 template <class TA, class TB, class TC>
-void run(Cuda device, Gemm<TA, TB, TC> g, const GemmBatch& batch) {
+bool run(Cuda device, Gemm<TA, TB, TC> g, const GemmBatch& batch, TA* sums = nullptr) {
   using Sum = typename Gemm<TA, TB, TC>::Sum;
-  if (g.m == 0 || g.n == 0 || batch.count == 0) return;
+  if (g.m == 0 || g.n == 0 || batch.count == 0) return true;
   if (g.activation != GemmActivation::kNone && !activates(g, batch)) {
     const Gemm<TA, TB, TC> whole = g;
     g.activation = GemmActivation::kNone;
     run(device, g, batch);
-    return activate(device, whole, batch);
+    activate(device, whole, batch);
+    return true;
   }
   if (g.k == 0) {  // not for cuBLASLt: an empty sum
     if (g.beta != Sum(0) && g.beta != Sum(1))
       fail(ErrorKind::kValue, "gemm", "with k = 0 beta must be 0 or 1, got ", g.beta);
     if (g.beta == Sum(0)) cuda::fill(device, view_of_c(g, batch), 0);
-    return add_bias(device, g, batch);
+    add_bias(device, g, batch);
+    return true;
   }
   if constexpr (std::is_same_v<TC, double>) {  // nor does it add a bias in f64
     if (g.bias != nullptr) {
       const Gemm<TA, TB, TC> whole = g;
       g.bias = nullptr;
       run(device, g, batch);
-      return add_bias(device, whole, batch);
+      add_bias(device, whole, batch);
+      return true;
     }
   }
   Context& context = cuda::current_context();
   const auto stream = static_cast<cudaStream_t>(device.stream);
 
-  const bool tf32 = g.tf32 && std::is_same_v<TA, float>;
-  Descriptor product(std::is_same_v<Sum, double> ? CUBLAS_COMPUTE_64F
-                     : tf32                      ? CUBLAS_COMPUTE_32F_FAST_TF32
-                                                 : CUBLAS_COMPUTE_32F,
-                     kType<Sum>);
-  const Columns first = columns_of(g.b, g.k, g.n), second = columns_of(g.a, g.m, g.k);
-  const auto set_transposed = [&](cublasLtMatmulDescAttributes_t which, bool transposed) {
-    product.set(which, static_cast<int32_t>(transposed ? CUBLAS_OP_T : CUBLAS_OP_N));
-  };
-  set_transposed(CUBLASLT_MATMUL_DESC_TRANSA, first.transposed);
-  set_transposed(CUBLASLT_MATMUL_DESC_TRANSB, second.transposed);
+  const bool tf32 = g.tf32 && std::is_same_v<TA, float>, on_device = g.scale != nullptr;
+  Descriptor descriptor(std::is_same_v<Sum, double> ? CUBLAS_COMPUTE_64F
+                        : tf32                      ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                                    : CUBLAS_COMPUTE_32F,
+                        kType<Sum>);
   cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
   const void* bias = std::is_same_v<Sum, TC> ? static_cast<const void*>(g.bias) : static_cast<const void*>(g.bias_of_c);
   TC* written = g.c;
-  int64_t written_ld = g.ldc;
+  int64_t written_ld = g.ldc, written_step = batch.c;
   if (bias != nullptr) {
-    product.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+    descriptor.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
     epilogue = CUBLASLT_EPILOGUE_BIAS;
   }
   if (g.activation != GemmActivation::kNone) {
@@ -242,68 +322,44 @@ void run(Cuda device, Gemm<TA, TB, TC> g, const GemmBatch& batch) {
     const bool forward = g.activation == GemmActivation::kGelu;
     const void* auxiliary = forward ? static_cast<const void*>(g.c) : static_cast<const void*>(g.aux);
     const int64_t auxiliary_ld = forward ? g.ldc : g.ldaux, auxiliary_step = forward ? batch.c : batch.aux;
-    if (forward) written = g.d, written_ld = g.ldd;
+    if (forward) written = g.d, written_ld = g.ldd, written_step = batch.d;
     epilogue = !forward          ? CUBLASLT_EPILOGUE_DGELU
                : bias != nullptr ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS
                                  : CUBLASLT_EPILOGUE_GELU_AUX;
-    product.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, auxiliary);
-    product.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, auxiliary_ld);
-    if (batch.count > 1) product.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE, auxiliary_step);
+    descriptor.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, auxiliary);
+    descriptor.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, auxiliary_ld);
+    if (batch.count > 1) descriptor.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE, auxiliary_step);
   }
-  if (epilogue != CUBLASLT_EPILOGUE_DEFAULT) product.set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
-
-  const Columns out{false, g.n, g.m, std::max(written_ld, g.n)};
-  const int64_t out_step = g.activation == GemmActivation::kGelu ? batch.d : batch.c;
-  const Layout a(kType<TB>, first, batch.count, batch.b), b(kType<TA>, second, batch.count, batch.a),
-      c(kType<TC>, out, batch.count, out_step);
-  const std::array<uint32_t, 3> alignment = {alignment_of(g.b.data), alignment_of(g.a.data), alignment_of(written)};
-  const Key key{kType<TA>,
-                kType<TB>,
-                kType<TC>,
-                g.m,
-                g.n,
-                g.k,
-                first.ld,
-                second.ld,
-                out.ld,
-                batch.count,
-                first.transposed,
-                second.transposed,
-                context.index,
-                static_cast<int>(epilogue),
-                static_cast<int>(g.scale != nullptr) | static_cast<int>(tf32) << 1,
-                alignment[0] << 18 | alignment[1] << 9 | alignment[2]};
+  if (sums != nullptr) {  // A is cuBLASLt's second matrix
+    descriptor.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, static_cast<const void*>(sums));
+    epilogue = CUBLASLT_EPILOGUE_BGRADB;
+  }
 
   // alpha from the device's memory: its factor stands there already, and the host's is 1 wherever that is used.
   const void *alpha_at = &g.alpha, *beta_at = &g.beta;
-  if (g.scale != nullptr) {
+  if (on_device) {
     if (g.alpha != Sum(1))
       fail(ErrorKind::kValue, "gemm", "a factor on the device stands for alpha, which must then be 1, got ", g.alpha);
     if (g.beta != Sum(0) && g.beta != Sum(1))
       fail(ErrorKind::kValue, "gemm", "with a factor on the device beta must be 0 or 1, got ", g.beta);
-    product.set(CUBLASLT_MATMUL_DESC_POINTER_MODE, static_cast<int32_t>(CUBLASLT_POINTER_MODE_DEVICE));
+    descriptor.set(CUBLASLT_MATMUL_DESC_POINTER_MODE, static_cast<int32_t>(CUBLASLT_POINTER_MODE_DEVICE));
     alpha_at = g.scale;
     beta_at = static_cast<const Sum*>(context.zero_and_one(std::is_same_v<Sum, double>)) + (g.beta == Sum(1) ? 1 : 0);
   }
-  const double products = static_cast<double>(batch.count);
-  const cublasLtMatmulAlgo_t chosen = algorithm(
-      context, key,
-      {.product = product.get(),
-       .a = a.get(),
-       .b = b.get(),
-       .c = c.get(),
-       .alpha = alpha_at,
-       .a_data = g.b.data,
-       .b_data = g.a.data,
-       .beta = beta_at,
-       .c_data = written,
-       .alignment = alignment,
-       .accumulates = g.beta != Sum(0),
-       .c_bytes = static_cast<size_t>((batch.count - 1) * out_step + (g.m - 1) * out.ld + g.n) * sizeof(TC),
-       .flops = 2.0 * products * static_cast<double>(g.m) * static_cast<double>(g.n) * static_cast<double>(g.k)});
-  WEFT_BLAS(cublaslt().Matmul(context.blas, product.get(), alpha_at, g.b.data, a.get(), g.a.data, b.get(), beta_at,
-                              written, c.get(), written, c.get(), &chosen, context.workspace, Context::kWorkspace,
-                              stream));
+  const Columns out{false, g.n, g.m, std::max(written_ld, g.n)};
+  return multiply(context, stream, descriptor,
+                  {.first = {kType<TB>, columns_of(g.b, g.k, g.n), g.b.data, batch.b},
+                   .second = {kType<TA>, columns_of(g.a, g.m, g.k), g.a.data, batch.a},
+                   .out = {kType<TC>, out, written, written_step},
+                   .k = g.k,
+                   .batch = batch.count,
+                   .alpha = alpha_at,
+                   .beta = beta_at,
+                   .accumulates = g.beta != Sum(0),
+                   .tf32 = tf32,
+                   .factor_on_device = on_device,
+                   .epilogue = epilogue,
+                   .optional = sums != nullptr});
 }
 
 cudaDataType_t type_of(Fp8Format format) { return format == Fp8Format::kE4M3 ? CUDA_R_8F_E4M3 : CUDA_R_8F_E5M2; }
@@ -322,55 +378,21 @@ void fp8_check_device(Cuda) {
 void fp8_gemm(Cuda device, const Fp8Gemm& g) {
   if (g.m == 0 || g.n == 0) return;
   Context& context = cuda::current_context();
-  Descriptor product(CUBLAS_COMPUTE_32F, CUDA_R_32F);
-  // Both operands along k, which is the one form that 8-bit products have before compute capability 10.
-  product.set(CUBLASLT_MATMUL_DESC_TRANSA, static_cast<int32_t>(CUBLAS_OP_T));
-  product.set(CUBLASLT_MATMUL_DESC_TRANSB, static_cast<int32_t>(CUBLAS_OP_N));
-  product.set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(&g.b.scale->inverse));
-  product.set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, static_cast<const void*>(&g.a.scale->inverse));
-  const cublasLtEpilogue_t epilogue = g.bias != nullptr ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-  if (g.bias != nullptr) {
-    product.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, static_cast<const void*>(g.bias));
-    product.set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
-  }
-  const Columns first{true, g.k, g.n, g.b.ld}, second{false, g.k, g.m, g.a.ld}, out{false, g.n, g.m, g.n};
-  const Layout a(type_of(g.b.format), first, 1, 0), b(type_of(g.a.format), second, 1, 0), c(CUDA_R_16BF, out, 1, 0);
-  const std::array<uint32_t, 3> alignment = {alignment_of(g.b.data), alignment_of(g.a.data), alignment_of(g.c)};
-  const Key key{type_of(g.a.format),
-                type_of(g.b.format),
-                CUDA_R_16BF,
-                g.m,
-                g.n,
-                g.k,
-                first.ld,
-                second.ld,
-                out.ld,
-                1,
-                first.transposed,
-                second.transposed,
-                context.index,
-                static_cast<int>(epilogue),
-                0,
-                alignment[0] << 18 | alignment[1] << 9 | alignment[2]};
+  Descriptor descriptor(CUBLAS_COMPUTE_32F, CUDA_R_32F);
+  descriptor.set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, static_cast<const void*>(&g.b.scale->inverse));
+  descriptor.set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, static_cast<const void*>(&g.a.scale->inverse));
+  if (g.bias != nullptr) descriptor.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, static_cast<const void*>(g.bias));
   const float alpha = 1, beta = g.accumulate ? 1.0f : 0.0f;
-  const cublasLtMatmulAlgo_t chosen =
-      algorithm(context, key,
-                {.product = product.get(),
-                 .a = a.get(),
-                 .b = b.get(),
-                 .c = c.get(),
-                 .alpha = &alpha,
-                 .a_data = g.b.data,
-                 .b_data = g.a.data,
-                 .beta = &beta,
-                 .c_data = g.c,
-                 .alignment = alignment,
-                 .accumulates = g.accumulate,
-                 .c_bytes = static_cast<size_t>(g.m * g.n) * sizeof(uint16_t),
-                 .flops = 2.0 * static_cast<double>(g.m) * static_cast<double>(g.n) * static_cast<double>(g.k)});
-  WEFT_BLAS(cublaslt().Matmul(context.blas, product.get(), &alpha, g.b.data, a.get(), g.a.data, b.get(), &beta, g.c,
-                              c.get(), g.c, c.get(), &chosen, context.workspace, Context::kWorkspace,
-                              static_cast<cudaStream_t>(device.stream)));
+  // Both operands along k, which is the one form that 8-bit products have before compute capability 10.
+  multiply(context, static_cast<cudaStream_t>(device.stream), descriptor,
+           {.first = {type_of(g.b.format), {true, g.k, g.n, g.b.ld}, g.b.data},
+            .second = {type_of(g.a.format), {false, g.k, g.m, g.a.ld}, g.a.data},
+            .out = {CUDA_R_16BF, {false, g.n, g.m, g.n}, g.c},
+            .k = g.k,
+            .alpha = &alpha,
+            .beta = &beta,
+            .accumulates = g.accumulate,
+            .epilogue = g.bias != nullptr ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT});
 }
 
 template <class TA, class TB, class TC>
@@ -382,6 +404,19 @@ template <class TA, class TB, class TC>
 void gemm_batched(Cuda device, const Gemm<TA, TB, TC>& product, const GemmBatch& batch) {
   run(device, product, batch);
 }
+
+template <class T>
+void gemm_with_sums(Cuda device, const Gemm<T>& g, T* sums) {
+  if (g.bias != nullptr || g.bias_of_c != nullptr || g.activation != GemmActivation::kNone)
+    fail(ErrorKind::kValue, "gemm", "sums of A come beside a plain product, without bias and activation");
+  if (g.n > 0 && g.k > 0 && run(device, g, {.count = 1}, sums)) return;
+  const Shape shape = {g.k, g.m};
+  sum_over(device, StridedView{sums, shape, {0, 1}, kGemmDType<T>},
+           StridedView{const_cast<T*>(g.a.data), shape, {g.a.col_stride, g.a.row_stride}, kGemmDType<T>}, 1);
+  run(device, g, {.count = 1});
+}
+template void gemm_with_sums(Cuda, const Gemm<uint16_t>&, uint16_t*);
+template void gemm_with_sums(Cuda, const Gemm<Half>&, Half*);
 
 #define WEFT_GEMM_INSTANCE(TA, TB, TC)               \
   template void gemm(Cuda, const Gemm<TA, TB, TC>&); \

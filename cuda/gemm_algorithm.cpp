@@ -96,9 +96,10 @@ std::vector<Algorithm> proposals(Context& context, const GemmCall& call, int mos
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, call.alignment[2]);
   std::vector<cublasLtMatmulHeuristicResult_t> results(static_cast<size_t>(most));
   int count = 0;
-  check(cublaslt().MatmulAlgoGetHeuristic(context.blas, call.product, call.a, call.b, call.c, call.c, made, most,
-                                          results.data(), &count),
-        "cublasLtMatmulAlgoGetHeuristic");
+  const cublasStatus_t status = cublaslt().MatmulAlgoGetHeuristic(context.blas, call.product, call.a, call.b, call.c,
+                                                                  call.c, made, most, results.data(), &count);
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED) return {};
+  check(status, "cublasLtMatmulAlgoGetHeuristic");
   std::vector<Algorithm> found;
   for (int i = 0; i < count; ++i) {
     if (results[static_cast<size_t>(i)].state == CUBLAS_STATUS_SUCCESS)
@@ -201,6 +202,10 @@ Algorithm tuned(Context& context, const std::string& name, const GemmCall& call,
 }  // namespace
 
 int64_t gemm_algorithm_epoch() { return epoch; }
+
+bool has_gemm_algorithm(Context& context, const GemmCall& call) {
+  return !proposals(context, call, 1, CUBLASLT_REDUCTION_SCHEME_MASK).empty();
+}
 
 Algorithm choose_gemm_algorithm(Context& context, const std::string& name, const GemmCall& call) {
   const std::lock_guard lock(mutex());

@@ -24,6 +24,9 @@ struct GemmCall {
 /// Grows with every change of the choices: what was chosen before must then be asked for again.
 int64_t gemm_algorithm_epoch();
 
+/// Whether the library has an algorithm for the product.
+bool has_gemm_algorithm(Context& context, const GemmCall& call);
+
 /// The algorithm for a product: by the list that use_gemm_algorithms() was given, by timing under tune_gemm(), else the
 /// library's first choice. @param name  what the choice depends on, in words
 cublasLtMatmulAlgo_t choose_gemm_algorithm(Context& context, const std::string& name, const GemmCall& call);

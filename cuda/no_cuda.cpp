@@ -10,6 +10,7 @@
 #include "ops/fp8_kernels.h"
 #include "ops/gemm.h"
 #include "ops/gemm_algorithms.h"
+#include "ops/gemm_sums.h"
 #include "ops/index_kernels.h"
 #include "ops/loss_kernels.h"
 #include "ops/norm_kernels.h"
@@ -205,6 +206,13 @@ WEFT_GEMM_INSTANCE(Half, Half, Half)
 
 void fp8_check_device(Cuda) { absent(); }
 void fp8_quantise(Cuda, const Fp8Quantise&) { absent(); }
+template <class T>
+void gemm_with_sums(Cuda, const Gemm<T>&, T*) {
+  absent();
+}
+template void gemm_with_sums(Cuda, const Gemm<uint16_t>&, uint16_t*);
+template void gemm_with_sums(Cuda, const Gemm<Half>&, Half*);
+
 void fp8_gemm(Cuda, const Fp8Gemm&) { absent(); }
 void fp8_update(Cuda, const Fp8Update&) { absent(); }
 GemmLibrary gemm_library(Device) { absent(); }

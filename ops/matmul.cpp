@@ -1,11 +1,13 @@
 #include "ops/matmul.h"
 
+#include <memory>
 #include <utility>
 
 #include "core/autograd.h"
 #include "ops/column_sum.h"
 #include "ops/elementwise.h"
 #include "ops/gemm.h"
+#include "ops/gemm_sums.h"
 #include "ops/gemm_types.h"
 #include "ops/launch.h"
 #include "ops/reduce.h"
@@ -47,13 +49,14 @@ struct Extras {
   bool accumulate = false;  ///< adds to what C holds
   Tensor bias = {};         ///< is added to each row, if defined
   Tensor gelu_input = {};   ///< if defined, C contiguous: the product is multiplied by gelu' of it
+  Tensor a_sums = {};       ///< if defined: takes the sums of A's rows, on CUDA and in 16 bits
 };
 
 /// c[b] = a[b] * b[b] over matrices [batch, ., .]; c contiguous; f32, f64, bf16, on CUDA f16.
 void product(const Tensor& a_, const Tensor& b_, const Tensor& c, const Extras& extras = {}) {
   const autograd::NoGrad no_grad;
   const Tensor a = with_unit_stride(a_), b = with_unit_stride(b_);
-  launch(c.device(), "matmul", [&](auto device) {
+  launch(c.device(), "matmul", [&]<class On>(On device) {
     dispatch_gemm(device, c.dtype(), [&]<class Element>() {
       using T = GemmType<Element>;
       Gemm<T> g;
@@ -71,6 +74,9 @@ void product(const Tensor& a_, const Tensor& b_, const Tensor& c, const Extras& 
       if (extras.gelu_input.defined()) {
         g.activation = GemmActivation::kGeluGrad;
         g.aux = static_cast<const T*>(extras.gelu_input.raw()), g.ldaux = g.n;
+      }
+      if constexpr (std::is_same_v<On, Cuda> && sizeof(T) == 2) {
+        if (extras.a_sums.defined()) return gemm_with_sums(device, g, static_cast<T*>(extras.a_sums.raw()));
       }
       if (c.rank() == 2) return gemm(device, g);
       gemm_batched(device, g, {.count = c.size(0), .a = a.strides()[0], .b = b.strides()[0], .c = g.m * g.n});
@@ -110,28 +116,38 @@ Tensor affine(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   return out;
 }
 
-/// The gradients of weight and bias, inputs 1 and 2 of a rule, of x W^T + b; `gradient` is that of its rows.
+/// The gradients of weight and bias, inputs 1 and 2 of a rule, of x W^T + b; `gradient` is that of its rows. On CUDA,
+/// in 16 bits, both come from one product, which adds up the rows that it reads.
 void parameter_gradients(BackwardContext& context, const Tensor& x, const Tensor& gradient) {
   const int64_t rows = gradient.size(0), out_features = gradient.size(1);
+  const bool on_cuda = x.device().kind == DeviceKind::cuda, narrow = size_of(x.dtype()) == 2;
+  const auto sums = std::make_shared<Tensor>();
+  const bool beside = on_cuda && narrow && context.needs(1) && context.needs(2);
   if (context.needs(1)) {
     context.compute(1, [=](const std::optional<BackwardContext::Sink>& sink) {
       const Tensor dw = sink ? sink->tensor : Tensor::empty({out_features, x.size(-1)}, x.dtype(), x.device());
-      product(gradient.transpose(0, 1), rows_of(x), dw, {.accumulate = sink && sink->accumulate});
+      if (beside) *sums = Tensor::empty({out_features}, x.dtype(), x.device());
+      product(gradient.transpose(0, 1), rows_of(x), dw, {.accumulate = sink && sink->accumulate, .a_sums = *sums});
       return dw;
     });
   }
   if (!context.needs(2)) return;
-  if (size_of(x.dtype()) == 2) {
-    // Many rows add up to one number: sum in f32 and round once.
-    context.set(2, [&] {
-      if (x.device().kind == DeviceKind::cuda) return weft::sum(gradient, {0});
-      Tensor sum = Tensor::empty({out_features}, DType::f32, x.device());
-      launch(x.device(), context.op(), [&](auto) {
-        column_sum(Cpu(), gradient.data<BFloat16>(), rows, out_features, out_features, sum.data<float>(), false);
-      });
-      return sum.to(x.dtype());
-    }());
+  if (on_cuda && narrow) {
+    context.compute(2, [=](const std::optional<BackwardContext::Sink>& sink) {
+      // Not there if the weight's gradient is put off and this one is not.
+      const Tensor db = sums->defined() ? std::exchange(*sums, {}) : weft::sum(gradient, {0});
+      if (!sink) return db;
+      Tensor to = sink->tensor;
+      return sink->accumulate ? add_(to, db) : to.copy_(db);
+    });
     return;
+  }
+  if (narrow) {  // many rows add up to one number: sum in f32 and round once
+    Tensor sum = Tensor::empty({out_features}, DType::f32, x.device());
+    launch(x.device(), context.op(), [&](auto) {
+      column_sum(Cpu(), gradient.data<BFloat16>(), rows, out_features, out_features, sum.data<float>(), false);
+    });
+    return context.set(2, sum.to(x.dtype()));
   }
   const auto sink = context.sink(2);
   Tensor db = sink ? sink->tensor : Tensor::empty({out_features}, x.dtype(), x.device());

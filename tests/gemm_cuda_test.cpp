@@ -10,9 +10,12 @@
 #include "core/backend.h"
 #include "core/random.h"
 #include "ops/elementwise.h"
+#include "ops/gemm_sums.h"
 #include "ops/gemm_types.h"
 #include "ops/launch.h"
 #include "ops/matmul.h"
+#include "ops/reduce.h"
+#include "tests/error_of.h"
 
 namespace weft {
 namespace {
@@ -130,6 +133,48 @@ TEST_F(CudaGemm, GeluAndItsGradientAreFusedAsOnTheCpu) {
       EXPECT_LE(worst(run(Device::cuda()), run(Device::cpu())), 2e-5) << static_cast<int>(activation) << ", n " << n;
     }
   }
+}
+
+/// dW and db of a linear layer as it has them: dW (+)= dy^T x, and the sums of dy's rows.
+template <class T>
+void check_sums() {
+  for (const auto& [out, in, rows] : {std::array<int64_t, 3>{16, 24, 40}, {5, 7, 33}, {8, 16, 0}}) {
+    const DType dtype = kGemmDType<T>;
+    const Tensor dy = random_matrix({rows, out}, dtype, "dy"), x = random_matrix({rows, in}, dtype, "x"),
+                 before = random_matrix({out, in}, dtype, "dw");
+    for (const double beta : {0.0, 1.0}) {
+      const Tensor a = dy.to(Device::cuda()), b = x.to(Device::cuda()), dw = before.clone().to(Device::cuda()),
+                   plain = before.clone().to(Device::cuda()), db = Tensor::full({out}, 99, dtype, Device::cuda());
+      launch(Device::cuda(), "test", [&](auto on) {
+        if constexpr (std::is_same_v<decltype(on), Cuda>) {
+          auto g = make_gemm(true, false, out, in, rows, static_cast<const T*>(a.raw()), out,
+                             static_cast<const T*>(b.raw()), in, static_cast<T*>(dw.raw()), in);
+          g.beta = static_cast<typename Gemm<T>::Sum>(beta);
+          gemm_with_sums(on, g, static_cast<T*>(db.raw()));
+          g.c = static_cast<T*>(plain.raw());
+          gemm(on, g);
+        }
+      });
+      EXPECT_LE(worst(db.to(Device::cpu()), sum(dy.to(DType::f64), {0})), kTolerance<T>) << dtype << ", rows " << rows;
+      EXPECT_LE(worst(dw.to(Device::cpu()), plain.to(Device::cpu())), kTolerance<T>) << dtype << ", beta " << beta;
+    }
+  }
+}
+
+TEST_F(CudaGemm, SumsOfTheFirstMatrixComeBesideTheProduct) {
+  check_sums<uint16_t>();
+  check_sums<Half>();
+}
+
+TEST_F(CudaGemm, SumsBesideABiasAreRefused) {
+  launch(Device::cuda(), "test", [&](auto on) {
+    if constexpr (std::is_same_v<decltype(on), Cuda>) {
+      Gemm<Half> g;
+      const Half bias(1.0f);
+      g.bias_of_c = &bias;
+      EXPECT_ERROR(ErrorKind::kValue, "sums of A come beside a plain product", gemm_with_sums<Half>(on, g, nullptr));
+    }
+  });
 }
 
 TEST_F(CudaGemm, GeluLinearIsItsPartsButForOneRoundingOfTheGradientBetweenThem) {

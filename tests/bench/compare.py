@@ -3,15 +3,19 @@
 
 For every shape and thread count it starts torch_gpt.py twice (eager and torch.compile) and `weft bench step --serve`,
 warms all of them up, then runs rounds in which each program takes one turn of a few steps while the others sleep, so
-that a slow minute of the machine hits all alike. The better of the two PyTorch medians is the peer; the ratio is
-taken round by round and reported as median [quartiles]. Peak memory of PyTorch is the smaller of its two programs. With
+that a slow minute of the machine hits all alike. On a GPU, which nobody else uses and whose memory does not hold two
+large models, each takes its turns alone. The better of the two PyTorch medians is the peer; the ratio is taken round by
+round and reported as median [quartiles]. Peak memory of PyTorch is the smaller of its two programs. Losses after equally
+many steps must agree: all draw random tokens, at the same rates. PyTorch is first tried with each kernel of
+--torch-attention and each micro-batch of --torch-batches, and runs with the fastest, at Weft's tokens a step. With
 --precision bf16, PyTorch runs bf16 autocast, and on a CPU Weft's f32 takes its turn too: the last column says how many
 times as fast bf16 is.
 
     compare.py --weft build/weft --shapes a,b,c --threads 1,2 --pairs 20 --out step.json
     compare.py --weft build/weft --shapes c --threads 1 --precision bf16 --pairs 20 --out bf16.json
     compare.py --python-only --shapes a --threads 2
-    compare.py --weft build/weft --device cuda --precision bf16 --shapes 124m --threads 1 --batch 32 --accumulate 16
+    compare.py --weft build/weft --device cuda --precision bf16 --shapes 124m --threads 4 --batch 64 --accumulate 8 \\
+        --modes compile --torch-batches 32,64,128 --torch-attention flash,cudnn --pairs 6
 
 A Weft server is started as `PATH bench step --shape a --threads 2 --serve` and answers one JSON line per command line:
     step N -> {"seconds": [N times], "loss": x}    rss -> {"rss": peak bytes}
@@ -42,6 +46,8 @@ SETTLE_BELOW_SECONDS = 0.1  # steps shorter than this find the other program's d
 REST_SECONDS = 0.03  # after a turn: OpenMP threads spin for some milliseconds before they sleep
 IDLE_LIMIT = 0.02  # share of one core that a waiting program may use before the report says so
 STRANGER_LIMIT = 0.1  # cores that programs outside this comparison may use before the report says so
+TRIAL_STEPS = 3  # of a micro-batch or attention kernel of PyTorch, after two that are not counted
+CURVE_LIMIT = 0.1  # nats between two programs after the same number of steps: other weights and tokens, the same model
 FIRST_LOSS_LIMIT = 0.5  # nats from ln(V): further off, a program does not train the same model
 MIB = 2**20
 
@@ -55,7 +61,8 @@ class Server:
 
     def __init__(self, name, command, timeout):
         self.name, self.command, self.timeout = name, command, timeout
-        self.turns, self.losses = [], []
+        self.turns, self.losses, self.curve = [], [], {}  # the curve: loss by number of steps done
+        self.steps, self.started = 0, time.monotonic()
         self.idle_cpu = self.idle_wall = 0.0
         self.buffer = b""
         try:
@@ -109,11 +116,14 @@ class Server:
         if not numbers or len(seconds) != count or not isinstance(loss, (int, float)) or not math.isfinite(loss):
             raise PeerError(f"{self.name}: 'step {count}' must give {count} positive times and a finite loss: {reply}")
         self.losses.append(loss)
+        self.steps += count
+        self.curve[self.steps] = loss
         return seconds
 
     def warm_up(self):
         """Runs until the clock and the step count say warm; fixes how many steps a turn has."""
         self.first_seconds = self.step(1)[0]
+        self.start_seconds = time.monotonic() - self.started
         start, times = time.monotonic(), []
         while len(times) < WARM_UP_STEPS or time.monotonic() - start < WARM_UP_SECONDS:
             times += self.step(1)
@@ -146,7 +156,9 @@ class Server:
         return reply
 
     def close(self):
-        """Ends the program, by force if it does not go by itself."""
+        """Ends the program, by force if it does not go by itself; a second call does nothing."""
+        if self.process.stdout.closed:
+            return
         self.selector.close()
         try:
             self.process.stdin.write(b"quit\n")
@@ -167,53 +179,137 @@ def busy_cpu_seconds():
     return sum(int(fields[i]) for i in (1, 2, 3, 6, 7)) / os.sysconf("SC_CLK_TCK")
 
 
-def start_servers(arguments, shape, threads, servers):
-    """Starts the programs one after another into `servers`, so that a caller can close what a failure left."""
-    common = ["--device", arguments.device, "--batch", str(arguments.batch), "--accumulate", str(arguments.accumulate)]
+def rows_of_step(arguments, shape):
+    return (arguments.batch or SHAPES[shape]["batch"]) * arguments.accumulate
+
+
+def torch_command(arguments, shape, threads, mode, batch, attention, rows):
+    """PyTorch in steps of `rows` rows, with micro-batches of `batch` of them."""
+    return [sys.executable, str(TORCH_SERVER), "--shape", shape, "--threads", str(threads), "--mode", mode,
+            "--precision", arguments.precision, "--device", arguments.device, "--batch", str(batch), "--accumulate",
+            str(rows // batch), "--attention", attention] + (["--pad-vocab"] if arguments.pad_vocab else [])
+
+
+def best_torch(arguments, shape, threads, mode, trials):
+    """The fastest micro-batch and attention kernel: kernels with the first micro-batch, then the others with the best.
+    Trials have steps of few rows, as many for every micro-batch."""
+    batches = arguments.torch_batches or [arguments.batch or SHAPES[shape]["batch"]]
+    kernels, rows = arguments.torch_attention, math.lcm(*batches)
+    if len(batches) * len(kernels) == 1:
+        return batches[0], kernels[0]
+
+    def seconds(batch, attention):
+        trial = {"mode": mode, "batch": batch, "attention": attention, "seconds": math.inf}
+        trials.append(trial)
+        server = None
+        try:
+            server = Server(f"torch {mode}", torch_command(arguments, shape, threads, mode, batch, attention, rows),
+                            arguments.timeout)
+            for _ in range(2):
+                server.step(1)
+            trial["seconds"] = statistics.median(server.step(TRIAL_STEPS))
+        except PeerError as error:  # out of memory, or a kernel that this machine does not have
+            trial["error"] = str(error)
+        finally:
+            if server:
+                server.close()
+        print(f"{shape}: PyTorch {mode}, batch {batch}, attention {attention}: {trial['seconds']:.3f} s a step "
+              f"{trial.get('error', '')}", file=sys.stderr)
+        return trial["seconds"]
+
+    by_kernel = {kernel: seconds(batches[0], kernel) for kernel in kernels}
+    kernel = min(by_kernel, key=by_kernel.get)
+    by_batch = {batches[0]: by_kernel[kernel]} | {batch: seconds(batch, kernel) for batch in batches[1:]}
+    batch = min(by_batch, key=by_batch.get)
+    if math.isinf(by_batch[batch]):
+        raise PeerError(f"torch {mode}: no micro-batch and attention kernel ran: {trials[-1].get('error')}")
+    return batch, kernel
+
+
+def commands(arguments, shape, threads, trials):
+    """Names and commands of the programs; PyTorch's as `trials`, which it fills, found them fastest."""
+    found = {}
     for mode in arguments.modes:
-        command = [sys.executable, str(TORCH_SERVER), "--shape", shape, "--threads", str(threads), "--mode", mode,
-                   "--precision", arguments.precision, *common] + (["--pad-vocab"] if arguments.pad_vocab else [])
-        servers.append(Server(f"torch {mode}", command, arguments.timeout))
+        batch, attention = best_torch(arguments, shape, threads, mode, trials)
+        found[f"torch {mode}"] = torch_command(arguments, shape, threads, mode, batch, attention,
+                                               rows_of_step(arguments, shape))
     if not arguments.python_only:
         ours = [("weft", arguments.precision)]
         if arguments.precision == "bf16" and arguments.device == "cpu":
             ours.append(("weft f32", "f32"))
         for name, precision in ours:
-            command = [arguments.weft, "bench", "step", "--shape", shape, "--threads", str(threads), "--serve"]
-            servers.append(Server(name, [*command, "--precision", precision, *common], arguments.timeout))
+            found[name] = [*arguments.weft.split(), "bench", "step", "--shape", shape, "--threads", str(threads), "--serve",
+                           "--device", arguments.device, "--batch", str(arguments.batch), "--accumulate",
+                           str(arguments.accumulate), "--precision", precision]
+    return found
+
+
+def measure_together(arguments, shape, threads, found, servers):
+    """Rounds in which each program takes one turn; the records of the programs by name."""
+    for name, command in found.items():
+        servers.append(Server(name, command, arguments.timeout))
+    for server in servers:
+        print(f"{shape}, {threads} threads: warming up {server.name}", file=sys.stderr)
+        server.warm_up()
+        time.sleep(REST_SECONDS)
+    for pair in range(arguments.pairs):
+        order = servers[pair % len(servers):] + servers[:pair % len(servers)]  # nobody always follows the same one
+        for server in order:
+            server.turn([other for other in servers if other is not server])
+    return {server.name: record_of(server, shape) for server in servers}
+
+
+def measure_alone(arguments, shape, found, servers):
+    """All turns of one program, then those of the next: a GPU's memory does not hold two."""
+    records = {}
+    for name, command in found.items():
+        print(f"{shape}: {name}", file=sys.stderr)
+        servers.append(Server(name, command, arguments.timeout))
+        servers[-1].warm_up()
+        for _ in range(arguments.pairs):
+            servers[-1].turn([])
+        records[name] = record_of(servers[-1], shape)
+        servers[-1].close()
+    return records
 
 
 def measure(arguments, shape, threads):
     """One shape at one thread count; returns the record that goes into the log."""
-    servers = []
+    servers, trials = [], []
     try:
-        start_servers(arguments, shape, threads, servers)
-        for server in servers:
-            print(f"{shape}, {threads} threads: warming up {server.name}", file=sys.stderr)
-            server.warm_up()
-            time.sleep(REST_SECONDS)
-        start, busy = time.monotonic(), busy_cpu_seconds() - sum(server.cpu_seconds() for server in servers)
-        for pair in range(arguments.pairs):
-            order = servers[pair % len(servers):] + servers[:pair % len(servers)]  # nobody always follows the same one
-            for server in order:
-                server.turn([other for other in servers if other is not server])
-        busy = busy_cpu_seconds() - sum(server.cpu_seconds() for server in servers) - busy
-        stranger_cores = max(0.0, busy / (time.monotonic() - start))
+        found = commands(arguments, shape, threads, trials)
+        start, busy = time.monotonic(), busy_cpu_seconds()
+        if arguments.device == "cuda":
+            programs, stranger_cores = measure_alone(arguments, shape, found, servers), 0.0
+        else:
+            programs = measure_together(arguments, shape, threads, found, servers)
+            busy = busy_cpu_seconds() - busy - sum(server.cpu_seconds() for server in servers)
+            stranger_cores = max(0.0, busy / (time.monotonic() - start))
         if stranger_cores > STRANGER_LIMIT:
             print(f"warning: {shape}, {threads} threads: other programs used {stranger_cores:.2f} cores meanwhile; "
                   "these figures are not to be published", file=sys.stderr)
-        programs = {server.name: record_of(server, shape) for server in servers}
     finally:
         for server in servers:
             server.close()
     return {"shape": shape, "threads": threads, "precision": arguments.precision, "stranger_cores": stranger_cores,
-            "tokens_per_step": (arguments.batch or SHAPES[shape]["batch"]) * SHAPES[shape]["context"] * arguments.accumulate,
-            "device": arguments.device, "programs": programs}
+            "tokens_per_step": rows_of_step(arguments, shape) * SHAPES[shape]["context"], "device": arguments.device,
+            "trials": trials, "programs": programs, "curve_difference": curve_difference(servers)}
+
+
+def curve_difference(servers):
+    """Largest difference of two programs' losses after the same number of steps; None if they share no number."""
+    common = set.intersection(*(set(server.curve) for server in servers))
+    differences = [max(server.curve[step] for server in servers) - min(server.curve[step] for server in servers)
+                   for step in common]
+    if differences and max(differences) > CURVE_LIMIT:
+        print(f"warning: losses after the same number of steps differ by {max(differences):.3f} nats: the programs do not "
+              "train the same model", file=sys.stderr)
+    return max(differences, default=None)
 
 
 def record_of(server, shape):
     record = {"command": server.command, "turns": server.turns, "first_loss": server.losses[0],
-              "last_loss": server.losses[-1], "first_step_seconds": server.first_seconds,
+              "last_loss": server.losses[-1], "first_step_seconds": server.first_seconds, "start_seconds": server.start_seconds,
               "idle_cpu_share": server.idle_cpu / server.idle_wall if server.idle_wall else 0.0,
               "step_seconds": statistics.median(server.turn_seconds())} | server.rss()
     if server.name.startswith("weft"):
@@ -313,7 +409,9 @@ def parse_arguments():
     parser.add_argument("--modes", default="eager,compile", help="PyTorch programs to run (default: eager,compile)")
     parser.add_argument("--precision", choices=("f32", "bf16"), default="f32", help="bf16: PyTorch runs autocast")
     parser.add_argument("--pad-vocab", action="store_true", help="PyTorch pads 50257 rows of the head to 50304")
-    parser.add_argument("--weft", metavar="PATH", help="the weft program")
+    parser.add_argument("--torch-batches", default="", help="micro-batches to try PyTorch with (default: Weft's)")
+    parser.add_argument("--torch-attention", default="auto", help="attention kernels to try PyTorch with: flash, cudnn")
+    parser.add_argument("--weft", metavar="COMMAND", help="the weft program, or words that start it")
     parser.add_argument("--python-only", action="store_true", help="run PyTorch alone")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for an answer (default: 600)")
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="write every measured time as JSON")
@@ -327,6 +425,16 @@ def parse_arguments():
         arguments.threads = [int(word) for word in arguments.threads.split(",")]
     except ValueError:
         parser.error("--threads: expected numbers separated by commas")
+    try:
+        arguments.torch_batches = [int(word) for word in arguments.torch_batches.split(",") if word]
+    except ValueError:
+        parser.error("--torch-batches: expected numbers separated by commas")
+    for shape, batch in ((shape, batch) for shape in arguments.shapes for batch in arguments.torch_batches):
+        if batch < 1 or rows_of_step(arguments, shape) % batch:
+            parser.error(f"--torch-batches: {batch} does not divide the rows of a step of shape {shape}")
+    arguments.torch_attention = arguments.torch_attention.split(",")
+    if not set(arguments.torch_attention) <= {"auto", "flash", "cudnn"}:
+        parser.error("--torch-attention: known kernels are auto, flash, cudnn")
     if min(arguments.threads) < 1 or arguments.pairs < 1 or arguments.timeout <= 0:
         parser.error("--threads, --pairs and --timeout must be positive")
     if bool(arguments.weft) == arguments.python_only:

@@ -3,8 +3,8 @@
 
 The architecture is GPT-2's as nanoGPT writes it (pre-LN, tied head, learned positions, biases, tanh-GELU, fused causal
 attention, no dropout), in f32 or with bf16 autocast. A step is everything a trainer does per batch: zero_grad
-(set_to_none), forward, backward, clip_grad_norm_ to 1, fused AdamW. Drawing the batch and reading the loss back are
-outside the clock.
+(set_to_none), forward, backward, clip_grad_norm_ to 1, fused AdamW at the rates of Weft's benchmark. Drawing the batch
+and reading the loss back are outside the clock.
 
 The program is a server, so that a driver can alternate its steps with those of another program. It reads one command
 per line on standard input and answers each with one JSON line on standard output:
@@ -36,6 +36,7 @@ SHAPES = {
 PADDED_VOCAB = {50257: 50304}  # the next multiple of 128: kinder to GEMM tiles, more work
 BATCHES = 16  # distinct random batches, drawn before the first step
 SEED = 1337
+PEAK_RATE, WARM_UP = 3e-4, 10  # of the learning rate, as in apps/bench_step.cpp, whose decay over a million steps is not seen
 
 
 def parse_arguments():
@@ -48,6 +49,8 @@ def parse_arguments():
     parser.add_argument("--batch", type=int, default=0, help="rows of a micro-batch; 0: the shape's")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of one step")
     parser.add_argument("--pad-vocab", action="store_true", help="shape c: 50304 rows in the head instead of 50257")
+    parser.add_argument("--attention", choices=("auto", "flash", "cudnn"), default="auto",
+                        help="kernels of attention on a GPU: PyTorch's choice, or these and no other")
     arguments = parser.parse_args()
     if arguments.threads < 1 or arguments.batch < 0 or arguments.accumulate < 1:
         parser.error("--threads and --accumulate must be at least 1, --batch at least 0")
@@ -98,6 +101,14 @@ def build_model(torch, shape, vocab):
     return Gpt()
 
 
+def force_attention(torch, kernels):
+    """Leaves PyTorch no other kernels of attention than these."""
+    cuda = torch.backends.cuda
+    for switch, wanted in ((cuda.enable_flash_sdp, kernels == "flash"), (cuda.enable_cudnn_sdp, kernels == "cudnn"),
+                           (cuda.enable_mem_efficient_sdp, False), (cuda.enable_math_sdp, False)):
+        switch(wanted)
+
+
 class Trainer:
     """Holds the model, its optimizer and the batches; `step()` is what is timed."""
 
@@ -114,14 +125,17 @@ class Trainer:
         rest = [p for p in self.parameters if p.dim() < 2 or id(p) in spared]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-            lr=3e-4, betas=(0.9, 0.95), eps=1e-8, fused=True)
+            lr=PEAK_RATE, betas=(0.9, 0.95), eps=1e-8, fused=True)
         self.loss_fn = torch.compile(model) if arguments.mode == "compile" else model
         self.autocast = arguments.precision == "bf16"
         size = (BATCHES, arguments.batch or shape["batch"], shape["context"] + 1)
         self.batches = torch.randint(0, shape["vocab"], size).to(self.device)
-        self.count = 0
+        self.count = self.steps = 0
 
     def step(self, micro_batches):
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = PEAK_RATE * min(1, self.steps / WARM_UP)
         self.optimizer.zero_grad(set_to_none=True)
         for inputs, targets in micro_batches:
             with self.torch.autocast(self.device, dtype=self.torch.bfloat16, enabled=self.autocast):
@@ -190,10 +204,14 @@ def main():
         print("torch_gpt.py: PyTorch sees no CUDA device", file=sys.stderr)
         return 3
     rss_import = peak_rss()
+    torch.set_float32_matmul_precision("high" if arguments.precision == "bf16" else "highest")
+    if arguments.attention != "auto":
+        force_attention(torch, arguments.attention)
     trainer = Trainer(torch, arguments)
     info = {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
             "threads": torch.get_num_threads(), "mode": arguments.mode, "precision": arguments.precision,
+            "attention": arguments.attention,
             "parameters": sum(p.numel() for p in trainer.parameters)}
     serve(trainer, info, rss_import)
     return 0
