@@ -21,12 +21,17 @@ namespace fs = std::filesystem;
 using Clock = std::chrono::steady_clock;
 
 constexpr int kTick = 100;  // milliseconds between two looks at the other nodes
+constexpr double kStoppedMargin = 0.3;
+
+Clock::duration seconds_of(double value) {
+  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
+}
 
 struct LaunchOptions {
   int64_t ranks = 1, nodes = 1, node_rank = 0, restarts = 0;
   std::string rendezvous, elastic;
   fs::path keys, metrics;
-  double heartbeat = 5, grace = 10, join = 60;
+  double heartbeat = 4, grace = 10, join = 60;
   std::string make_keys;
   std::vector<std::string> command;
 
@@ -214,6 +219,11 @@ void run_once(const LaunchOptions& o, const LaunchPlan& plan, const RankCommand&
     // Of those that are seen together, one that a signal ended came before those that end because of it.
     std::stable_partition(ends.begin(), ends.end(), [](const RankEnd& end) { return end.signalled(); });
     for (const RankEnd& end : ends) nodes.ended(end);
+    // One that never joined is missed by no control plane; one that did has been declared lost by then.
+    for (const int rank : ranks.stopped_for(seconds_of(o.heartbeat + kStoppedMargin))) {
+      output.note(concat("rank ", rank, " has been stopped by a signal for more than ", o.heartbeat, " s: SIGKILL"));
+      ranks.kill_rank(rank);
+    }
     while (const int signal = signals.take()) forward(signal);
     if (output.broken() && asked == 0) forward(SIGHUP);
     const auto now = Clock::now();
@@ -224,7 +234,7 @@ void run_once(const LaunchOptions& o, const LaunchPlan& plan, const RankCommand&
     if (now >= look_at) look_at = now + std::chrono::milliseconds(kTick);
     if (failing && !kill_at) {
       ranks.send(SIGTERM);
-      kill_at = now + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(o.grace));
+      kill_at = now + seconds_of(o.grace);
     }
     if (kill_at && now >= *kill_at && !killed) {
       killed = true;

@@ -29,7 +29,7 @@ struct LaunchNodesOptions {
   std::string rendezvous;  ///< HOST:PORT where node 0's launcher is found; "" with one node
   int restarts = 0;
   std::optional<std::pair<int, int>> elastic;  ///< fewest and most ranks
-  double silence = 5;                          ///< seconds after which a silent rank or launcher is lost
+  double silence = 4;                          ///< seconds after which a silent rank or launcher is lost
   double join_timeout = 60;                    ///< seconds in which all launchers must have come
   std::string metrics;                         ///< file for the ranks' metric records; "" for none
   dist::ControlKeys keys;

@@ -247,6 +247,31 @@ void RankProcesses::drain(Rank& rank) {
   }
 }
 
+void RankProcesses::note_stop(Rank& rank) {
+  siginfo_t info = {};
+  if (rank.pid <= 0 || waitid(P_PID, static_cast<id_t>(rank.pid), &info, WSTOPPED | WCONTINUED | WNOHANG) != 0) return;
+  if (info.si_pid != rank.pid) return;
+  rank.stopped.reset();
+  if (info.si_code == CLD_STOPPED) rank.stopped = std::chrono::steady_clock::now();
+}
+
+std::vector<int> RankProcesses::stopped_for(std::chrono::steady_clock::duration time) const {
+  std::vector<int> found;
+  for (const Rank& rank : ranks_) {
+    if (rank.pid > 0 && rank.stopped && std::chrono::steady_clock::now() - *rank.stopped > time)
+      found.push_back(rank.rank);
+  }
+  return found;
+}
+
+void RankProcesses::kill_rank(int which) {
+  for (Rank& rank : ranks_) {
+    if (rank.rank != which || rank.pid <= 0) continue;
+    kill(-rank.pid, SIGKILL);
+    rank.stopped.reset();
+  }
+}
+
 std::vector<RankEnd> RankProcesses::wait(int milliseconds, const LaunchSignals& signals) {
   std::vector<pollfd> polled = {{signals.descriptor(), POLLIN, 0}};
   for (const Rank& rank : ranks_) {
@@ -264,6 +289,7 @@ std::vector<RankEnd> RankProcesses::wait(int milliseconds, const LaunchSignals& 
   }
   std::vector<RankEnd> ended;
   for (Rank& rank : ranks_) {
+    note_stop(rank);
     siginfo_t info = {};
     if (rank.pid <= 0 || waitid(P_PID, static_cast<id_t>(rank.pid), &info, WEXITED | WNOHANG | WNOWAIT) != 0) continue;
     if (info.si_pid != rank.pid) continue;

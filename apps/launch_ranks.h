@@ -3,6 +3,7 @@
 #include <sys/types.h>
 
 #include <chrono>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -62,6 +63,10 @@ class RankProcesses {
   /// Passes output on until a rank has ended, a signal has come, or `milliseconds` are over; returns the ranks that
   /// have ended, their output complete, and kills what is left of their process groups.
   std::vector<RankEnd> wait(int milliseconds, const LaunchSignals& signals);
+  /// Ranks that a signal has stopped for longer than that.
+  std::vector<int> stopped_for(std::chrono::steady_clock::duration time) const;
+  /// Kills the process group of one rank.
+  void kill_rank(int rank);
   /// Sends a signal to all process groups.
   void send(int signal);
 
@@ -71,10 +76,12 @@ class RankProcesses {
     pid_t pid = -1;  ///< and process group; -1 once ended
     int out = -1, err = -1;
     std::chrono::steady_clock::time_point started;
+    std::optional<std::chrono::steady_clock::time_point> stopped;  ///< since when a signal has it stopped
   };
   void start(const RankCommand& command, Rank& rank, const Environment& environment, bool terminal);
   bool read_some(int rank, LaunchOutput::Stream stream, int& descriptor);
   void drain(Rank& rank);
+  static void note_stop(Rank& rank);
 
   LaunchOutput& output_;
   LaunchGuard& guard_;

@@ -307,7 +307,9 @@ void Board::fail_locked(Failure failure, Lock& lock) {
   lock.unlock();
   if (on_failure) on_failure(first);
   if (flight_record.empty()) {
-    log::error("collectives failed: ", first.text, "\nthe last operations of this process:\n", recorder_.text(12));
+    const std::string last = recorder_.text(12);
+    log::error("collectives failed: ", first.text, last.empty() ? "" : "\nthe last operations of this process:\n",
+               last);
   } else if (FILE* file = std::fopen(flight_record.c_str(), "w"); file != nullptr) {
     const std::string text = first.text + "\n\n" + recorder_.text();
     const bool written = std::fwrite(text.data(), 1, text.size(), file) == text.size();

@@ -2,17 +2,23 @@
 // their sums are added in an order that depends on sizes and numbers of ranks. Messages between two ranks in one
 // operation share a slot and arrive in order.
 #include <gloo/common/error.h>
-#include <gloo/rendezvous/context.h>
-#include <gloo/rendezvous/store.h>
+#include <gloo/common/logging.h>
+#include <gloo/context.h>
 #include <gloo/transport/context.h>
 #include <gloo/transport/tcp/device.h>
 #include <gloo/transport/unbound_buffer.h>
 #include <signal.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <exception>
+#include <functional>
 #include <map>
 #include <numeric>
 #include <set>
@@ -32,38 +38,81 @@ constexpr std::chrono::hours kNever{24 * 365};
 /// arrives while the other is added up.
 constexpr int64_t kScratchBytes = int64_t{4} << 20;
 
-/// Our store as Gloo wants it. Whoever waits for a process that is gone is told at once.
-class GlooStore : public gloo::rendezvous::Store {
+/// Gloo's connections between all ranks. Gloo's own way to make them cannot be ended from outside and waits for those
+/// that will not come.
+class Connections : public gloo::Context {
  public:
-  GlooStore(dist::Store& store, const Board& board, double timeout) : store_(store), board_(board), timeout_(timeout) {}
-  void set(const std::string& key, const std::vector<char>& data) override {
-    store_.set("gloo/" + key, std::string(data.begin(), data.end()));
-  }
-  std::vector<char> get(const std::string& key) override {
-    constexpr double kLook = 0.1;  // seconds
-    const auto begin = std::chrono::steady_clock::now();
-    for (double at = 0;;) {
-      try {
-        const std::string data = store_.get("gloo/" + key, std::min(kLook, timeout_ - at));
-        return {data.begin(), data.end()};
-      } catch (const Error&) {
-        if (const auto failure = board_.failure()) fail(ErrorKind::kIo, "dist", failure->text);
-        const double now = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-        const bool other_reason = now - at < kLook / 2;
-        if (now >= timeout_ || other_reason) throw;
-        at = now;
-      }
+  Connections(const ProcessOptions& options, std::shared_ptr<gloo::transport::Device> device)
+      : gloo::Context(options.rank, options.size) {
+    setTimeout(std::chrono::milliseconds(static_cast<int64_t>(options.connect_timeout * 1000)));
+    transportContext_ = device->createContext(rank, size);
+    transportContext_->setTimeout(getTimeout());
+    device_ = std::move(device);
+    for (int peer = 0; peer < size; ++peer) {
+      if (peer != rank) transportContext_->createPair(peer);
     }
   }
-  void wait(const std::vector<std::string>& keys) override {
-    for (const std::string& key : keys) get(key);
+  /// Where each of the others reaches this rank.
+  std::vector<std::string> addresses() {
+    std::vector<std::string> all(static_cast<size_t>(size));
+    for (int peer = 0; peer < size; ++peer) {
+      if (peer == rank) continue;
+      const std::vector<char> bytes = getPair(peer)->address().bytes();
+      all[static_cast<size_t>(peer)].assign(bytes.begin(), bytes.end());
+    }
+    return all;
   }
-  void wait(const std::vector<std::string>& keys, const std::chrono::milliseconds&) override { wait(keys); }
+  /// Returns when there is a connection; or, with or without an exception, when another thread closes all.
+  void connect(int peer, const std::string& address) {
+    getPair(peer)->connect(std::vector<char>(address.begin(), address.end()));
+  }
+};
+
+/// Where a process ends between being connected and being asked for its address, Gloo throws on its own thread, where
+/// nobody can catch it. While this lives, that ends the process with the words that `describe` finds for it.
+class LastWords {
+ public:
+  using Describe = std::function<std::string(const char* what)>;
+  explicit LastWords(Describe describe) {
+    const std::lock_guard lock(mutex());
+    current() = std::move(describe);
+    before_ = std::set_terminate(say);
+  }
+  ~LastWords() {
+    const std::lock_guard lock(mutex());
+    current() = {};
+    std::set_terminate(before_);
+  }
+  LastWords(const LastWords&) = delete;
+  LastWords& operator=(const LastWords&) = delete;
 
  private:
-  dist::Store& store_;
-  const Board& board_;
-  const double timeout_;
+  static std::mutex& mutex() {
+    static std::mutex mutex;
+    return mutex;
+  }
+  static Describe& current() {
+    static Describe describe;
+    return describe;
+  }
+  [[noreturn]] static void say() {
+    Describe describe;
+    {
+      const std::lock_guard lock(mutex());
+      describe = current();
+    }
+    try {
+      if (const std::exception_ptr thrown = std::current_exception(); thrown && describe)
+        std::rethrow_exception(thrown);
+    } catch (const gloo::EnforceNotMet& error) {
+      std::fprintf(stderr, "%s\n", describe(error.what()).c_str());
+      _exit(1);
+    } catch (...) {
+    }
+    std::abort();
+  }
+
+  std::terminate_handler before_;
 };
 
 class GlooEngine : public ProcessEngine {
@@ -72,21 +121,27 @@ class GlooEngine : public ProcessEngine {
     // Gloo writes to sockets that the other side may have closed.
     struct sigaction action{};
     if (sigaction(SIGPIPE, nullptr, &action) == 0 && action.sa_handler == SIG_DFL) signal(SIGPIPE, SIG_IGN);
+    gloo::transport::tcp::attr attribute;
+    attribute.hostname = options.address;
+    const LastWords last_words([this](const char* what) { return connecting_failed(what); });
     try {
-      gloo::transport::tcp::attr attribute;
-      attribute.hostname = options.address;
-      auto device = gloo::transport::tcp::CreateDevice(attribute);
-      context_ = std::make_shared<gloo::rendezvous::Context>(options.rank, options.size);
-      context_->setTimeout(std::chrono::milliseconds(static_cast<int64_t>(options.connect_timeout * 1000)));
-      GlooStore gloo_store(store, board(), options.connect_timeout);
-      context_->connectFullMesh(gloo_store, device);
-    } catch (const Error&) {
+      connecting([&] {
+        context_ = std::make_shared<Connections>(options, gloo::transport::tcp::CreateDevice(attribute));
+        on_abort([this] { abort_waits(); });
+        const std::vector<std::string> theirs = exchange(context_->addresses());
+        passed("addressed");
+        for (int peer = 0; peer < options.size && !board().failed(); ++peer) {
+          if (peer == options.rank) continue;
+          context_->connect(peer, theirs[static_cast<size_t>(peer)]);
+          passed("paired");
+        }
+        be_ready();
+        connected_ = true;
+      });
+    } catch (...) {
+      on_abort({});
       throw;
-    } catch (const std::exception& error) {
-      if (const auto failure = board().failure()) fail(ErrorKind::kIo, "dist", failure->text);
-      fail(ErrorKind::kIo, "dist", "Gloo cannot connect rank ", options.rank, " of ", options.size, ": ", error.what());
     }
-    on_abort([this] { abort_waits(); });
   }
   ~GlooEngine() override {
     on_abort({});
@@ -190,13 +245,15 @@ class GlooEngine : public ProcessEngine {
   void abort_waits() {
     const std::lock_guard lock(mutex_);
     aborted_ = true;
+    if (!connected_) context_->closeConnections();
     for (Buffer* buffer : waiting_) {
       buffer->abortWaitRecv();
       buffer->abortWaitSend();
     }
   }
 
-  std::shared_ptr<gloo::rendezvous::Context> context_;
+  std::shared_ptr<Connections> context_;
+  std::atomic<bool> connected_ = false;
   std::mutex mutex_;
   std::map<uint32_t, std::string> lanes_;
   std::set<Buffer*> waiting_;

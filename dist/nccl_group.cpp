@@ -6,6 +6,7 @@
 #include <chrono>
 #include <map>
 #include <numeric>
+#include <optional>
 #include <thread>
 
 #include "core/backend.h"
@@ -102,6 +103,7 @@ class NcclEngine : public ProcessEngine {
  public:
   NcclEngine(const ProcessOptions& options, Store& store, int device)
       : ProcessEngine(options, store), store_(store), device_(Device::cuda(device)), timeout_(options.connect_timeout) {
+    connecting([this] { be_ready(); });
     nccl();
     compute_ = static_cast<cudaStream_t>(backend(device_).use());
   }
@@ -169,7 +171,7 @@ class NcclEngine : public ProcessEngine {
       check_nccl(nccl().GetUniqueId(&id), "an id");
       store_.set("nccl/" + key, std::string(id.internal, sizeof id.internal));
     } else {
-      const std::string text = store_.get("nccl/" + key, timeout_);
+      const std::string text = awaited("nccl/" + key, op);
       if (text.size() != sizeof id.internal) fail(ErrorKind::kData, "nccl", "the id of ", quoted(key), " is broken");
       text.copy(id.internal, sizeof id.internal);
     }
@@ -178,6 +180,17 @@ class NcclEngine : public ProcessEngine {
     check_nccl(nccl().CommInitRankConfig(&lane->communicator, op.size(), id, op.rank, &config), "a communicator");
     settle(op, *lane);
     return *lane;
+  }
+
+  /// A key of the store, which rank 0 of the lane sets; the failure of the world ends the wait.
+  std::string awaited(const std::string& key, const Operation& op) {
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_);
+    while (std::chrono::steady_clock::now() < deadline) {
+      if (board().failed()) board().throw_failure(rank(), op.stamp);
+      if (std::optional<std::string> value = store_.find(key)) return *std::move(value);
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    return store_.get(key, 0);
   }
 
   /// Returns when NCCL has taken the calls; the failure of the world ends it.

@@ -1,9 +1,5 @@
 #include "dist/peer_links.h"
 
-#include <fcntl.h>
-#include <netdb.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -11,11 +7,9 @@
 
 #include <cerrno>
 #include <cstring>
-#include <random>
 #include <utility>
 
 #include "core/error.h"
-#include "dist/wire.h"
 
 namespace weft::dist {
 namespace {
@@ -25,55 +19,9 @@ using Clock = std::chrono::steady_clock;
 constexpr char kLeave = 'l';
 /// No message is near this size: a longer one is broken.
 constexpr uint32_t kLongestFrame = 1 << 20;
-constexpr size_t kKeyBytes = 32;
 
 Clock::duration seconds(double value) {
   return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
-}
-
-/// A descriptor that is closed at the end of its scope.
-class Fd {
- public:
-  explicit Fd(int fd) : fd_(fd) {}
-  Fd(Fd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  Fd& operator=(Fd&&) = delete;
-  ~Fd() {
-    if (fd_ >= 0) ::close(fd_);
-  }
-  int get() const { return fd_; }
-  int release() { return std::exchange(fd_, -1); }
-
- private:
-  int fd_;
-};
-
-struct Address {
-  sockaddr_storage storage{};
-  socklen_t length = 0;
-  sockaddr* get() { return reinterpret_cast<sockaddr*>(&storage); }
-};
-
-Address resolve(const std::string& host, const std::string& port) {
-  addrinfo hints{};
-  hints.ai_socktype = SOCK_STREAM;
-  hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV;
-  addrinfo* found = nullptr;
-  if (const int error = getaddrinfo(host.c_str(), port.c_str(), &hints, &found); error != 0) {
-    fail(ErrorKind::kUsage, "dist", "the address ", quoted(host), " cannot be used: ", gai_strerror(error),
-         ". Hint: give the numeric address of a network interface of this machine");
-  }
-  Address address;
-  std::memcpy(&address.storage, found->ai_addr, found->ai_addrlen);
-  address.length = found->ai_addrlen;
-  freeaddrinfo(found);
-  return address;
-}
-
-[[noreturn]] void fail_io(const std::string& what) { fail(ErrorKind::kIo, "dist", what, ": ", std::strerror(errno)); }
-
-void set_no_delay(int fd) {
-  const int one = 1;
-  setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 }
 
 /// Waits for `events` until the deadline.
@@ -83,128 +31,23 @@ bool ready(int fd, short events, Clock::time_point deadline) {
   return left >= 0 && ::poll(&poll_fd, 1, static_cast<int>(std::min<int64_t>(left, 1 << 30))) > 0;
 }
 
-/// A connection to `address`, which does not block. None, with errno, if there is none by the deadline: an address from
-/// which nothing comes back would take the system minutes.
-Fd connected(Address& address, Clock::time_point deadline) {
-  Fd fd(::socket(address.get()->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (fd.get() < 0 || ::connect(fd.get(), address.get(), address.length) == 0) return fd;
-  if (errno != EINPROGRESS) return Fd(-1);
-  int error = ETIMEDOUT;
-  socklen_t size = sizeof error;
-  if (ready(fd.get(), POLLOUT, deadline)) ::getsockopt(fd.get(), SOL_SOCKET, SO_ERROR, &error, &size);
-  if (error == 0) return fd;
-  errno = error;
-  return Fd(-1);
-}
-
-/// Says who this is: both sides of a connection do.
-bool greet(int fd, const std::string& key, int rank) {
-  std::string hello = key;
-  hello.append(reinterpret_cast<const char*>(&rank), sizeof rank);
-  return ::send(fd, hello.data(), hello.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(hello.size());
-}
-
-/// The rank that a connection says it is, or -1 if it does not know the key in time.
-int greeted(int fd, const std::string& key, int size, Clock::time_point deadline) {
-  std::string got;
-  while (got.size() < kKeyBytes + sizeof(int)) {
-    char bytes[kKeyBytes + sizeof(int)];
-    if (!ready(fd, POLLIN, deadline)) return -1;
-    const ssize_t n = ::recv(fd, bytes, sizeof bytes - got.size(), 0);
-    if (n <= 0) return -1;
-    got.append(bytes, static_cast<size_t>(n));
-  }
-  int rank = -1;
-  std::memcpy(&rank, got.data() + kKeyBytes, sizeof rank);
-  return got.compare(0, kKeyBytes, key) == 0 && rank >= 0 && rank < size ? rank : -1;
-}
-
-std::string draw_key() {
-  std::random_device random;
-  std::string key;
-  for (size_t i = 0; i < kKeyBytes; ++i) key += "0123456789abcdef"[random() % 16];
-  return key;
-}
-
 }  // namespace
 
-PeerLinks::PeerLinks(const Options& options, Store& store, Handler handler)
-    : options_(options), handler_(std::move(handler)) {
+PeerLinks::PeerLinks(const Options& options, Handler handler) : options_(options), handler_(std::move(handler)) {
   for (int i = 0; i < options.size; ++i) peers_.push_back(std::make_unique<Peer>());
   wake_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-  if (wake_fd_ < 0) fail_io("no event descriptor");
-  try {
-    connect_all(store);
-    const auto now = Clock::now();
-    for (const auto& peer : peers_) {
-      peer->heard = now;
-      if (peer->fd >= 0) fcntl(peer->fd, F_SETFL, O_NONBLOCK);
-    }
-    thread_ = std::thread([this] { serve(); });
-  } catch (...) {
-    for (const auto& peer : peers_) close_peer(*peer);
-    ::close(wake_fd_);
-    throw;
-  }
+  if (wake_fd_ < 0) fail(ErrorKind::kIo, "dist", "no event descriptor: ", std::strerror(errno));
+  thread_ = std::thread([this] { serve(); });
 }
 
-void PeerLinks::connect_all(Store& store) {
-  const auto deadline = Clock::now() + seconds(options_.connect_timeout);
-  const auto left = [&] { return std::chrono::duration<double>(deadline - Clock::now()).count(); };
-
-  Address here = resolve(options_.address, "0");
-  const Fd listener(::socket(here.get()->sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  if (listener.get() < 0) fail_io("no socket");
-  if (::bind(listener.get(), here.get(), here.length) != 0) {
-    fail_io("address " + quoted(options_.address) + " cannot be bound");
+void PeerLinks::add(int peer, int fd) {
+  {
+    Peer& added = *peers_[static_cast<size_t>(peer)];
+    const std::lock_guard lock(added.mutex);
+    added.heard = Clock::now();
+    added.fd = fd;
   }
-  if (::listen(listener.get(), options_.size) != 0) fail_io("listen");
-  Address bound;
-  bound.length = sizeof bound.storage;
-  char port[NI_MAXSERV];
-  if (::getsockname(listener.get(), bound.get(), &bound.length) != 0 ||
-      getnameinfo(bound.get(), bound.length, nullptr, 0, port, sizeof port, NI_NUMERICSERV) != 0) {
-    fail_io("the port of a socket cannot be read");
-  }
-  if (options_.rank == 0) store.set("key", draw_key());
-  store.set(concat("address/", options_.rank), options_.address + " " + port);
-  const std::string key = store.get("key", left());
-  if (key.size() != kKeyBytes) fail(ErrorKind::kData, "dist", "the key in the store has ", key.size(), " bytes");
-
-  // Each connects to those below it, and is connected to by those above it.
-  for (int peer = 0; peer < options_.rank; ++peer) {
-    const std::string text = store.get(concat("address/", peer), left());
-    const size_t space = text.find(' ');
-    if (space == std::string::npos) fail(ErrorKind::kData, "dist", "not an address in the store: ", quoted(text));
-    Address address = resolve(text.substr(0, space), text.substr(space + 1));
-    Fd fd = connected(address, deadline);
-    if (fd.get() < 0) fail_io(concat("rank ", peer, " cannot be reached at ", text));
-    set_no_delay(fd.get());
-    if (!greet(fd.get(), key, options_.rank)) fail_io(concat("rank ", peer, " does not take a greeting"));
-    if (greeted(fd.get(), key, options_.size, deadline) != peer) {
-      fail(ErrorKind::kIo, "dist", "rank ", peer, " cannot be reached at ", text,
-           ": what listens there does not answer as a process of this run. Hint: is the store that of an earlier run?");
-    }
-    peers_[static_cast<size_t>(peer)]->fd = fd.release();
-  }
-  for (int missing = options_.size - 1 - options_.rank; missing > 0;) {
-    if (!ready(listener.get(), POLLIN, deadline)) {
-      std::string names;
-      for (int peer = options_.rank + 1; peer < options_.size; ++peer) {
-        if (peers_[static_cast<size_t>(peer)]->fd < 0) names += concat(names.empty() ? "" : ", ", peer);
-      }
-      fail(ErrorKind::kIo, "dist", "rank ", options_.rank, " of ", options_.size, " has waited ",
-           options_.connect_timeout, " s for ranks ", names, ". Hint: are all processes started, with one store?");
-    }
-    Fd fd(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
-    if (fd.get() < 0) continue;
-    const int peer = greeted(fd.get(), key, options_.size, std::min(deadline, Clock::now() + seconds(2)));
-    if (peer <= options_.rank || peers_[static_cast<size_t>(peer)]->fd >= 0) continue;  // a stranger
-    if (!greet(fd.get(), key, options_.rank)) continue;
-    set_no_delay(fd.get());
-    peers_[static_cast<size_t>(peer)]->fd = fd.release();
-    --missing;
-  }
+  wake();
 }
 
 void PeerLinks::close() {

@@ -9,8 +9,6 @@
 #include <thread>
 #include <vector>
 
-#include "dist/store.h"
-
 namespace weft::dist {
 
 /// Short messages between the processes of one run over TCP, with heartbeats: a connection between each two, served by
@@ -19,10 +17,8 @@ class PeerLinks {
  public:
   struct Options {
     int rank = 0, size = 1;
-    std::string address = "127.0.0.1";  ///< of this process's interface, numeric
-    double heartbeat = 0.25;            ///< seconds between two signs of life
-    double silence = 3;                 ///< seconds without one after which a process counts as stopped
-    double connect_timeout = 60;        ///< seconds in which all processes must have come
+    double heartbeat = 0.25;  ///< seconds between two signs of life
+    double silence = 3;       ///< seconds without one after which a process counts as stopped
   };
   /// Called from the thread of the links, one at a time.
   struct Handler {
@@ -36,13 +32,13 @@ class PeerLinks {
   };
   static constexpr char kHeartbeat = 'b';
 
-  /// Connects to all others. Whoever connects must know a key that rank 0 draws and leaves in the store.
-  /// @throws Error  kIo naming the ranks that have not come in time.
-  PeerLinks(const Options& options, Store& store, Handler handler);
+  PeerLinks(const Options& options, Handler handler);
   ~PeerLinks();
   PeerLinks(const PeerLinks&) = delete;
   PeerLinks& operator=(const PeerLinks&) = delete;
 
+  /// Takes over a connection with a process, which is served from now on.
+  void add(int peer, int fd);
   /// Queues a message; messages to one peer arrive in order. Never waits. Dropped if the peer is gone.
   void send(int peer, char type, std::string_view body);
   /// Sends what is queued, says that it leaves, and waits a moment until the others have seen it. Nothing is called or
@@ -59,7 +55,6 @@ class PeerLinks {
     std::chrono::steady_clock::time_point heard;
     bool left = false;
   };
-  void connect_all(Store& store);
   void serve();
   void read_from(int peer);
   void take_frames(int peer);

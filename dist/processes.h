@@ -1,6 +1,8 @@
 #pragma once
+#include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "dist/group.h"
 #include "dist/store.h"
@@ -20,6 +22,9 @@ struct ProcessOptions {
   /// File for the last 1,000 operations of this process when something fails, ".rankR" is appended; "": the newest go
   /// to the log.
   std::string flight_record = {};
+  /// Told what this process has done while it connects: "linked" (messages and heartbeats to all others), "addressed"
+  /// (knows where their data arrive), "paired" with each of them. For tests, which end it there.
+  std::function<void(std::string_view point)> connecting = {};
 };
 
 /// The world of a process, whose data travel with Gloo over TCP: on the CPU, on one machine or on several. All
@@ -35,7 +40,8 @@ Group nccl_group(const ProcessOptions& options, Store& store, int device);
 const char* why_no_gloo();
 const char* why_no_nccl();
 
-/// Which NCCL a group of GPUs would have here, and which the build had, for people to read: "2.28.9, built with 2.28.9".
+/// Which NCCL a group of GPUs would have here, and which the build had, for people to read: "2.28.9, built
+/// with 2.28.9".
 std::string describe_nccl();
 
 }  // namespace weft::dist

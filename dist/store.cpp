@@ -45,11 +45,16 @@ void FileStore::set(const std::string& key, const std::string& value) {
   }
 }
 
+std::optional<std::string> FileStore::find(const std::string& key) {
+  std::ifstream in(file_of(directory_, key), std::ios::binary);
+  if (!in) return std::nullopt;
+  return std::string(std::istreambuf_iterator<char>(in), {});
+}
+
 std::string FileStore::get(const std::string& key, double timeout) {
-  const std::filesystem::path file = file_of(directory_, key);
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout);
   for (;;) {
-    if (std::ifstream in(file, std::ios::binary); in) return {std::istreambuf_iterator<char>(in), {}};
+    if (std::optional<std::string> value = find(key)) return *std::move(value);
     if (std::chrono::steady_clock::now() > deadline) {
       fail(ErrorKind::kIo, "store", "nobody has set ", quoted(key), " in ", directory_.string(), " for ", timeout,
            " s");

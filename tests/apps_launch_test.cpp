@@ -273,6 +273,30 @@ TEST(Launch, ARankThatHangsAsAWholeIsFoundNamedAndEndsTheRun) {
   EXPECT_HAS(outcome.err, "its last operation: all_reduce #7");
 }
 
+/// A rank's shell does something before it becomes a rank that joins; what the launcher returned in less than 5 s.
+Outcome before_joining(const std::string& what) {
+  const Scratch scratch;
+  const double begin = now();
+  const std::string script = "test $WEFT_RANK = 1 && " + what + "; exec " + WEFT_LAUNCH_RANK;
+  Outcome outcome = run(scratch, launch(3, {"--grace", "0.3"}, shell(script)));
+  EXPECT_LT(now() - begin, 6) << what;  // 5 s, and what it takes to start and to end
+  return outcome;
+}
+
+TEST(Launch, ARankThatEndsOrIsStoppedBeforeItJoinsIsNamedByAllInTime) {
+  const Outcome killed = before_joining("kill -9 $$");
+  EXPECT_EQ(killed.code, 128 + SIGKILL) << killed.err;
+  EXPECT_HAS(killed.err, "rank 1 of 3 (pid ");
+  const Outcome left = before_joining("exit 0");
+  EXPECT_EQ(left.code, 3) << left.err;
+  // The first of the others that fails ends those that have not noticed yet.
+  EXPECT_HAS(left.err, " waits in barrier \"start\": rank 1 ");
+  EXPECT_HAS(left.err, "left: it never joined the run: exit code 0");
+  const Outcome stopped = before_joining("kill -STOP $$");
+  EXPECT_EQ(stopped.code, 128 + SIGKILL) << stopped.err;
+  EXPECT_HAS(stopped.err, "rank 1 has been stopped by a signal for more than 4 s: SIGKILL");
+}
+
 TEST(Launch, TheOthersLearnAtOnceWhoDied) {
   const Scratch scratch;
   const double begin = now();

@@ -1,10 +1,6 @@
 // What the other ranks get when one of them dies, stops, leaves or calls something else: every case is named, with
 // rank, operation and number, in time, and nothing stays behind.
 #include <gtest/gtest.h>
-#include <signal.h>
-#include <sys/resource.h>
-#include <unistd.h>
-
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -13,6 +9,7 @@
 #include <thread>
 
 #include "core/log.h"
+#include "tests/dist_endings.h"
 #include "tests/dist_processes.h"
 #include "tests/dist_programs.h"
 
@@ -22,33 +19,9 @@ namespace {
 
 constexpr Collective kOperations[] = {Collective::all_reduce, Collective::reduce_scatter, Collective::all_gather,
                                       Collective::broadcast,  Collective::all_to_all,     Collective::barrier};
-enum class Ending { kill, segv, exit, stop };
-constexpr const char* kEndings[] = {"Sigkill", "Sigsegv", "ExitsWithZero", "Sigstop"};
 enum class Moment { before, in, moving, after };
 constexpr const char* kMoments[] = {"Before", "WaitingIn", "MovingIn", "After"};
 constexpr int kVictim = 1, kRanks = 3;
-
-/// Says when, which the test measures from, and ends.
-void end(Ending ending, const std::string& output) {
-  std::ofstream(output) << std::to_string(steady_seconds()) << std::flush;
-  switch (ending) {
-    case Ending::kill:
-      raise(SIGKILL);
-      break;
-    case Ending::segv: {
-      const rlimit none{0, 0};
-      setrlimit(RLIMIT_CORE, &none);
-      signal(SIGSEGV, SIG_DFL);
-      raise(SIGSEGV);
-      break;
-    }
-    case Ending::exit:
-      _exit(0);
-    case Ending::stop:
-      raise(SIGSTOP);
-      break;
-  }
-}
 
 void run(Group& world, Collective op, const Tensor& t) {
   switch (op) {
@@ -247,10 +220,11 @@ TEST_P(Fault, IsNamedByEverySurvivorOfEveryOperation) {
                      std::to_string(static_cast<int>(moment))});
   }
   // Worlds that move data keep processors busy; those that wait for a stopped rank do not.
-  for_each_world(words, moment == Moment::moving && ending != Ending::stop ? 3 : 7, options, [&](size_t i, Processes& world) {
-    const ::testing::ScopedTrace trace(__FILE__, __LINE__, name(ops[i]));
-    expect_end_named(world, ops[i], std::get<0>(GetParam()), std::get<1>(GetParam()));
-  });
+  for_each_world(words, moment == Moment::moving && ending != Ending::stop ? 3 : 7, options,
+                 [&](size_t i, Processes& world) {
+                   const ::testing::ScopedTrace trace(__FILE__, __LINE__, name(ops[i]));
+                   expect_end_named(world, ops[i], std::get<0>(GetParam()), std::get<1>(GetParam()));
+                 });
 }
 
 INSTANTIATE_TEST_SUITE_P(Of, Fault,

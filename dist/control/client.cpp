@@ -91,6 +91,7 @@ struct ControlClient::State {
   Clock::time_point heard = Clock::now(), beaten = {};
   std::string dead;  // why nothing can be asked any more
   std::optional<Member> lost;
+  std::map<int, Member> gone;  ///< who left or was lost, by rank
   uint64_t unreached = 0, failed_handshakes = 0;
   int refused_code = 0;
 };
@@ -192,6 +193,7 @@ void ControlClient::State::receive(std::vector<Member>& members) {
         member.operation = fields.text(kMaxName);
         member.reason = fields.text(kMaxName);
         if (member.state == MemberState::lost && !lost) lost = member;
+        if (member.state != MemberState::joined) gone[member.rank] = member;
         members.push_back(std::move(member));
         continue;
       }
@@ -391,6 +393,12 @@ std::optional<std::string> ControlClient::find(const std::string& key) {
   FieldReader fields(answer.payload);
   if (fields.number(0, 1) == 0) return std::nullopt;
   return fields.text(kMaxValue);
+}
+
+std::string ControlClient::gone(int rank) const {
+  const std::lock_guard lock(state_->mutex);
+  const auto found = state_->gone.find(rank);
+  return found == state_->gone.end() ? "" : found->second.describe();
 }
 
 std::string ControlClient::get(const std::string& key, double timeout) {

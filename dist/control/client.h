@@ -42,8 +42,9 @@ class ControlClient final : public Store {
   void set(const std::string& key, const std::string& value) override;
   /// Fails at once, naming it, when a rank that might set the key is lost.
   std::string get(const std::string& key, double timeout) override;
-  /// The value of a key if it is set.
-  std::optional<std::string> find(const std::string& key);
+  std::optional<std::string> find(const std::string& key) override;
+  /// Why a rank that left, was lost or ended without joining is not there.
+  std::string gone(int rank) const override;
 
   /// Returns when all ranks are in the barrier of that name, which may then be used again.
   /// @param timeout  seconds

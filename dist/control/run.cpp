@@ -79,11 +79,18 @@ void ControlRun::hello(const std::string& address, const Message& message) {
     return refuse(concat(found->second.member.describe(), "; it cannot come back into the same run"));
   } else {
     if (found != peers_.end()) rank_of_.erase(found->second.address);
+    never_joined_.erase(member.rank);
     peers_[member.rank] = {member, address, Clock::now()};
     rank_of_[address] = member.rank;
     news_.members.push_back(member);
   }
   send_(address, MessageKind::welcome, message.request, FieldWriter().number(o_.silence.count()).take());
+  if (!o_.losses_fail_waits) return;
+  const Peer& joined = peers_.at(member.rank);
+  for (const auto& [other, peer] : peers_) {
+    if (peer.member.state != MemberState::joined) tell(joined, peer.member);
+  }
+  for (const auto& [other, ended] : never_joined_) tell(joined, ended);
 }
 
 void ControlRun::serve(Peer& peer, const Message& message) {
@@ -192,6 +199,7 @@ void ControlRun::answer_barrier(const std::string& name) {
     const bool counts = peer.member.state == MemberState::left || o_.losses_fail_waits;
     if (missing == nullptr && peer.member.state != MemberState::joined && counts) missing = &peer.member;
   }
+  if (missing == nullptr && !never_joined_.empty()) missing = &never_joined_.begin()->second;
   const bool complete = static_cast<int>(here.size()) == o_.world_size;
   if (!complete && missing == nullptr) return;
   std::erase_if(waits_, [&](const Wait& wait) {
@@ -252,26 +260,40 @@ void ControlRun::gone(Peer& peer, MemberState state, const std::string& reason) 
   if (state == MemberState::lost && !first_lost_) first_lost_ = member;
   news_.members.push_back(member);
   std::erase_if(waits_, [&](const Wait& wait) { return wait.rank == member.rank; });
-  const std::string payload = FieldWriter()
-                                  .number(member.rank)
-                                  .number(static_cast<int64_t>(state))
-                                  .text(member.host)
-                                  .number(member.pid)
-                                  .text(member.operation)
-                                  .text(member.reason)
-                                  .take();
   std::set<std::string> keys, barriers;
-  for (const auto& [rank, other] : peers_) {
-    if (other.member.state == MemberState::joined) send_(other.address, MessageKind::member, 0, payload);
-  }
+  for (const auto& [rank, other] : peers_) tell(other, member);
   for (const Wait& wait : waits_) (wait.kind == MessageKind::get ? keys : barriers).insert(wait.key);
   for (const std::string& key : keys) answer_gets(key);
   for (const std::string& barrier : barriers) answer_barrier(barrier);
 }
 
+void ControlRun::tell(const Peer& peer, const Member& about) const {
+  if (peer.member.state != MemberState::joined) return;
+  send_(peer.address, MessageKind::member, 0,
+        FieldWriter()
+            .number(about.rank)
+            .number(static_cast<int64_t>(about.state))
+            .text(about.host)
+            .number(about.pid)
+            .text(about.operation)
+            .text(about.reason)
+            .take());
+}
+
 void ControlRun::ended(int rank, MemberState state, const std::string& reason) {
   const auto found = peers_.find(rank);
-  if (found == peers_.end() && state == MemberState::left) return;
+  if (found == peers_.end() && state == MemberState::left) {
+    // Not every program joins: only whoever waits for this rank misses it.
+    Member& member = never_joined_[rank];
+    member.rank = rank, member.state = state, member.reason = concat("it never joined the run: ", reason);
+    for (const auto& [other, peer] : peers_) tell(peer, member);
+    std::set<std::string> barriers;
+    for (const Wait& wait : waits_) {
+      if (wait.kind == MessageKind::barrier) barriers.insert(wait.key);
+    }
+    for (const std::string& barrier : barriers) answer_barrier(barrier);
+    return;
+  }
   if (found != peers_.end() && found->second.member.state != MemberState::joined) return;
   // One that ended before it joined is waited for all the same.
   Peer& peer = peers_[rank];

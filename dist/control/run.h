@@ -31,7 +31,7 @@ class ControlRun {
 
   /// A message that came from a connection. @throws Error kData for one that breaks the format.
   void handle(const std::string& address, const Message& message);
-  /// What a launcher saw of a rank, which may never have joined.
+  /// What a launcher saw of a rank, which may never have joined. Whoever joins later is told too.
   void ended(int rank, MemberState state, const std::string& reason);
   /// Declares lost who was silent for too long, and answers waits whose time is over.
   void expire(Clock::time_point now);
@@ -76,6 +76,7 @@ class ControlRun {
   void serve(Peer& peer, const Message& message);
   void answer_barrier(const std::string& name);
   void gone(Peer& peer, MemberState state, const std::string& reason);
+  void tell(const Peer& peer, const Member& about) const;
   void fail_wait(const Wait& wait, const std::string& reason);
   void wait(Wait wait);
 
@@ -85,6 +86,7 @@ class ControlRun {
   size_t stored_bytes_ = 0;
   uint64_t refused_ = 0;
   std::map<int, Peer> peers_;           // by rank
+  std::map<int, Member> never_joined_;  ///< ended orderly before they joined, by rank
   std::map<std::string, int> rank_of_;  // by address
   std::vector<Wait> waits_;
   std::optional<Member> first_lost_;

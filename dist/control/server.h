@@ -19,7 +19,7 @@ struct ControlServerOptions {
   ControlKeys keys;    ///< with the server's secret; clients must show keys.client_public
   std::string run_id;  ///< "": that of the keys
   /// A rank that is silent for so many seconds is declared lost. Ranks are told and say something five times as often.
-  double silence = 5;
+  double silence = 4;
   /// Whether a lost rank makes all that wait, and will wait, for a key or a barrier fail.
   bool losses_fail_waits = true;
   // Called on the server's thread, one at a time; must not wait.
@@ -58,7 +58,7 @@ class ControlServer {
   std::optional<std::string> find(std::string_view key) const;
 
   /// What a rank's launcher saw of its end, before silence tells: it left if that was orderly, else it was lost. No
-  /// effect on a rank that left or was lost, nor on one that ended orderly without ever joining.
+  /// effect on a rank that left or was lost. One that ended orderly without ever joining fails barriers alone.
   void ended(int rank, bool orderly, const std::string& reason);
 
  private:
