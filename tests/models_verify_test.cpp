@@ -120,6 +120,18 @@ TrainingHooks engine_of(int rank, Disturbed::Run run) {
   };
   return hooks;
 }
+/// The same, counting: a step that is run once more counts anew.
+TrainingHooks counting_engine_of(int rank,
+                                 std::function<int64_t(const Operation& op, Engine& engine, int& count)> run) {
+  TrainingHooks hooks;
+  hooks.engine = [rank, run](std::shared_ptr<Engine> engine) -> std::shared_ptr<Engine> {
+    if (engine->rank() != rank) return engine;
+    const auto count = std::make_shared<int>(0);
+    return std::make_shared<Disturbed>(
+        std::move(engine), [run, count](const Operation& op, Engine& inner) { return run(op, inner, *count); });
+  };
+  return hooks;
+}
 TrainingHooks micro_batches_of(int rank, std::function<void(int64_t j, MicroBatch&, GptStep&)> change) {
   TrainingHooks hooks;
   hooks.micro_batch = [rank, change](int at, int64_t, int64_t j, MicroBatch& batch, GptStep& step) {
@@ -210,6 +222,7 @@ struct Bug {
   std::string origin = {};  ///< place in the forward pass, on the last of `ranks`
   int64_t micro_batch = -1;
   int64_t step = 0;
+  int origin_rank = -1;  ///< where it is not the last of `ranks`
 };
 
 /// The sum over data-parallel ranks of gradients of that many elements is done by `change` on rank 1.
@@ -544,26 +557,23 @@ std::vector<Bug> bugs_of_updates() {
 /// On meshes that are held to bounds instead of bits.
 std::vector<Bug> bugs_within_layers() {
   std::vector<Bug> bugs;
-  TrainingHooks not_summed;
-  not_summed.engine = [](std::shared_ptr<Engine> engine) -> std::shared_ptr<Engine> {
-    if (engine->rank() != 1) return engine;
-    // The first sum of a forward pass is that of the embedding.
-    return std::make_shared<Disturbed>(std::move(engine), [count = std::make_shared<int>(0)](const Operation& op,
-                                                                                             Engine& inner) {
-      const bool wanted = op.stamp.op == Collective::all_reduce && op.stamp.lane.starts_with("tp") && (*count)++ == 1;
+  /// The n-th sum over tp of a run, counted from 0, is left out on rank 1; the first is that of the embedding.
+  const auto not_summed = [](int n) {
+    return counting_engine_of(1, [n](const Operation& op, Engine& engine, int& count) {
+      const bool wanted = op.stamp.op == Collective::all_reduce && op.stamp.lane.starts_with("tp") && count++ == n;
       const Bytes own = wanted ? content(op.input) : Bytes();
-      const int64_t sent = inner.run(op);
+      const int64_t sent = engine.run(op);
       if (wanted) write(op.output, own);
       return sent;
     });
   };
   bugs.push_back({"heads are not added up on one rank of tp",
                   verification("tp=2"),
-                  not_summed,
+                  not_summed(1),
                   Compared::kLoss,
                   "micro-batch 0",
                   {0, 1},
-                  "h.0.ln_2: residual_layer_norm",
+                  "h.0.attn.proj: linear",
                   0});
   bugs.push_back({"copies of a norm's weight drift apart",
                   verification("dp=2,tp=2"),
@@ -582,7 +592,54 @@ std::vector<Bug> bugs_within_layers() {
                   micro_batches_of(1, [](int64_t, MicroBatch&, GptStep& step) { step.valid_tokens *= 0.5; }),
                   Compared::kLoss,
                   "micro-batch",
-                  {0, 1}});
+                  {0, 1},
+                  "wte: linear_cross_entropy",
+                  0,
+                  0,
+                  0});  // a sum of both ranks
+  bugs.push_back({"one block of keys and values does not arrive on one rank of cp",
+                  verification("cp=2"),
+                  counting_engine_of(1,
+                                     [](const Operation& op, Engine& engine, int& count) {
+                                       const int64_t sent = engine.run(op);
+                                       if (op.stamp.op == Collective::recv && count++ == 0)
+                                         write(op.output, Bytes(static_cast<size_t>(bytes_of(op.output))));
+                                       return sent;
+                                     }),
+                  Compared::kLoss,
+                  "micro-batch",
+                  {0, 1},
+                  "h.0.attn.qkv: causal_attention",
+                  0});
+  Verification rows = verification("tp=2");
+  rows.layouts[0].sequence = true;
+  bugs.push_back({"rows of the other rank are lost in front of a cut matrix",
+                  rows,
+                  counting_engine_of(1,
+                                     [](const Operation& op, Engine& engine, int& count) {
+                                       const int64_t sent = engine.run(op);
+                                       if (op.stamp.op == Collective::all_gather && count++ == 0) {
+                                         Bytes all = content(op.output);
+                                         std::fill(all.begin(),
+                                                   all.begin() + static_cast<std::ptrdiff_t>(all.size() / 2),
+                                                   std::byte{0});
+                                         write(op.output, all);
+                                       }
+                                       return sent;
+                                     }),
+                  Compared::kLoss,
+                  "micro-batch 0",
+                  {0, 1},
+                  "h.0.attn.qkv: linear",
+                  0});
+  bugs.push_back({"hidden channels are not added up on one rank of tp",
+                  verification("tp=2"),
+                  not_summed(4),
+                  Compared::kLoss,
+                  "micro-batch 0",
+                  {0, 1},
+                  "h.1.mlp.proj: linear",
+                  0});
   bugs.push_back({"the gradient of a cut matrix lacks one rank's share",
                   verification("tp=2"),
                   moments_of(1, TrainingMoment::kReduced,
@@ -633,7 +690,7 @@ void expect_found(const std::vector<Bug>& bugs) {
     }
     EXPECT_EQ(first.origin->place, bug.origin) << text;
     EXPECT_EQ(first.origin->micro_batch, bug.micro_batch) << text;
-    EXPECT_EQ(first.origin->rank, bug.ranks.back()) << text;
+    EXPECT_EQ(first.origin->rank, bug.origin_rank < 0 ? bug.ranks.back() : bug.origin_rank) << text;
   }
 }
 

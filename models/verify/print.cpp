@@ -72,7 +72,9 @@ void print_difference(std::ostream& out, const Verification& verification, const
   if (d.origin) {
     out << "  begins in the forward pass of micro-batch " << d.origin->micro_batch << " on "
         << rank_in(mesh, d.origin->rank) << ", " << d.origin->place << ": element " << d.origin->element
-        << " of its output is " << exactly(d.origin->got) << ", alone " << exactly(d.origin->expected) << "\n";
+        << " of its output is " << exactly(d.origin->got) << ", alone " << exactly(d.origin->expected);
+    if (d.origin->bound > 0) out << (", and may be " + with_digits(d.origin->bound, 3) + " off");
+    out << "\n";
   }
   if (!d.note.empty()) out << "  " << d.note << "\n";
 }

@@ -48,8 +48,12 @@ class Watch {
         observer_([this](const char* op, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {
           see(op, inputs, outputs);
         }) {
-    for (const Parameter& parameter : parameters)
-      modules_[parameter.tensor.storage().get()] = parameter.name.substr(0, parameter.name.rfind('.'));
+    for (const Parameter& parameter : parameters) {
+      const size_t dot = parameter.name.rfind('.');
+      modules_[parameter.tensor.storage().get()] = parameter.name.substr(0, dot);
+      if (parameter.name.substr(dot) == ".weight" && parameter.part && parameter.part->dim == 0)
+        weights_.emplace(parameter.name.substr(0, dot), *parameter.part);
+    }
   }
 
  private:
@@ -68,7 +72,9 @@ class Watch {
       const size_t time = times_[place]++;
       if (time >= micro_batches_.size()) continue;
       const autograd::NoGrad no_grad;
-      into_.push_back({micro_batches_[time], std::move(place), output.detach().clone()});
+      const auto weight = weights_.find(module_);
+      into_.push_back({micro_batches_[time], std::move(place), output.detach().clone(),
+                       weight == weights_.end() ? std::nullopt : std::optional(weight->second)});
     }
   }
 
@@ -76,6 +82,7 @@ class Watch {
   std::vector<SeenOutput>& into_;
   std::map<std::string, size_t> times_;
   std::map<const Storage*, std::string> modules_;
+  std::map<std::string, TensorPart> weights_;  ///< of modules
   std::map<std::string, int> counts_;
   std::string module_;
   autograd::RecordObserver observer_;

@@ -1,6 +1,7 @@
 #pragma once
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -42,6 +43,8 @@ struct SeenOutput {
   /// it is not the first of that name since.
   std::string place;
   Tensor values;
+  /// Rows of the module's weight, if a rank of tp has some of them: the last dimension of what it makes.
+  std::optional<TensorPart> weight = {};
 };
 
 /// What a rank had in a step.

@@ -1,12 +1,11 @@
 #include "models/verify/verify.h"
 
-#include <cmath>
-#include <map>
 #include <utility>
 
 #include "core/autograd.h"
 #include "models/verify/bits.h"
 #include "models/verify/bounds.h"
+#include "models/verify/origin.h"
 
 namespace weft::models {
 namespace {
@@ -29,81 +28,6 @@ TrainingState initial_state(const TrainingProblem& problem) {
   record_alone(problem, {.steps = 0, .hooks = &hooks});
   return state;
 }
-
-/// The first function of one rank's forward passes that a rank of the layout has another output of.
-class OriginSearch {
- public:
-  OriginSearch(const Verification& verification, const TrainingState& before, const TrainingHooks* hooks,
-               Difference& difference)
-      : verification_(verification), before_(before), hooks_(hooks), difference_(difference) {}
-
-  void run() {
-    const TrainingProblem& problem = verification_.problem;
-    const ParallelOptions& layout = verification_.layouts[difference_.layout];
-    const Yardstick yardstick(problem);
-    const bool exact = is_exact(layout);
-    const auto alone = [&](DType dtype) { return step_alone(problem, dtype, difference_.step, before_, true).outputs; };
-    const std::vector<SeenOutput> one = alone(problem.dtype);
-    std::vector<SeenOutput> fine, measured;
-    if (!exact) fine = alone(DType::f64), measured = alone(yardstick.measured_in());
-    const TrainingRecord many = record_training(
-        problem, layout,
-        {.first_step = difference_.step, .steps = 1, .start = &before_, .watch = true, .hooks = hooks_});
-    const Outputs outputs = outputs_of(many.steps.front());
-    for (size_t i = 0; i < one.size(); ++i) {
-      if (!exact && !is_whole(one[i].place)) continue;
-      const auto found = outputs.find({one[i].micro_batch, one[i].place});
-      if (found == outputs.end()) {
-        if (!exact) continue;  // outputs are cut
-        difference_.note = concat("no rank computes ", one[i].place, " of micro-batch ", one[i].micro_batch);
-        return;
-      }
-      double bound = 0;
-      if (!exact) bound = yardstick.bound(measured[i].values.to_vector<double>(), fine[i].values.to_vector<double>());
-      for (const auto& [rank, output] : found->second) {
-        if (differs(rank, one[i], *output, bound)) return;
-      }
-    }
-    if (!difference_.note.empty()) difference_.note += "; ";
-    difference_.note += exact ? "every function of the forward passes has equal outputs, run once more"
-                              : "where norms have whole outputs, those are within their bounds";
-  }
-
- private:
-  /// With tp, ranks have parts of most outputs, or parts of sums that have the same shape; but norms.
-  static bool is_whole(const std::string& place) { return place.find("norm", place.find(": ")) != std::string::npos; }
-
-  struct Seen {
-    int rank;
-    const SeenOutput* output;
-  };
-  using Outputs = std::map<std::pair<int64_t, std::string>, std::vector<Seen>>;
-
-  static Outputs outputs_of(const std::vector<RankStep>& ranks) {
-    Outputs outputs;
-    for (size_t r = 0; r < ranks.size(); ++r) {
-      for (const SeenOutput& output : ranks[r].outputs)
-        outputs[{output.micro_batch, output.place}].push_back({static_cast<int>(r), &output});
-    }
-    return outputs;
-  }
-
-  bool differs(int rank, const SeenOutput& wanted, const SeenOutput& output, double bound) {
-    if (!(output.values.shape() == wanted.values.shape())) return false;  // a part
-    const std::vector<double> expected = wanted.values.to_vector<double>(), got = output.values.to_vector<double>();
-    for (size_t i = 0; i < got.size(); ++i) {
-      if (bound > 0 ? std::abs(got[i] - expected[i]) <= bound : same_bits(got[i], expected[i])) continue;
-      difference_.origin = {rank, wanted.micro_batch, wanted.place, static_cast<int64_t>(i), expected[i], got[i]};
-      return true;
-    }
-    return false;
-  }
-
-  const Verification& verification_;
-  const TrainingState& before_;
-  const TrainingHooks* hooks_;
-  Difference& difference_;
-};
 
 /// A step of a layout against one rank's; false if they differ.
 bool compare_bits(size_t layout, int64_t step, const RankStep& one, const std::vector<RankStep>& ranks,
@@ -161,7 +85,7 @@ VerifyReport verify(const Verification& verification, const TrainingHooks* hooks
       if (!equal) {
         Difference& first = *report.first;
         if (first.what == Compared::kLoss || first.what == Compared::kGradient)
-          OriginSearch(verification, before, hooks, first).run();
+          find_origin(verification, before, hooks, first);
         return report;
       }
       before = state_after(ranks);

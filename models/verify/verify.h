@@ -42,9 +42,10 @@ struct Difference {
   struct Origin {
     int rank = 0;
     int64_t micro_batch = 0;
-    std::string place;  ///< SeenOutput::place
-    int64_t element = 0;
+    std::string place;    ///< SeenOutput::place
+    int64_t element = 0;  ///< of the output as the rank has it, flattened
     double expected = 0, got = 0;
+    double bound = 0;  ///< that was exceeded; 0: the two should have been equal
   };
   std::optional<Origin> origin;
   /// What looking at the forward passes once more has shown, where that is not an origin.
