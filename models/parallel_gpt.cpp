@@ -278,14 +278,13 @@ Tensor ParallelGpt::run(std::span<const MicroBatch> batches, const std::function
     prepare_pipeline();
     // A pipeline's micro-batches are under way in both directions at once: its rank has all weights until they are
     // done.
-    const bool at_once = sharded() && !runs_units();
-    if (at_once) {
+    if (gathers_all_at_once()) {
       data_parallel_->begin_unit(0, dist::Pass::kForward);
       data_parallel_->end_unit(0, dist::Pass::kForward);
       data_parallel_->begin_unit(0, dist::Pass::kBackward);
     }
     for (const Tensor& loss : executor_->run(loss_scale)) losses.push_back(loss.reshape({1}));
-    if (at_once) data_parallel_->end_unit(0, dist::Pass::kBackward);
+    if (gathers_all_at_once()) data_parallel_->end_unit(0, dist::Pass::kBackward);
     own_ = {};
   }
   const autograd::NoGrad no_grad;
@@ -301,8 +300,7 @@ Tensor ParallelGpt::run(std::span<const MicroBatch> batches, const std::function
 
 void ParallelGpt::forward_again(std::span<const MicroBatch> batches, const std::function<GptStep(size_t)>& settings,
                                 const std::function<void(int64_t micro_batch, int64_t layer)>& entering) {
-  const bool at_once = sharded() && !runs_units();
-  if (at_once) data_parallel_->begin_unit(0, dist::Pass::kForward);
+  if (gathers_all_at_once()) data_parallel_->begin_unit(0, dist::Pass::kForward);
   const auto most = static_cast<size_t>(*std::max_element(shares_.begin(), shares_.end()));
   for (size_t i = 0; i < most; ++i) {
     if (i >= batches.size()) {
@@ -319,15 +317,14 @@ void ParallelGpt::forward_again(std::span<const MicroBatch> batches, const std::
     };
     forward(passage);
   }
-  if (at_once) data_parallel_->end_unit(0, dist::Pass::kForward);
+  if (gathers_all_at_once()) data_parallel_->end_unit(0, dist::Pass::kForward);
 }
 
 std::vector<double> ParallelGpt::loss_sums(int64_t count,
                                            const std::function<std::pair<MicroBatch, int64_t>(int64_t)>& batch) {
   const autograd::NoGrad no_grad;
   std::vector<double> sums(static_cast<size_t>(count), 0);
-  const bool at_once = sharded() && !runs_units();
-  if (at_once) data_parallel_->begin_unit(0, dist::Pass::kForward);
+  if (gathers_all_at_once()) data_parallel_->begin_unit(0, dist::Pass::kForward);
   for (int64_t round = 0; round < count; round += data_.size()) {
     const int64_t i = round + data_.rank();
     if (i >= count) {
@@ -341,7 +338,7 @@ std::vector<double> ParallelGpt::loss_sums(int64_t count,
     const Tensor mean = forward(loss_passage(own_tokens(rows, step)));
     if (mean.defined()) sums[static_cast<size_t>(i)] = mean.item() * static_cast<double>(valid);
   }
-  if (at_once) data_parallel_->end_unit(0, dist::Pass::kForward);
+  if (gathers_all_at_once()) data_parallel_->end_unit(0, dist::Pass::kForward);
   const Tensor all = Tensor::from(sums, {count}, device_);
   if (pipeline_.size() > 1) pipeline_.broadcast_(all, pipeline_.size() - 1);
   if (context_.size() > 1) context_.all_reduce_(all);
@@ -351,15 +348,14 @@ std::vector<double> ParallelGpt::loss_sums(int64_t count,
 
 Tensor ParallelGpt::next_logits(const Tensor& ids, KvCache& cache) {
   const autograd::NoGrad no_grad;
-  const bool at_once = sharded() && !runs_units();
-  if (at_once) data_parallel_->begin_unit(0, dist::Pass::kForward);
+  if (gathers_all_at_once()) data_parallel_->begin_unit(0, dist::Pass::kForward);
   const Tensor logits =
       forward(Passage{.ids = ids.shape(),
                       .begin = [&] { return gpt_.begin_next(ids, cache); },
                       .blocks = [&](GptStream stream, int64_t first,
                                     int64_t end) { return gpt_.extend(std::move(stream), first, end, cache); },
                       .finish = [&](const GptStream& stream) { return gpt_.finish_next(stream); }});
-  if (at_once) data_parallel_->end_unit(0, dist::Pass::kForward);
+  if (gathers_all_at_once()) data_parallel_->end_unit(0, dist::Pass::kForward);
   cache.advance(ids.size(1));
   return logits;
 }

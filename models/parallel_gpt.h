@@ -135,6 +135,8 @@ class ParallelGpt {
   int chunks() const { return static_cast<int>(cuts_.size() - 1) / pipeline_.size(); }
   /// Whether stages are units of weights, each of which is whole only while it runs.
   bool runs_units() const { return sharded() && pipeline_.size() == 1; }
+  /// Whether a rank's sharded weights are one unit, which is gathered for all of a step's micro-batches.
+  bool gathers_all_at_once() const { return sharded() && !runs_units(); }
   /// What goes through the stages in a forward pass without a schedule.
   struct Passage {
     Shape ids;
