@@ -118,7 +118,7 @@ std::optional<std::vector<Options::Argument>> Options::read_arguments(std::span<
     const std::string name = words[word].substr(0, words[word].find('='));
     const Entry* meant = find(name);
     fail(ErrorKind::kUsage, kCommandLine, "unexpected argument ", weft::quoted(words[word]),
-         meant != nullptr && !meant->positional ? "; did you mean \"" + spelling(*meant) + "\"?" : "", " See weft ",
+         meant != nullptr && !meant->positional ? "; did you mean \"" + spelling(*meant) + "\"?" : ".", " See weft ",
          command_, " --help");
   }
   return found;
@@ -135,7 +135,8 @@ void Options::unknown_option(const std::string& argument) const {
   // --model.layers: sections belong in files only.
   const size_t dot = name.find('.');
   const std::string bare = dot == std::string::npos ? name : "--" + name.substr(dot + 1);
-  fail(ErrorKind::kUsage, kCommandLine, "unknown option ", weft::quoted(name), did_you_mean(bare, candidates),
+  const std::string meant = did_you_mean(bare, candidates);
+  fail(ErrorKind::kUsage, kCommandLine, "unknown option ", weft::quoted(name), meant.empty() ? "." : meant,
        " See weft ", command_, " --help");
 }
 

@@ -1,5 +1,6 @@
 // weft plan: what a distributed run would do, before it runs.
 #include <algorithm>
+#include <cmath>
 #include <iostream>
 
 #include "apps/command.h"
@@ -77,7 +78,12 @@ int plan_schedule(std::span<const std::string> args) {
   o.declare(options);
   if (!options.parse(args)) return 0;
   if (o.chunks > 1 && o.kind != PipelineKind::kInterleaved)
-    options.reject("chunks", "other than 1 needs --schedule interleaved, got ", o.chunks);
+    options.reject("chunks", "several stages a rank are for --schedule interleaved: ", o.kind, " has one on each, got ",
+                   o.chunks, ". Hint: --schedule interleaved, or no --chunks");
+  constexpr int64_t kMostForwards = 1 << 20;
+  if (const int64_t forwards = o.ranks * o.chunks * o.micro_batches; forwards > kMostForwards)
+    options.reject("micro_batches", "with this many ranks and chunks make ", grouped(forwards), " forwards; at most ",
+                   grouped(kMostForwards), " are checked and drawn");
   if (o.kind == PipelineKind::kInterleaved && o.micro_batches % o.ranks != 0)
     options.reject("micro_batches", "must be a multiple of the ", o.ranks, " ranks in the interleaved schedule, got ",
                    o.micro_batches);
@@ -92,7 +98,11 @@ int plan_schedule(std::span<const std::string> args) {
     costs.backward_weight[stage] *= factor[stage];
   }
   const dist::PipelineTimeline timeline = dist::simulate_pipeline(schedule, costs);
-  if (timeline.makespan <= 0) options.reject("forward", "or another time must be above 0");
+  if (!(timeline.makespan > 0)) {
+    options.reject("forward", "makes a step of no length with the other times and costs: one of each must be above 0");
+  }
+  if (!std::isfinite(timeline.makespan))
+    options.reject("forward", "makes a step of no finite length with the other times: give them in a larger unit");
 
   std::cout << dist::draw_pipeline(schedule, timeline, static_cast<int>(o.width)) << "\n"
             << o.kind << ": " << o.ranks << " ranks, " << schedule.stages() << " stages, " << o.micro_batches

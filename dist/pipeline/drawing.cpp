@@ -48,8 +48,9 @@ std::string draw_pipeline(const PipelineSchedule& schedule, const PipelineTimeli
   const double columns = std::ceil(timeline.makespan / unit - 1e-6);
   const double wide = columns * static_cast<double>(cell + 1);
   if (wide > width) {
-    fail(ErrorKind::kValue, "pipeline drawing", "the picture would be ", grouped(static_cast<int64_t>(wide)),
-         " characters wide, and at most ", width, " are allowed. Hint: fewer micro-batches, or write a trace");
+    fail(ErrorKind::kValue, "pipeline drawing", "the picture would be ",
+         grouped(static_cast<int64_t>(std::min(wide, 9e18))), " characters wide, and at most ", width,
+         " are allowed. Hint: fewer micro-batches, or write a trace");
   }
   const size_t digits = std::to_string(timeline.ranks.size() - 1).size();
   std::string out;
