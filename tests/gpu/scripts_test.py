@@ -118,7 +118,9 @@ class Scripts(unittest.TestCase):
             rows, text = self.run_script(script, status=session.NO_GPU)
             self.assertEqual(rows, {})
             self.assertIn("no GPU here, nothing was proven or measured (none: this machine has no CUDA driver)", text)
-        self.assertEqual((self.bundle / "calls").read_text().splitlines(), ["weft doctor"] * 2)
+        _, text = self.run_script("gpu_held_out.sh", status=session.NO_GPU)
+        self.assertIn("no GPU here, nothing was trained", text)
+        self.assertEqual((self.bundle / "calls").read_text().splitlines(), ["weft doctor"] * 3)
 
     def test_all_that_passes_is_proven(self):
         rows, _ = self.prove(session.OK)
@@ -210,6 +212,17 @@ class Scripts(unittest.TestCase):
         self.canned_speed()
         rows, _ = self.run_script("gpu_speed.sh", "steps", status=session.FAILED)
         self.assertEqual(rows["step 350m"]["verdict"], "FAILED")
+
+    def test_held_out_losses_are_compared_and_a_run_that_fails_is_shown(self):
+        self.answer("weft data prepare")
+        self.answer("weft train fp8", "weft: error: no such option", status=0)
+        self.answer("weft train")
+        self.answer("weft eval", "model\nGPT after step 2000     3.1250     1.5    145,888")
+        _, text = self.run_script("gpu_held_out.sh", status=0)
+        self.assertIn("bf16 3.1250, fp8 3.1250; ratio 1.0000, goal <= 1.01: ok", text)
+        self.answers[2]["status"] = 1
+        _, text = self.run_script("gpu_held_out.sh", status=1)
+        self.assertIn("weft: error: no such option", text)
 
     def test_what_no_longer_fits_into_the_time_is_skipped_and_listed(self):
         (self.bundle / "answers.json").write_text(json.dumps(self.answers))
