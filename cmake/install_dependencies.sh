@@ -9,7 +9,7 @@ install_dependencies() {
   local packages=("${weft_packages[@]}") missing=() package extra
   for extra in "$@"; do
     case $extra in
-      with-tests) packages+=(libgtest-dev libgmock-dev python3) ;;
+      with-tests) packages+=(libgtest-dev libgmock-dev lld python3) ;;
       with-text) packages+=(bible-kjv) ;;
     esac
   done
