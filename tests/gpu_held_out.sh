@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source tests/gpu_programs.sh
 device=${HELD_OUT_DEVICE:-cuda}
-if [ "$device" = cuda ] && ! "${run[@]}" weft doctor | grep -q '^ *cuda:0 '; then
+if [ "$device" = cuda ] && ! "${run[@]}" weft doctor | grep '^ *cuda:0 ' > /dev/null; then
   echo "== no GPU here, nothing was trained"
   exit 2
 fi
