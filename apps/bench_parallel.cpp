@@ -13,7 +13,6 @@
 #include "core/error.h"
 #include "core/memory.h"
 #include "core/thread_pool.h"
-#include "dist/parameter_units.h"
 #include "dist/processes.h"
 #include "dist/threads.h"
 #include "models/trainer.h"
@@ -141,10 +140,11 @@ void count(dist::Group& world, const StepShape& shape, const Layout& layout, Rat
     if (parameter.name == "wte.weight") table_bytes = bytes;
     bytes_of[parameter.name] = bytes;
   }
-  std::vector<double> units;
+  double largest_unit = 0, last_unit = 0;
   for (const std::vector<std::string>& unit : training.parallel().gpt().units()) {
-    units.push_back(0);
-    for (const std::string& name : unit) units.back() += bytes_of.at(name);
+    last_unit = 0;
+    for (const std::string& name : unit) last_unit += bytes_of.at(name);
+    largest_unit = std::max(largest_unit, last_unit);
   }
   training.step();
   const double before = training.sent();
@@ -159,15 +159,14 @@ void count(dist::Group& world, const StepShape& shape, const Layout& layout, Rat
   // much as those before it.
   const bool spread = layout.zero == dist::Zero::kParameters;
   const double everywhere = parameters + table_bytes;
-  table->add(
-      against_formula(layout, "sent by a rank in a step", sent, spread ? "(3 P - U) (n-1)/n" : "2 P (n-1)/n",
-                      (spread ? 3 * everywhere - units.back() : everywhere + parameters) * (kRanks - 1) / kRanks));
-  const dist::SpreadBytes held_spread = dist::spread_bytes(parameters, units, table_bytes, kRanks);
+  table->add(against_formula(layout, "sent by a rank in a step", sent, spread ? "(3 P - U) (n-1)/n" : "2 P (n-1)/n",
+                             (spread ? 3 * everywhere - last_unit : everywhere + parameters) * (kRanks - 1) / kRanks));
   const double shares = layout.parameters + layout.gradients + layout.state;
-  RatioRow memory = spread ? against_formula(layout, "parameters, gradients, state", held, "units whole, rest / n",
-                                             held_spread.parameters + held_spread.gradients + held_spread.optimizer)
-                           : against_formula(layout, "parameters, gradients, state", held,
-                                             concat(fixed(shares, 1), " P"), parameters * shares);
+  // Two units are whole at a time, and one has gradients.
+  const double units = spread ? 3 * largest_unit : 0;
+  RatioRow memory =
+      against_formula(layout, "parameters, gradients, state", held,
+                      concat(fixed(shares, 1), " P", spread ? " + 3 units" : ""), parameters * shares + units);
   memory.at_most = 1.02;
   table->add(std::move(memory));
   table->add(against_formula(layout, "buffers of transfers", moving, "P", parameters));
