@@ -14,6 +14,10 @@ void DeviceOption::declare(Options& o) {
       "gemm_algorithms", &gemm_algorithms, {.placeholder = "FILE"},
       "algorithms of matrix products on a GPU, as `weft bench gemm --tune` wrote them there; without it, the library's "
       "first choice");
+  o.add("attention", &attention,
+        {{"auto", AttentionChoice::automatic}, {"flash", AttentionChoice::flash}, {"cudnn", AttentionChoice::cudnn}},
+        "what computes attention of whole sequences on a GPU: auto (cuDNN in f16 and bf16 where it is there and knows "
+        "the shape, else our own kernels; said at the start), flash (our own) or cudnn (or an error); bits differ");
 }
 
 Device DeviceOption::planned(const Options& options) const {
@@ -26,14 +30,27 @@ Device DeviceOption::planned(const Options& options) const {
 
 Device DeviceOption::device(const Options& options) const {
   const Device device = planned(options);
-  backend(device);
-  if (gemm_algorithms.empty()) return device;
-  if (device.kind == DeviceKind::cpu) {
-    options.reject("gemm_algorithms", "is for a GPU, but the device is ", device, ", got ",
-                   weft::quoted(gemm_algorithms.string()));
-  }
-  use_gemm_algorithms_file(device, gemm_algorithms.string());
+  use(options, device);
   return device;
+}
+
+void DeviceOption::use(const Options& options, Device device) const {
+  backend(device);
+  if (device.kind == DeviceKind::cpu) {
+    if (!gemm_algorithms.empty()) {
+      options.reject("gemm_algorithms", "is for a GPU, but the device is ", device, ", got ",
+                     weft::quoted(gemm_algorithms.string()));
+    }
+    if (attention == AttentionChoice::cudnn)
+      options.reject("attention", "cudnn is for a GPU, but the device is ", device);
+    return;
+  }
+  if (!gemm_algorithms.empty()) use_gemm_algorithms_file(device, gemm_algorithms.string());
+  use_attention(device, attention);
+}
+
+std::string DeviceOption::describe_attention(Device device, const AttentionShape& shape, DType dtype) const {
+  return device.kind == DeviceKind::cpu ? "our own kernels" : weft::describe_attention(device, shape, dtype);
 }
 
 void declare_cuda_graph(Options& o, models::GraphUse* use) {
@@ -48,6 +65,11 @@ std::string describe_cuda_graph(const std::string& why_not) {
 }
 
 void DeviceOption::report(Device device) const {
+  if (device.kind == DeviceKind::cuda && attention != AttentionChoice::flash) {
+    const AttentionUse use = attention_use(device);
+    log::info("attention: ", use.cudnn, " passes were queued by cuDNN, ", use.own, " by our own kernels");
+    for (const std::string& why : use.why_own) log::info("attention by our own kernels: ", why);
+  }
   if (gemm_algorithms.empty()) return;
   const GemmAlgorithmUse use = gemm_algorithm_use(device);
   log::info(gemm_algorithms.string(), ": ", use.found, " products were computed by its algorithms, ",

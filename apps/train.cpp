@@ -138,7 +138,8 @@ int run_train(std::span<const std::string> args) {
   // A layout can be looked at before its ranks are there.
   const bool looks = o.dry_run && launched.launcher == dist::Launcher::none && !o.mesh.empty();
   const dist::Mesh mesh = o.check_ranks(options, looks ? 0 : world.size(), launched.elastic);
-  const Device device = world.device(o.dry_run ? o.device.planned(options) : o.device.device(options));
+  const Device device = world.device(o.device.planned(options));
+  if (!o.dry_run) o.device.use(options, device);
   DataDirectory data = DataDirectory::open(o.data);
   refuse_too_large(o, mesh, data.tokenizer.vocab_size());
   if (o.dry_run) {

@@ -1,6 +1,7 @@
 #include "apps/train_report.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -35,6 +36,19 @@ nlohmann::json to_json(const models::StepTimes& times) {
       {"data", times.data}, {"forward", times.forward}, {"backward", times.backward}, {"optimizer", times.optimizer}};
 }
 
+/// What computes the attention of a step on each rank.
+std::string describe_attention(const TrainOptions& o, Device device) {
+  const dist::Mesh mesh = o.mesh.empty() ? dist::Mesh() : dist::Mesh::parse(o.mesh);
+  if (mesh.size(dist::Axis::cp) > 1) return "our own kernels: the ranks of cp have parts of the keys";
+  const int tp = mesh.size(dist::Axis::tp);
+  const int64_t heads = (o.heads + tp - 1) / tp;
+  AttentionShape shape{.batch = o.batch, .heads = heads, .kv_heads = heads};
+  shape.queries = shape.keys = o.context;
+  shape.head_size = o.width / o.heads;
+  shape.scale = 1 / std::sqrt(static_cast<double>(shape.head_size));
+  return o.device.describe_attention(device, shape, o.dtype());
+}
+
 }  // namespace
 
 TrainReport::TrainReport(const TrainOptions& options, const World& world, Device device, const models::GptConfig& model,
@@ -52,6 +66,7 @@ TrainReport::TrainReport(const TrainOptions& options, const World& world, Device
             machine.threads, " threads of ", machine.name, world.size() > 1 ? concat(", ", world.size(), " ranks") : "",
             ")");
   log::info("cuda graph: ", describe_cuda_graph(graph_reason_));
+  log::info("attention: ", describe_attention(o_, device_));
   progress_.emplace(
       ProgressOptions{.title = "train", .total = o_.steps, .start = first, .line_seconds = o_.log_seconds});
 }

@@ -10,6 +10,7 @@
 // blocks that wait for each other and pass [B, H, Tq, D] of f32 through memory once for every block of keys. Here every
 // sum is one thread's, in an order that the shape alone decides. FLOPs: 7 * 2 * D for each visible pair of query and
 // key.
+#include "cuda/attention_library.h"
 #include "cuda/attention_mma.cuh"
 #include "cuda/attention_simt.cuh"
 
@@ -470,6 +471,7 @@ int64_t attention_workspace(Cuda, const AttentionShape& s) { return s.batch * s.
 
 template <class T>
 void attention_backward(Cuda device, const AttentionBackward<T>& a) {
+  if (cuda::library_attention(device, a)) return;
   if (a.shape.batch * a.shape.heads * a.shape.queries > 0) start_delta(device, a);
   if constexpr (std::is_same_v<T, double>) {
     start_backward_simt<T, 32>(device, a);

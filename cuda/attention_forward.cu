@@ -2,6 +2,7 @@
 // "FlashAttention-2"). A block of threads has a block of queries of one head and goes once over the keys they see.
 #include <limits>
 
+#include "cuda/attention_library.h"
 #include "cuda/attention_mma.cuh"
 #include "cuda/attention_simt.cuh"
 
@@ -307,7 +308,7 @@ void start_forward_mma(Cuda device, const AttentionForward<T>& a) {
 
 template <class T>
 void attention_forward(Cuda device, const AttentionForward<T>& a) {
-  if (a.shape.batch * a.shape.heads * a.shape.queries == 0) return;
+  if (a.shape.batch * a.shape.heads * a.shape.queries == 0 || cuda::library_attention(device, a)) return;
   if constexpr (std::is_same_v<T, double>) {
     start_forward_simt<T, 32>(device, a);
   } else if constexpr (std::is_same_v<T, float>) {

@@ -4,6 +4,7 @@
 #include "core/device_report.h"
 #include "core/error.h"
 #include "ops/attention_kernels.h"
+#include "ops/attention_library.h"
 #include "ops/column_sum.h"
 #include "ops/dropout_kernels.h"
 #include "ops/elementwise_kernels.h"
@@ -215,6 +216,9 @@ template void gemm_with_sums(Cuda, const Gemm<Half>&, Half*);
 
 void fp8_gemm(Cuda, const Fp8Gemm&) { absent(); }
 void fp8_update(Cuda, const Fp8Update&) { absent(); }
+void use_attention(Device, AttentionChoice) { absent(); }
+AttentionUse attention_use(Device) { absent(); }
+std::string describe_attention(Device, const AttentionShape&, DType) { absent(); }
 GemmLibrary gemm_library(Device) { absent(); }
 void use_gemm_algorithms(Device, std::span<const GemmAlgorithm>, const std::string&) { absent(); }
 GemmAlgorithmUse gemm_algorithm_use(Device) { absent(); }

@@ -6,7 +6,7 @@
 #include "core/device_report.h"
 #include "core/error.h"
 #include "core/memory.h"
-#include "core/shared_library.h"
+#include "cuda/cudnn_sdpa.h"
 #include "cuda/error.h"
 #include "cuda/library_version.h"
 #include "cuda/nvml.h"
@@ -41,15 +41,6 @@ std::string cublaslt() {
   } catch (const Error& error) {
     return concat("unusable: ", error.what());
   }
-}
-
-/// No kernel uses it yet.
-std::string cudnn() {
-  const auto ask = SharedLibrary("cuDNN", {"libcudnn.so.9"}).find<size_t()>("cudnnGetVersion");
-  const size_t version = ask == nullptr ? 0 : ask();
-  const std::string found =
-      version == 0 ? "not found" : concat(version / 10000, '.', version / 100 % 100, '.', version % 100);
-  return concat(found, ", the build saw " WEFT_CUDNN_VERSION " (not used)");
 }
 
 DeviceReport::Facts device_facts(int index, const cuda::Nvml& nvml) {
@@ -88,7 +79,7 @@ DeviceReport cuda_report() {
   const cudaError_t status = cudaRuntimeGetVersion(&version);
   report.backend.emplace_back("runtime", fact(status, [&] { return cuda_version(version); }));
   report.backend.emplace_back("cuBLASLt", cublaslt());
-  report.backend.emplace_back("cuDNN", cudnn());
+  report.backend.emplace_back("cuDNN", cuda::describe_cudnn());
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess) {
     cudaGetLastError();

@@ -13,6 +13,7 @@
 #include "apps/bench.h"
 #include "apps/op_benches.h"
 #include "core/backend.h"
+#include "ops/attention_library.h"
 #include "tests/apps_process.h"
 #include "tests/op_cases.h"
 
@@ -100,6 +101,19 @@ TEST(BenchOps, AFilterThatFitsNoOpIsRefused) {
 TEST(BenchAttention, ForwardBackwardAndACacheAreTimed) {
   for (const char* precision : {"f32", "bf16", "f16"})
     EXPECT_EQ(quick_rows(apps::bench_attention, precision).size(), 3u);
+}
+
+TEST(BenchAttention, CudnnIsTimedBesideOurOwnAndTheRatioPrintedWhereItTakesTheShape) {
+  const std::string out = output_of(apps::bench_attention, {"--quick", "--device", device_name(), "--precision", "bf16",
+                                                            "--size", "1,1,128,16", "--threads", "2"});
+  AttentionShape shape{.batch = 1, .heads = 1, .kv_heads = 1};
+  shape.queries = shape.keys = 128, shape.head_size = 16, shape.scale = 0.25;
+  const bool there =
+      device_name() == "cuda" && describe_attention(Device::cuda(), shape, DType::bf16).starts_with("cuDNN");
+  for (const char* part :
+       {"B 1, H 1, T 128, D 16 (cuDNN)", ": cuDNN takes ", " of the time of our own kernels forward, "})
+    EXPECT_EQ(out.find(part) != std::string::npos, there) << part << " in\n" << out;
+  EXPECT_NE(out.find("B 1, H 1, T 128, D 16  "), std::string::npos) << out;
 }
 
 TEST(BenchGemm, TheProductsOfATrainingStepAreTimed) {

@@ -12,6 +12,7 @@ elif ! nvidia-smi -L > /dev/null 2>&1; then
 else
   source cmake/install_dependencies.sh
   install_dependencies with-tests
+  install_cudnn_frontend
   cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DWEFT_CUDA=ON > build/gpu.configure.log 2>&1 || { cat build/gpu.configure.log; exit 1; }
   cmake --build build/gpu -j "$(nproc)" || exit 1
   run=(bash -c 'exec "build/gpu/bin/$0" "$@"')

@@ -10,6 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source cmake/install_dependencies.sh
 install_dependencies with-tests
+install_cudnn_frontend
 
 sanitize=${WEFT_SANITIZE:-0} all_gpus=${WEFT_ALL_GPUS:-0}
 which=(-LE '^slow$')

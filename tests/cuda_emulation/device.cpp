@@ -1,6 +1,7 @@
 // Errors, the one device, and the checks of a launch.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -21,6 +22,7 @@ constexpr dim3 kLargestBlock(1024, 1024, 64), kLargestGrid(0x7fffffff, 65535, 65
 struct {
   int major = 9, minor = 0;
 } compute_capability;
+std::atomic<bool> cudnn = true;
 
 struct ErrorText {
   cudaError_t error;
@@ -144,6 +146,8 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
   return cudaSuccess;
 }
 void weft_emulation::set_compute_capability(int major, int minor) { compute_capability = {major, minor}; }
+void weft_emulation::set_cudnn(bool there) { cudnn = there; }
+bool weft_emulation::has_cudnn() { return cudnn; }
 
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;

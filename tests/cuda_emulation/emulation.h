@@ -36,6 +36,10 @@ unsigned char* dynamic_shared();
 /// What the device says of itself from now on; 9.0 at the start.
 void set_compute_capability(int major, int minor);
 
+/// Whether there is an emulated cuDNN from now on; there is at the start.
+void set_cudnn(bool there);
+bool has_cudnn();
+
 /// From now on the ranges that this thread marks for a profiler are kept, until they are taken: one a line, indented by
 /// one space for each that it is within.
 void keep_ranges();

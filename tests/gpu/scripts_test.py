@@ -172,7 +172,9 @@ class Scripts(unittest.TestCase):
         op = {"case": "gelu [4, 4]", "pass": "forward", "flops": 0, "percent_of_peak": 95 * scale, "seconds": 1}
         product = {"case": "matmul [4, 4]", "pass": "forward", "flops": 9, "percent_of_peak": 10, "seconds": 1}
         self.answer("bench ops", files={"--json": {"rows": [op, product]}})
-        self.answer("bench attention", files={"--json": {"rows": [product | {"case": "B 1, H 1, T 8, D 8"}]}})
+        self.answer("bench attention", files={"--json": {"rows": [
+            product | {"case": "B 1, H 1, T 8, D 8"},
+            product | {"case": "B 1, H 1, T 8, D 8 (cuDNN)", "seconds": 1.1 * scale}]}})
         products = [{"microseconds": 98 * scale, "first_choice_microseconds": 100}]
         self.answer("bench gemm", files={"--tune": {"products": products}})
 
@@ -186,6 +188,8 @@ class Scripts(unittest.TestCase):
                 self.assertEqual((row["goal"], row["verdict"]), (f">= {size['tokens']:,}", verdict), text)
                 self.assertEqual(rows[f"products of {shape}: share of the best algorithm's rate"]["verdict"], verdict)
             self.assertEqual(rows["gelu [4, 4] forward, share of copy"]["verdict"], verdict)
+            library = rows["attention B 1, H 1, T 8, D 8 forward: times the speed of --attention cudnn"]
+            self.assertEqual(library["verdict"], verdict)
             self.assertNotIn("matmul [4, 4] forward, share of copy", rows)
             start = rows["124m: start of the program to the end of its first step"]
             self.assertRegex(start["measured"], r"^[\d.]+ s$")  # the time of the fake program

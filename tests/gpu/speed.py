@@ -38,6 +38,8 @@ SHAPES = {
 MEMORY, START_SECONDS, CURVE = 0.75, 2.0, 0.1
 FP8_RATIO, COPY_SHARE, GEMM_SHARE, IDLE, DETERMINISTIC = 1.3, 90, 97, 1.0, 3.0
 
+# What `weft bench attention` adds to the name of a case that cuDNN computes.
+CUDNN = " (cuDNN)"
 # What a step of a GPT queues beside products and attention, by the names of `weft bench ops`.
 STEP_OPS = ("gelu", "residual_layer_norm", "layer_norm", "embedding", "cross_entropy", "dropout", "add", "sum")
 
@@ -184,6 +186,14 @@ class Speed:
         rows = [row for row in self.bench("attention", seconds=40) or [] if row["flops"] > 0]
         if not rows:
             return
+        # With cuDNN in the program, its own row stands beside that of our kernels.
+        library = {(row["case"].removesuffix(CUDNN), row["pass"]): row["seconds"] for row in rows
+                   if row["case"].endswith(CUDNN)}
+        rows = [row for row in rows if not row["case"].endswith(CUDNN)]
+        for row in rows:
+            if seconds := library.get((row["case"], row["pass"])):
+                self.session.add(at_least(f"attention {row['case']} {row['pass']}: times the speed of --attention cudnn",
+                                          1, seconds / row["seconds"]))
         what, goal = "attention: times cuDNN's speed", ">= 1"
         if not self.session.has_time(what, goal, 60):
             return
