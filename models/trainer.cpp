@@ -134,7 +134,7 @@ void Trainer::compute(const StepMetrics& metrics, StepTimes& times) {
     // first, in step().
     const std::vector<double> values = losses.to_vector<double>();
     if (std::all_of(values.begin(), values.end(), [](double loss) { return std::isfinite(loss); }))
-      fp8_counts_ = fp8_->counts();
+      fp8_counts_ = parallel_ != nullptr ? parallel_->fp8_counts() : fp8_->counts();
   }
   optimizer_.queue(losses);
   watch.lap(times.optimizer);
