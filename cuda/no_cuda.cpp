@@ -206,6 +206,7 @@ WEFT_GEMM_INSTANCE(Half, Half, Half)
 void fp8_check_device(Cuda) { absent(); }
 void fp8_quantise(Cuda, const Fp8Quantise&) { absent(); }
 void fp8_gemm(Cuda, const Fp8Gemm&) { absent(); }
+void fp8_verdict(Cuda, const Fp8Verdict&) { absent(); }
 void fp8_update(Cuda, const Fp8Update&) { absent(); }
 GemmLibrary gemm_library(Device) { absent(); }
 void use_gemm_algorithms(Device, std::span<const GemmAlgorithm>, const std::string&) { absent(); }

@@ -86,6 +86,16 @@ DelayedScaling::Counts DelayedScaling::total(std::span<const std::string> layers
   return counts;
 }
 
+Tensor DelayedScaling::verdict() const {
+  const Tensor verdict = Tensor::empty({1}, DType::f32, stats_.device());
+  launch(stats_.device(), kOp, [&](auto device) {
+    fp8_verdict(device, {.stats = reinterpret_cast<const Fp8Stats*>(stats_.data<int64_t>()),
+                         .count = stats_.size(0),
+                         .verdict = verdict.data<float>()});
+  });
+  return verdict;
+}
+
 void DelayedScaling::update() {
   scales_.begin_change(kOp);
   history_.begin_change(kOp);

@@ -47,6 +47,8 @@ class DelayedScaling {
   void see(std::span<const Fp8Stats> stats);
   static Counts total(std::span<const std::string> layers, std::span<const Fp8Stats> stats);
 
+  /// 0, or NaN where counts() would throw: f32 [1]. Work of the device alone, which can be recorded (core/backend.h).
+  Tensor verdict() const;
   /// The step is complete: its amaxes enter the history, and the scales follow.
   void update();
   /// Drops the weights in 8 bits, which are kept for the micro-batches of a step; another use converts and counts anew.
