@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 
@@ -67,18 +68,18 @@ std::optional<std::string> TrainCheckpoints::save(const models::Trainer& trainer
   return std::nullopt;
 }
 
-TrainCheckpoints::Loaded TrainCheckpoints::load(const ResumePoint& point) {
+TrainCheckpoints::Loaded TrainCheckpoints::load(const ResumePoint& point, optim::DelayedScaling* fp8) {
   const OpenCheckpoint from = point.verified      ? open_verified_checkpoint(point.path)
                               : world_.size() > 1 ? open_checkpoint(point.path, world_.group())
                                                   : open_checkpoint(point.path);
-  Loaded loaded{from.manifest, {}, {}};
+  Loaded loaded{from.manifest, {}};
   const int64_t step = loaded.info.step;
   if (step > o_.steps) {
     fail(ErrorKind::kUsage, "train", "steps = ", o_.steps, ": the run has taken ", step,
          " steps already; steps counts those of the whole run");
   }
   const MemoryScope scope(MemoryCategory::workspace);
-  loaded.fp8 = fp8_state(from.optimizer);
+  check_fp8(from.optimizer);
   const Parameters held = held_parameters();
   const NamedTensors weights = load_stored(from.model, stored_parameters(held), others());
   {
@@ -86,11 +87,13 @@ TrainCheckpoints::Loaded TrainCheckpoints::load(const ResumePoint& point) {
     for (size_t i = 0; i < held.size(); ++i) Tensor(held[i].tensor).copy_(weights[i].second);
   }
   std::vector<StoredTensor> wanted = stored_state(parts_.optimizer.state(), own_parameters());
-  const size_t own = wanted.size();
-  for (StoredTensor& scales : stored_whole(loaded.fp8)) wanted.push_back(std::move(scales));
-  NamedTensors state = load_stored(from.optimizer, wanted, others());
-  state.resize(own);
-  parts_.optimizer.load_state(state);
+  const auto own = static_cast<std::ptrdiff_t>(wanted.size());
+  if (fp8 != nullptr) {
+    for (StoredTensor& scales : stored_whole(fp8->state())) wanted.push_back(std::move(scales));
+  }
+  const NamedTensors state = load_stored(from.optimizer, wanted, others());
+  parts_.optimizer.load_state({state.begin(), state.begin() + own});
+  if (fp8 != nullptr) fp8->load_state({state.begin() + own, state.end()});
   loaded.scale = loss_scale(loaded.info);
   run_id_ = loaded.info.run_id;
   parts_.loader.seek(loaded.info.data_cursor);
@@ -98,19 +101,15 @@ TrainCheckpoints::Loaded TrainCheckpoints::load(const ResumePoint& point) {
   return loaded;
 }
 
-NamedTensors TrainCheckpoints::fp8_state(const CheckpointTensors& from) const {
-  NamedTensors state;
-  for (const CheckpointTensor& each : from.tensors()) {
-    if (optim::DelayedScaling::owns(each.name)) state.emplace_back(each.name, from.load(each.name));
-  }
+void TrainCheckpoints::check_fp8(const CheckpointTensors& from) const {
   const bool fp8 = o_.precision == Precision::fp8;
-  if (fp8 == state.empty()) {
-    fail(ErrorKind::kUsage, "train",
-         fp8 ? "precision = fp8: the checkpoint is of a run that did not multiply in fp8"
-             : "the checkpoint is of a run with precision = fp8, and keeps its scales",
-         "; a run keeps its precision");
-  }
-  return state;
+  const bool stored = std::any_of(from.tensors().begin(), from.tensors().end(),
+                                  [](const CheckpointTensor& each) { return optim::DelayedScaling::owns(each.name); });
+  if (fp8 == stored) return;
+  fail(ErrorKind::kUsage, "train",
+       fp8 ? "precision = fp8: the checkpoint is of a run that did not multiply in fp8"
+           : "the checkpoint is of a run with precision = fp8, and keeps its scales",
+       "; a run keeps its precision");
 }
 
 std::optional<optim::LossScale> TrainCheckpoints::loss_scale(const CheckpointInfo& from) const {

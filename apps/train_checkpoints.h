@@ -30,12 +30,12 @@ class TrainCheckpoints {
 
   struct Loaded {
     CheckpointInfo info;
-    NamedTensors fp8;                       ///< scales, which the optimizer does not know
     std::optional<optim::LossScale> scale;  ///< of a run in f16
   };
-  /// Takes over what a checkpoint has of the model, the optimizer and the data; of tensors each rank reads what it
-  /// holds. @throws Error kUsage if it is of a run with more steps, or in another precision.
-  Loaded load(const ResumePoint& from);
+  /// Takes over what a checkpoint has of the model, the optimizer, the scales of fp8 (null: another precision) and the
+  /// data; of tensors each rank reads what it holds. @throws Error kUsage if it is of a run with more steps, or in
+  /// another precision.
+  Loaded load(const ResumePoint& from, optim::DelayedScaling* fp8);
 
   /// Saves the run as it is after the trainer's last step; in the background if the options say so, and then nothing is
   /// returned. @throws Error kState unless the save before is finished.
@@ -55,8 +55,8 @@ class TrainCheckpoints {
   Parameters own_parameters() const;
   /// What this rank holds of the model.
   Parameters held_parameters() const;
-  /// The scales of fp8 in a checkpoint.
-  NamedTensors fp8_state(const CheckpointTensors& from) const;
+  /// A checkpoint has scales of fp8 if the run does.
+  void check_fp8(const CheckpointTensors& from) const;
   std::optional<optim::LossScale> loss_scale(const CheckpointInfo& from) const;
 
   const TrainOptions& o_;

@@ -176,8 +176,10 @@ dist::Mesh TrainOptions::check_ranks(const Options& options, int ranks, bool ela
   if (zero_ranks > 0 && zero != dist::Zero::kOptimizer && zero != dist::Zero::kParameters)
     options.reject("zero_ranks", "is for --zero 1 and --zero 3");
   check_pipeline(options, layout);
-  if (ranks > 1 && precision == Precision::fp8)
-    options.reject("precision", "must not be fp8 where several ranks train: each would keep scales of its own");
+  const int tensor_ranks = layout.size(dist::Axis::tp);
+  if (precision == Precision::fp8 && !models::fp8_fits(model(1), tensor_ranks))
+    options.reject("precision", models::kFp8Parts, "; heads = ", heads, " and width = ", width,
+                   " do not make such parts for tp = ", tensor_ranks);
   return layout;
 }
 

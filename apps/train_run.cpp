@@ -26,15 +26,14 @@ TrainRun::TrainRun(const TrainOptions& options, Device device, World& world, con
                             .shares = loader_shares()}),
       checkpoints_(o_, world_, {parallel_.get(), gpt_, optimizer_, loader_},
                    {{"config.toml", config_text}, {"tokenizer.json", data_.tokenizer_json}}) {
+  std::shared_ptr<optim::DelayedScaling> fp8;
+  if (options.precision == Precision::fp8) fp8 = parallel_ ? parallel_->use_fp8() : gpt_.use_fp8();
   TrainCheckpoints::Loaded loaded;
-  if (from) loaded = checkpoints_.load(*from);
+  if (from) loaded = checkpoints_.load(*from, fp8.get());
   trainer_.emplace(gpt_, optimizer_, loader_, options.schedule(), micro_batches(), loaded.info.step);
   if (parallel_) trainer_->parallelize(*parallel_, options.accumulate);
   if (options.precision == Precision::f16) trainer_->scale_loss(loaded.scale.value_or(optim::LossScale()));
-  if (options.precision == Precision::fp8) {
-    trainer_->scale_fp8(gpt_.use_fp8());
-    if (from) trainer_->fp8()->load_state(loaded.fp8);
-  }
+  if (fp8) trainer_->scale_fp8(fp8);
   graph_reason_ = trainer_->use_graph(options.cuda_graph);
 }
 

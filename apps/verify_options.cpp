@@ -44,8 +44,13 @@ void VerifyOptions::declare(Options& o) {
   o.add("context", &context, {.min = 1, .max = 1 << 20, .unit = "tokens"}, "length of the sequences");
   o.add("vocab", &vocab, {.min = 1, .max = 1 << 24, .unit = "ids"}, "size of the vocabulary");
   o.add("dropout", &dropout, {.min = 0, .below = 1}, "probability with which an activation is dropped");
-  o.add("precision", &precision, {{"f64", DType::f64}, {"f32", DType::f32}, {"bf16", DType::bf16}, {"f16", DType::f16}},
-        "of weights, activations and gradients");
+  o.add("precision", &precision,
+        {{"f64", Precision::f64},
+         {"f32", Precision::f32},
+         {"bf16", Precision::bf16},
+         {"f16", Precision::f16},
+         {"fp8", Precision::fp8}},
+        "of weights, activations and gradients; fp8: bf16 whose linear layers in the blocks multiply in 8 bits");
   o.section("training", "The training");
   o.add("steps", &steps, {.min = 1, .max = 1 << 20}, "optimizer steps on each mesh");
   o.add("batch", &batch, {.min = 1, .max = 1 << 20, .unit = "sequences"}, "rows of a micro-batch");
@@ -58,6 +63,21 @@ void VerifyOptions::declare(Options& o) {
   o.add("seed", &seed, {.min = 0}, "of weights, data and dropout, and of --fuzz");
 }
 
+DType VerifyOptions::dtype() const {
+  switch (precision) {
+    case Precision::f64:
+      return DType::f64;
+    case Precision::f16:
+      return DType::f16;
+    case Precision::bf16:
+    case Precision::fp8:
+      return DType::bf16;
+    case Precision::f32:
+      break;
+  }
+  return DType::f32;
+}
+
 models::ParallelOptions VerifyOptions::layout(const Options& options, const std::string& name,
                                               const std::string& text) const {
   models::ParallelOptions layout;
@@ -68,6 +88,11 @@ models::ParallelOptions VerifyOptions::layout(const Options& options, const std:
   if (tensor > heads || tensor > vocab)
     options.reject(name, "has more tp ranks than there are heads or words to share, got ", quoted(text), ", ", heads,
                    " heads and ", vocab, " words");
+  models::GptConfig config;
+  config.heads = heads, config.width = width;
+  if (precision == Precision::fp8 && !models::fp8_fits(config, tensor))
+    options.reject("precision", models::kFp8Parts, "; heads = ", heads, " and width = ", width,
+                   " do not make such parts for ", weft::quoted(text));
   layout.sequence = sequence_parallel && tensor > 1;
   const dist::SequenceLayout tokens(context, on.size(Axis::cp));
   for (int rank = 0; layout.sequence && rank < tokens.ranks(); ++rank) {
@@ -113,7 +138,8 @@ models::Verification VerifyOptions::verification(const Options& options) const {
   problem.config.layers = layers, problem.config.heads = heads, problem.config.width = width;
   problem.config.context = context, problem.config.vocab = vocab, problem.config.dropout = dropout;
   problem.config.recompute = recompute;
-  problem.seed = static_cast<uint64_t>(seed), problem.dtype = precision;
+  problem.seed = static_cast<uint64_t>(seed), problem.dtype = dtype();
+  problem.fp8 = precision == Precision::fp8;
   problem.rows = batch, problem.micro_batches = accumulate, problem.lr = lr;
   problem.adam.weight_decay = weight_decay, problem.adam.clip_norm = clip;
   problem.adam.trust_ratio = optimizer == OptimizerKind::lamb;
@@ -204,13 +230,19 @@ std::vector<std::string> random_arguments(int64_t seed, int64_t number) {
   if (dice.one_in(3)) give("recompute", dice.one_of<std::string>({"block", "norm", "activation", "norm,attention"}));
 
   const int64_t heads = dice.from_to(tp, 5);
-  give("heads", heads);
-  give("width", heads * dice.from_to(1, 7));
+  const int64_t channels = dice.from_to(1, 7);
   const int64_t context = sequence ? dice.from_to(2 * cp, 9) : dice.from_to(1, 9);
   give("context", context);
   give("vocab", dice.from_to(4, 67));
   give("dropout", dice.one_of<std::string>({"0", "0.1", "0.5"}));
-  give("precision", dice.one_of<std::string>({"f64", "f32", "f32", "bf16", "f16"}));
+  const auto precision = dice.one_of<std::string>({"f64", "f32", "f32", "bf16", "f16", "fp8"});
+  give("precision", precision);
+  // Products in 8 bits are of sizes that are multiples of 16, on each rank of tp.
+  models::GptConfig config;
+  config.heads = heads, config.width = heads * (precision == "fp8" ? 16 : channels);
+  while (precision == "fp8" && !models::fp8_fits(config, static_cast<int>(tp))) config.width = 16 * ++config.heads;
+  give("heads", config.heads);
+  give("width", config.width);
   give("steps", dice.from_to(1, 3));
   give("batch", dice.from_to(1, 3));
   give("accumulate", accumulate);
@@ -226,7 +258,9 @@ std::vector<std::string> random_arguments(int64_t seed, int64_t number) {
       for (int ranks = 1; copies * ranks <= kRanks; ++ranks) {
         if (copies > accumulate || (even && accumulate % copies != 0) || ranks > layers) continue;
         if (interleaved && ranks > 1 && accumulate % (copies * ranks) != 0) continue;
-        for (int tensor = 1; copies * ranks * tensor <= kRanks && tensor <= std::min<int64_t>(heads, 4); ++tensor) {
+        for (int tensor = 1; copies * ranks * tensor <= kRanks && tensor <= std::min<int64_t>(config.heads, 4);
+             ++tensor) {
+          if (precision == "fp8" && !models::fp8_fits(config, tensor)) continue;
           for (int sharing = 1; copies * ranks * tensor * sharing <= kRanks && sharing <= cp; ++sharing)
             meshes.push_back(dist::Mesh({copies, ranks, sharing, tensor}).to_string());
         }

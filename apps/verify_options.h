@@ -22,12 +22,14 @@ struct VerifyOptions {
   double dropout = 0.1;
   models::Recompute recompute;
   int64_t batch = 2, accumulate = 8, steps = 3;
-  DType precision = DType::f32;
+  enum class Precision : uint8_t { f64, f32, bf16, f16, fp8 };
+  Precision precision = Precision::f32;
   OptimizerKind optimizer = OptimizerKind::adamw;
   double lr = 1e-2, weight_decay = 0.1, clip = 0.5;
   int64_t seed = 1;
 
   void declare(Options& options);
+  DType dtype() const;
   /// Rules between options, and what is to be compared. @throws Error kUsage.
   models::Verification verification(const Options& options) const;
 

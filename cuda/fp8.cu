@@ -103,6 +103,14 @@ __global__ void update(const __grid_constant__ Fp8Update u) {
   for (int64_t i = cuda::thread_index(); i < u.count; i += cuda::thread_count()) fp8_update_one(u, i);
 }
 
+__global__ void __launch_bounds__(kThreads) verdict(const __grid_constant__ Fp8Verdict v) {
+  __shared__ unsigned scratch[32];
+  unsigned most = 0;
+  for (int64_t i = threadIdx.x; i < v.count; i += kThreads) most = max(most, static_cast<unsigned>(v.stats[i].amax));
+  most = block_reduce(most, cuda::Max(), scratch);
+  if (threadIdx.x == 0) *v.verdict = fp8_verdict_of(most);
+}
+
 }  // namespace
 
 void fp8_quantise(Cuda device, const Fp8Quantise& q) {
@@ -114,6 +122,8 @@ void fp8_quantise(Cuda device, const Fp8Quantise& q) {
     start(device, grid, quantise<Float8>, q, tiles_across, tiles, packs_fit<8>(q.x, q.columns));
   });
 }
+
+void fp8_verdict(Cuda device, const Fp8Verdict& v) { start(device, {1, kThreads}, verdict, v); }
 
 void fp8_update(Cuda device, const Fp8Update& u) {
   if (u.count > 0) start(device, cuda::grid_for(u.count, 64), update, u);

@@ -215,6 +215,7 @@ template void gemm_with_sums(Cuda, const Gemm<uint16_t>&, uint16_t*);
 template void gemm_with_sums(Cuda, const Gemm<Half>&, Half*);
 
 void fp8_gemm(Cuda, const Fp8Gemm&) { absent(); }
+void fp8_verdict(Cuda, const Fp8Verdict&) { absent(); }
 void fp8_update(Cuda, const Fp8Update&) { absent(); }
 void use_attention(Device, AttentionChoice) { absent(); }
 AttentionUse attention_use(Device) { absent(); }

@@ -196,6 +196,17 @@ double GptConfig::flops_per_token() const {
   return 6 * (12 * l * c * c + static_cast<double>(vocab) * c) + 7 * l * c * static_cast<double>(context);
 }
 
+bool fp8_fits(const GptConfig& config, int tensor_ranks) {
+  const int64_t head = config.width / config.heads;
+  for (const int64_t heads : dist::even_counts(config.heads, tensor_ranks)) {
+    if (heads * head % 16 != 0) return false;
+  }
+  for (const int64_t channels : dist::even_counts(4 * config.width, tensor_ranks)) {
+    if (channels % 16 != 0) return false;
+  }
+  return true;
+}
+
 /// One transformer block. Its input is the residual stream and the branch that is yet to be added to it, so that every
 /// addition is fused with the norm behind it.
 class Gpt::Block : public Module {
@@ -303,7 +314,6 @@ Gpt::Gpt(const GptConfig& config, Device device, uint64_t seed, DType dtype, con
 Gpt::~Gpt() = default;
 
 std::shared_ptr<optim::DelayedScaling> Gpt::use_fp8() {
-  require_uncut("fp8");
   const Tensor table = parameters().front().tensor;
   if (table.dtype() != DType::bf16) {
     fail(ErrorKind::kDType, "gpt", "fp8 products are of bf16 weights and activations, got ", table.dtype());
@@ -311,13 +321,35 @@ std::shared_ptr<optim::DelayedScaling> Gpt::use_fp8() {
   if (config_.width % 16 != 0) {
     fail(ErrorKind::kValue, "gpt", "fp8 products need a width that is a multiple of 16, got ", config_.width);
   }
+  if (!fp8_fits(config_, split_.ranks())) {
+    fail(ErrorKind::kValue, "gpt", kFp8Parts, "; got width ", config_.width, " and ", config_.heads, " heads for ",
+         split_.ranks(), " ranks");
+  }
   std::vector<std::string> names;
   std::vector<Linear*> linears;
   visit([&](const std::string& name, Module& module) {
     if (auto* found = dynamic_cast<Linear*>(&module)) names.push_back(name), linears.push_back(found);
   });
   auto scaling = std::make_shared<optim::DelayedScaling>(std::move(names), table.device());
-  for (size_t i = 0; i < linears.size(); ++i) linears[i]->use_fp8(scaling->layer(i));
+  dist::Group* const context = shares_sequences(part_) ? part_.context : nullptr;
+  for (size_t i = 0; i < linears.size(); ++i) {
+    for (const Fp8Role role : {Fp8Role::kInput, Fp8Role::kWeight, Fp8Role::kGradient}) {
+      // Ranks of a context group have other tokens and the same weights.
+      dist::Group* const slices = linears[i]->cuts(role) ? part_.tensor : nullptr;
+      dist::Group* const tokens = role == Fp8Role::kWeight ? nullptr : context;
+      const bool copy = (slices == nullptr && split_.active() && part_.tensor->rank() > 0) ||
+                        (tokens == nullptr && context != nullptr && context->rank() > 0);
+      const auto at = static_cast<size_t>(role);
+      scaling->layer(i)->counts[at] = !copy;
+      if (slices == nullptr && tokens == nullptr) continue;
+      scaling->layer(i)->raise_amax[at] = [slices, tokens](const Tensor& stats) {
+        for (dist::Group* group : {slices, tokens}) {
+          if (group != nullptr) group->all_reduce_(stats, dist::Reduction::max);
+        }
+      };
+    }
+    linears[i]->use_fp8(scaling->layer(i));
+  }
   return scaling;
 }
 

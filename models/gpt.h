@@ -42,6 +42,12 @@ struct GptConfig {
   double flops_per_token() const;
 };
 
+/// Whether ranks that share the blocks' matrices have parts of sizes that fp8 products take: multiples of 16.
+bool fp8_fits(const GptConfig& config, int tensor_ranks);
+inline constexpr const char* kFp8Parts =
+    "fp8 products need parts of matrices whose sizes are multiples of 16: a number of tp ranks that divides "
+    "width / 4, and heads whose channels on each rank are such a multiple";
+
 /// Keys and values of the positions that a generation has seen, of the layers and heads that a process holds.
 class KvCache {
  public:
@@ -110,8 +116,8 @@ class Gpt : public Module {
   Gpt(const GptConfig& config, Device device, uint64_t seed = 0, DType dtype = DType::f32, const GptPart& part = {});
   ~Gpt() override;
 
-  /// Logits [B, T, V] of ids [B, T] (i32 or i64), T <= context. As for generation and fp8, layers must not be cut nor
-  /// sequences shared out.
+  /// Logits [B, T, V] of ids [B, T] (i32 or i64), T <= context. As for generation, layers must not be cut nor sequences
+  /// shared out.
   Tensor logits(const Tensor& ids) const;
 
   /// Mean cross-entropy in nats over the targets that are not -1. The logits are never held whole (ops/loss.h).
@@ -156,8 +162,10 @@ class Gpt : public Module {
   Tensor finish_next(const GptStream& stream) const;
 
   /// From now on the blocks' linear layers (qkv, proj, fc, mlp.proj) multiply in fp8 in training steps; evaluation and
-  /// generation stay as they are. Give the result to the trainer. @throws Error kDType unless the weights are bf16;
-  /// kValue unless the width is a multiple of 16; kDevice on a device without such products.
+  /// generation stay as they are. Give the result to the trainer. Ranks that share layers or sequences agree in the
+  /// first step on the scale of each tensor of which they have parts; how they do after a step: ParallelGpt::use_fp8().
+  /// @throws Error kDType unless the weights are bf16; kValue unless the width, and the sizes of the parts of matrices
+  /// where ranks share them, are multiples of 16; kDevice on a device without such products.
   std::shared_ptr<optim::DelayedScaling> use_fp8();
 
   const GptConfig& config() const { return config_; }

@@ -18,16 +18,20 @@ Linear::Linear(int64_t in, int64_t out, double deviation, const Init& init, bool
 
 bool Linear::multiplies_in_fp8() const { return fp8_ != nullptr && is_training() && autograd::grad_mode(); }
 
-Tensor Linear::operator()(const Tensor& x) const {
-  return multiplies_in_fp8() ? linear_fp8(x, weight_, bias_, fp8_) : linear(x, weight_, bias_);
+Tensor Linear::operator()(const Tensor& x) const { return product(x, bias_); }
+
+Tensor Linear::after_gelu(const Tensor& x, autograd::Keep keep) const { return product_of_gelu(x, bias_, keep); }
+
+Tensor Linear::product(const Tensor& x, const Tensor& bias) const {
+  return multiplies_in_fp8() ? linear_fp8(x, weight_, bias, fp8_) : linear(x, weight_, bias);
 }
 
-Tensor Linear::after_gelu(const Tensor& x, autograd::Keep keep) const {
-  if (!multiplies_in_fp8()) return gelu_linear(x, weight_, bias_, keep);
+Tensor Linear::product_of_gelu(const Tensor& x, const Tensor& bias, autograd::Keep keep) const {
+  if (!multiplies_in_fp8()) return gelu_linear(x, weight_, bias, keep);
   const Tensor activated = gelu(x);
   if (keep == autograd::Keep::kRecipe)
     autograd::remade("gelu", activated, [](const std::vector<Tensor>& in) { return gelu(in[0]); }, {x});
-  return linear_fp8(activated, weight_, bias_, fp8_);
+  return linear_fp8(activated, weight_, bias, fp8_);
 }
 
 ColumnLinear::ColumnLinear(int64_t in, int64_t out, const std::vector<IndexRange>& outputs, double deviation,
@@ -44,12 +48,12 @@ RowLinear::RowLinear(int64_t in, int64_t out, IndexRange inputs, double deviatio
 
 Tensor RowLinear::operator()(const Tensor& x) const {
   if (!split_.active()) return Linear::operator()(x);
-  return split_.leave(linear(x, weight_)) + split_.shared(bias_);
+  return split_.leave(product(x, {})) + split_.shared(bias_);
 }
 
 Tensor RowLinear::after_gelu(const Tensor& x, autograd::Keep keep) const {
   if (!split_.active()) return Linear::after_gelu(x, keep);
-  return split_.leave(gelu_linear(x, weight_, {}, keep)) + split_.shared(bias_);
+  return split_.leave(product_of_gelu(x, {}, keep)) + split_.shared(bias_);
 }
 
 Embedding::Embedding(int64_t count, int64_t width, double deviation, const Init& init, const Split& split)

@@ -17,9 +17,13 @@ class Linear : public Module {
   const Tensor& weight() const { return weight_; }
   /// From now on, in training mode and where gradients are recorded, multiplies in fp8 (ops/matmul_fp8.h).
   void use_fp8(std::shared_ptr<Fp8Layer> layer) { fp8_ = std::move(layer); }
+  /// Whether other processes of its split have other elements of that tensor, or else the same.
+  virtual bool cuts(Fp8Role) const { return false; }
 
  protected:
   Linear(const TensorPart& weight, const TensorPart& bias, double deviation, const Init& init);
+  Tensor product(const Tensor& x, const Tensor& bias) const;
+  Tensor product_of_gelu(const Tensor& x, const Tensor& bias, autograd::Keep keep) const;
   Tensor weight_, bias_;
 
  private:
@@ -39,6 +43,7 @@ class ColumnLinear : public Linear {
   /// @param rows  of all ranks' x together; sequence parallelism only
   /// @return      [..., number of outputs here]; with sequence parallelism of all rows
   Tensor operator()(const Tensor& x, int64_t rows = 0) const;
+  bool cuts(Fp8Role role) const override { return split_.active() && role != Fp8Role::kInput; }
 
  private:
   Split split_;
@@ -52,6 +57,7 @@ class RowLinear : public Linear {
   /// @param x  [..., number of inputs here]; with sequence parallelism [rows, ...], and y has this rank's rows
   Tensor operator()(const Tensor& x) const;
   Tensor after_gelu(const Tensor& x, autograd::Keep keep) const;
+  bool cuts(Fp8Role role) const override { return split_.active() && role != Fp8Role::kGradient; }
 
  private:
   Split split_;

@@ -6,6 +6,7 @@
 
 #include "core/autograd.h"
 #include "dist/mesh_norms.h"
+#include "models/fp8_agreement.h"
 #include "models/stage_costs.h"
 
 namespace weft::models {
@@ -217,7 +218,7 @@ Tensor ParallelGpt::forward(const std::optional<Passage>& passage) {
         pipeline_.send(stream.branch.detach().contiguous(), (rank + 1) % ranks);
       }
     }
-    if (runs_units()) data_parallel_->end_unit(stage, dist::Pass::kForward);
+    if (runs_units()) end_unit(stage, dist::Pass::kForward);
   }
   return result;
 }
@@ -254,7 +255,7 @@ void ParallelGpt::prepare_pipeline() {
   if (!runs_units()) return;
   executor_->set_hooks(
       {.begin = [this](int unit, dist::Pass pass) { data_parallel_->begin_unit(static_cast<size_t>(unit), pass); },
-       .end = [this](int unit, dist::Pass pass) { data_parallel_->end_unit(static_cast<size_t>(unit), pass); }});
+       .end = [this](int unit, dist::Pass pass) { end_unit(static_cast<size_t>(unit), pass); }});
 }
 
 Tensor ParallelGpt::run(std::span<const MicroBatch> batches, const std::function<GptStep(size_t)>& settings,
@@ -284,7 +285,7 @@ Tensor ParallelGpt::run(std::span<const MicroBatch> batches, const std::function
       data_parallel_->begin_unit(0, dist::Pass::kBackward);
     }
     for (const Tensor& loss : executor_->run(loss_scale)) losses.push_back(loss.reshape({1}));
-    if (gathers_all_at_once()) data_parallel_->end_unit(0, dist::Pass::kBackward);
+    if (gathers_all_at_once()) end_unit(0, dist::Pass::kBackward);
     own_ = {};
   }
   const autograd::NoGrad no_grad;
@@ -317,7 +318,25 @@ void ParallelGpt::forward_again(std::span<const MicroBatch> batches, const std::
     };
     forward(passage);
   }
-  if (gathers_all_at_once()) data_parallel_->end_unit(0, dist::Pass::kForward);
+  if (gathers_all_at_once()) end_unit(0, dist::Pass::kForward);
+}
+
+void ParallelGpt::end_unit(size_t unit, dist::Pass pass) {
+  data_parallel_->end_unit(unit, pass);
+  if (fp8_) fp8_->forget_weights();
+}
+
+std::shared_ptr<optim::DelayedScaling> ParallelGpt::use_fp8() {
+  fp8_ = gpt_.use_fp8();
+  // Data ranks have other micro-batches and the same weights.
+  for (size_t i = 0; data_.rank() > 0 && i < fp8_->size(); ++i)
+    fp8_->layer(i)->counts[static_cast<size_t>(Fp8Role::kWeight)] = false;
+  return fp8_;
+}
+
+optim::DelayedScaling::Counts ParallelGpt::fp8_counts() {
+  if (!fp8_) fail(ErrorKind::kState, kWhere, "the model does not multiply in fp8. Hint: ParallelGpt::use_fp8()");
+  return agree_on_fp8(*fp8_, gpt_.config().layers, world_);
 }
 
 std::vector<double> ParallelGpt::loss_sums(int64_t count,

@@ -109,6 +109,13 @@ class ParallelGpt {
   /// @param entering  told the micro-batch's number in the step and the first layer of what runs next
   void forward_again(std::span<const MicroBatch> batches, const std::function<GptStep(size_t)>& settings,
                      const std::function<void(int64_t micro_batch, int64_t layer)>& entering);
+  /// From now on the model multiplies in fp8 (Gpt::use_fp8()), with scales that are those of one process: after
+  /// reduce() all ranks call fp8_counts(), which makes what each has seen of a tensor that of the whole step
+  /// (models/fp8_agreement.h), and after the update DelayedScaling::update(). All ranks call this.
+  std::shared_ptr<optim::DelayedScaling> use_fp8();
+  /// The step's elements of the whole model. @throws Error kValue as DelayedScaling::counts(), on all ranks; kState
+  /// without use_fp8().
+  optim::DelayedScaling::Counts fp8_counts();
   void reduce() { data_parallel_->reduce(); }
   void gather() { data_parallel_->gather(); }
 
@@ -150,6 +157,8 @@ class ParallelGpt {
   /// With the loss of a micro-batch at its end.
   Passage loss_passage(const OwnTokens& own) const;
   void prepare_pipeline();
+  /// A unit has run, or all have: where weights are shared out, those in 8 bits go with them.
+  void end_unit(size_t unit, dist::Pass pass);
 
   dist::Group& world_;
   ParallelOptions options_;
@@ -167,6 +176,7 @@ class ParallelGpt {
   Gpt gpt_;
   std::unique_ptr<dist::DataParallel> data_parallel_;
   std::shared_ptr<optim::NormReducer> norms_;
+  std::shared_ptr<optim::DelayedScaling> fp8_;
   std::vector<int64_t> shares_;  ///< of the present step
   // of the pipeline's present step
   std::optional<dist::PipelineExecutor> executor_;

@@ -26,6 +26,11 @@ class Stopwatch {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
+bool all_finite(const Tensor& tensor) {
+  const std::vector<double> values = tensor.to_vector<double>();
+  return std::all_of(values.begin(), values.end(), [](double value) { return std::isfinite(value); });
+}
+
 }  // namespace
 
 Trainer::Trainer(Gpt& gpt, optim::Optimizer& optimizer, text::Loader& loader, const optim::CosineSchedule& schedule,
@@ -60,7 +65,6 @@ void Trainer::parallelize(ParallelGpt& parallel, int64_t micro_batches) {
 std::string Trainer::host_work() const {
   if (parallel_ != nullptr) return "gradients are exchanged with other ranks";
   if (const std::string work = optimizer_.host_work(); !work.empty()) return work;
-  if (fp8_) return "in fp8 the host looks at the converted tensors before the update";
   if (gpt_.config().offload_from) return "activations wait in the host's memory";
   if (autograd::RecordObserver::active()) return "a RecordObserver looks at the tensors of the step";
   if (autograd::SavedTensorHooks::current() != nullptr) return "SavedTensorHooks take the step's saved tensors";
@@ -128,13 +132,15 @@ void Trainer::compute(const StepMetrics& metrics, StepTimes& times) {
   }
   const Range range("optimizer");
   if (parallel_ != nullptr) parallel_->reduce();
-  fp8_counts_ = {};
-  if (fp8_ && !DryRun::active()) {
-    // Before anything changes: conversion hides infinities, which the counts tell. Losses that are not finite come
-    // first, in step().
-    const std::vector<double> values = losses.to_vector<double>();
-    if (std::all_of(values.begin(), values.end(), [](double loss) { return std::isfinite(loss); }))
-      fp8_counts_ = fp8_->counts();
+  if (fp8_) {
+    // Weights in 8 bits are of this step alone, and their memory is the optimizer's.
+    fp8_->forget_weights();
+    if (parallel_ != nullptr && !DryRun::active() && all_finite(losses)) fp8_counts_ = parallel_->fp8_counts();
+    // Conversion hides infinities: without this the update would not know of them.
+    if (parallel_ == nullptr) {
+      const autograd::NoGrad no_grad;
+      losses = cat({losses, fp8_->verdict()});
+    }
   }
   optimizer_.queue(losses);
   watch.lap(times.optimizer);
@@ -174,14 +180,18 @@ StepMetrics Trainer::step() {
   watch.lap(metrics.times.data);
   if (fp8_) fp8_->begin_step();
 
-  const std::string frozen = concat("micro-batches ", shapes_, gpt_.is_training() ? ", training" : ", without dropout",
-                                    AllowTf32::active() ? ", tf32" : "");
+  const std::string frozen =
+      concat("micro-batches ", shapes_, gpt_.is_training() ? ", training" : ", without dropout",
+             AllowTf32::active() ? ", tf32" : "", fp8_ && fp8_->updates() == 0 ? ", fp8 without a history" : "");
   StepTimes split;
   graph_.run(frozen, host_work(), parameters_, [&] { compute(metrics, split); });
   // The host waits here, once: a device that waits for the host within a step idles.
   Stopwatch finishing;
   const optim::StepReport report = finish_update();
   metrics.loss = report.loss;
+  // Of tensors in 8 bits the first one with an infinity is named, unless a loss says more.
+  if (fp8_ && parallel_ == nullptr && !DryRun::active() && (std::isfinite(report.loss) || all_finite(losses_)))
+    fp8_counts_ = fp8_->counts();
   if (!std::isfinite(report.loss)) explain_loss(failed_step(), report.loss);
   if (parallel_ != nullptr) parallel_->gather();
   if (fp8_) metrics.fp8 = fp8_counts_;

@@ -49,7 +49,8 @@ class Trainer {
   void scale_loss(const optim::LossScale& scale) { loss_scale_ = scale; }
   const std::optional<optim::LossScale>& loss_scale() const { return loss_scale_; }
 
-  /// From now on keeps these scales, which Gpt::use_fp8() made (optim/delayed_scaling.h).
+  /// From now on keeps these scales, which Gpt::use_fp8() made, or where several ranks train ParallelGpt::use_fp8()
+  /// (optim/delayed_scaling.h).
   void scale_fp8(std::shared_ptr<optim::DelayedScaling> scaling) { fp8_ = std::move(scaling); }
   const std::shared_ptr<optim::DelayedScaling>& fp8() const { return fp8_; }
 

@@ -122,6 +122,12 @@ void fp8_gemm(Cpu, const Fp8Gemm& g) {
   gemm(product);
 }
 
+void fp8_verdict(Cpu, const Fp8Verdict& arguments) {
+  unsigned long long most = 0;
+  for (int64_t i = 0; i < arguments.count; ++i) most = std::max(most, arguments.stats[i].amax);
+  *arguments.verdict = fp8_verdict_of(most);
+}
+
 void fp8_update(Cpu, const Fp8Update& arguments) {
   for (int64_t i = 0; i < arguments.count; ++i) fp8_update_one(arguments, i);
 }

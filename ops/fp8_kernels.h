@@ -120,6 +120,20 @@ struct Fp8Update {
 void fp8_update(Cpu, const Fp8Update& arguments);
 void fp8_update(Cuda, const Fp8Update& arguments);
 
+/// verdict = 0, or NaN if one of `count` amaxes is an infinity or NaN.
+struct Fp8Verdict {
+  const Fp8Stats* stats = nullptr;  ///< [count]
+  int64_t count = 0;
+  float* verdict = nullptr;
+};
+void fp8_verdict(Cpu, const Fp8Verdict& arguments);
+void fp8_verdict(Cuda, const Fp8Verdict& arguments);
+
+/// What an amax of those bits means for the verdict.
+WEFT_HD inline float fp8_verdict_of(unsigned long long amax) {
+  return amax >= 0x7f800000u ? std::bit_cast<float>(0x7fc00000u) : 0.0f;
+}
+
 /// Tensor `i` of an update.
 WEFT_HD inline void fp8_update_one(const Fp8Update& u, int64_t i) {
   const Fp8Stats& stats = u.stats[i];

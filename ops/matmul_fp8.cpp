@@ -20,12 +20,15 @@ Fp8Scale* scale_of(const Tensor& tensor) { return reinterpret_cast<Fp8Scale*>(te
 Fp8Stats* stats_of(const Tensor& tensor) { return reinterpret_cast<Fp8Stats*>(tensor.data<int64_t>()); }
 
 /// The scale that a tensor has by itself.
-Tensor own_scale(const Tensor& x, Fp8Role role) {
+Tensor own_scale(const Tensor& x, const Fp8Layer& layer, Fp8Role role) {
   const Tensor scale = Tensor::full({kFp8ScaleFloats}, 1, DType::f32, x.device());
   const Tensor stats = Tensor::zeros({kFp8StatsWords}, DType::i64, x.device());
   const Tensor history = Tensor::zeros({1}, DType::f32, x.device());
   launch(x.device(), kOp, [&](auto device) {
     fp8_quantise(device, {.x = x.data<BFloat16>(), .rows = x.size(0), .columns = x.size(1), .stats = stats_of(stats)});
+  });
+  if (const auto& raise = layer.raise_amax[static_cast<size_t>(role)]) raise(stats);
+  launch(x.device(), kOp, [&](auto device) {
     fp8_update(device, {.stats = stats_of(stats),
                         .history = history.data<float>(),
                         .scales = scale_of(scale),
@@ -42,7 +45,7 @@ Fp8Operand convert(const Tensor& x, Fp8Layer& layer, Fp8Role role, bool values, 
   const DType dtype = format == Fp8Format::kE4M3 ? DType::f8e4m3 : DType::f8e5m2;
   const int64_t rows = x.size(0), columns = x.size(1);
   Fp8Operand out;
-  out.scale = layer.has_history ? layer.scales.select(0, static_cast<int64_t>(role)) : own_scale(x, role);
+  out.scale = layer.has_history ? layer.scales.select(0, static_cast<int64_t>(role)) : own_scale(x, layer, role);
   if (values) out.values = Tensor::empty({rows, columns}, dtype, x.device());
   if (transposed) out.transposed = Tensor::empty({columns, whole_units(rows)}, dtype, x.device());
   launch(x.device(), kOp, [&](auto device) {

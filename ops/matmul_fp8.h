@@ -1,4 +1,6 @@
 #pragma once
+#include <array>
+#include <functional>
 #include <memory>
 
 #include "core/tensor.h"
@@ -21,6 +23,11 @@ struct Fp8Layer {
   Fp8Operand weight;         ///< as it was last converted ...
   std::weak_ptr<Storage> weight_source;             ///< ... from this storage ...
   uint64_t weight_version = 0, scales_version = 0;  ///< ... at this version, with this one of the scales
+  /// By Fp8Role, where other processes have other elements of the tensor: raises the amax in its stats (i64 [3]) to
+  /// that of all. Called where a tensor is scaled by its own amax, so that each of them has the scale of the whole.
+  std::array<std::function<void(const Tensor& stats)>, kFp8Roles> raise_amax;
+  /// By Fp8Role: whether this process counts what it converts. Of those that have the same elements, one does.
+  std::array<bool, kFp8Roles> counts = {true, true, true};
 };
 
 /// linear() in fp8 (Micikevicius et al. 2022), forward and backward:

@@ -51,19 +51,49 @@ DelayedScaling::DelayedScaling(std::vector<std::string> layers, Device device) :
 
 void DelayedScaling::begin_step() { stats_.zero_(); }
 
-DelayedScaling::Counts DelayedScaling::counts() const {
-  Counts counts;
+std::vector<Fp8Stats> DelayedScaling::seen() const {
   const std::vector<int64_t> words = stats_.to_vector<int64_t>();
-  for (size_t i = 0; i < words.size() / kFp8StatsWords; ++i) {
-    const auto amax = std::bit_cast<float>(static_cast<uint32_t>(words[kFp8StatsWords * i]));
+  const auto word = [&](size_t i) { return static_cast<unsigned long long>(words[i]); };
+  std::vector<Fp8Stats> stats;
+  for (size_t i = 0; i < words.size(); i += kFp8StatsWords) stats.push_back({word(i), word(i + 1), word(i + 2)});
+  return stats;
+}
+
+void DelayedScaling::see(std::span<const Fp8Stats> stats) {
+  if (stats.size() != kFp8Roles * names_.size()) {
+    fail(ErrorKind::kValue, kOp, names_.size(), " layers have ", kFp8Roles * names_.size(), " tensors, got what of ",
+         stats.size(), " was seen");
+  }
+  std::vector<int64_t> words;
+  for (const Fp8Stats& each : stats) {
+    for (const unsigned long long word : {each.amax, each.saturated, each.converted})
+      words.push_back(static_cast<int64_t>(word));
+  }
+  stats_.copy_(Tensor::from(words, stats_.shape(), stats_.device()));
+}
+
+DelayedScaling::Counts DelayedScaling::total(std::span<const std::string> layers, std::span<const Fp8Stats> stats) {
+  Counts counts;
+  for (size_t i = 0; i < stats.size(); ++i) {
+    const auto amax = std::bit_cast<float>(static_cast<uint32_t>(stats[i].amax));
     if (!std::isfinite(amax)) {
-      fail(ErrorKind::kValue, "fp8", "the ", kRoleNames[i % kFp8Roles], " of ", quoted(names_[i / kFp8Roles]),
+      fail(ErrorKind::kValue, "fp8", "the ", kRoleNames[i % kFp8Roles], " of ", quoted(layers[i / kFp8Roles]),
            " has an element that is ", amax, ", which 8 bits cannot hold. Hint: a lower learning rate or more warm-up");
     }
-    counts.saturated += words[kFp8StatsWords * i + 1];
-    counts.converted += words[kFp8StatsWords * i + 2];
+    counts.saturated += static_cast<int64_t>(stats[i].saturated);
+    counts.converted += static_cast<int64_t>(stats[i].converted);
   }
   return counts;
+}
+
+Tensor DelayedScaling::verdict() const {
+  const Tensor verdict = Tensor::empty({1}, DType::f32, stats_.device());
+  launch(stats_.device(), kOp, [&](auto device) {
+    fp8_verdict(device, {.stats = reinterpret_cast<const Fp8Stats*>(stats_.data<int64_t>()),
+                         .count = stats_.size(0),
+                         .verdict = verdict.data<float>()});
+  });
+  return verdict;
 }
 
 void DelayedScaling::update() {
@@ -78,6 +108,10 @@ void DelayedScaling::update() {
   });
   ++updates_;
   for (const auto& layer : layers_) layer->has_history = true;
+}
+
+void DelayedScaling::forget_weights() {
+  for (const auto& layer : layers_) layer->weight = {}, layer->weight_source.reset();
 }
 
 NamedTensors DelayedScaling::state() const {

@@ -1,5 +1,6 @@
 #pragma once
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,7 @@ class DelayedScaling {
   /// What linear_fp8() is given for layer i.
   const std::shared_ptr<Fp8Layer>& layer(size_t i) const { return layers_[i]; }
   size_t size() const { return layers_.size(); }
+  const std::vector<std::string>& names() const { return names_; }
 
   /// Forgets what an unfinished step has seen.
   void begin_step();
@@ -37,9 +39,20 @@ class DelayedScaling {
   };
   /// Reads from the device: call it where the host has waited anyway. @throws Error kValue naming the first tensor in
   /// which an infinity or NaN was seen: conversion hides infinities.
-  Counts counts() const;
+  Counts counts() const { return total(names_, seen()); }
+
+  // counts() in pieces, for processes that have parts of a step or of the model: what one has seen, three for each
+  // layer by Fp8Role; what all have seen instead; and their total over layers of those names, with the same error.
+  std::vector<Fp8Stats> seen() const;
+  void see(std::span<const Fp8Stats> stats);
+  static Counts total(std::span<const std::string> layers, std::span<const Fp8Stats> stats);
+
+  /// 0, or NaN where counts() would throw: f32 [1]. Work of the device alone, which can be recorded (core/backend.h).
+  Tensor verdict() const;
   /// The step is complete: its amaxes enter the history, and the scales follow.
   void update();
+  /// Drops the weights in 8 bits, which are kept for the micro-batches of a step; another use converts and counts anew.
+  void forget_weights();
   /// Steps that the history has seen.
   int64_t updates() const { return updates_; }
 

@@ -1,4 +1,6 @@
 // weft launch -- train: what several processes save together are the tensors that one process saves, bit for bit.
+#include <algorithm>
+#include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "models/checkpoint/checkpoint.h"
@@ -74,6 +76,40 @@ TEST(Parallel, RanksOfTensorParallelismSaveSlicesThatMakeWholeTensors) {
   fs::remove_all(checkpoint("slices"));
   must_run(workplace(), {"train", "--resume", "slices", "--mesh", "", "--zero", "0"});
   EXPECT_TRUE(weft::verify_checkpoint(checkpoint("slices")).empty());
+}
+
+TEST(Parallel, InFp8RanksCountWhatOneProcessCountsAndSaveItsScales) {
+  const Args fp8 = {"--precision", "fp8"};
+  must_run(workplace(), train("narrow", fp8 + Args{"--deterministic"}));
+  const auto counts_of = [](const std::string& run) {
+    std::vector<std::string> counts;
+    std::ifstream in(workplace() / run / "metrics.jsonl");
+    for (std::string line; std::getline(in, line);) {
+      const auto entry = nlohmann::json::parse(line);
+      if (entry.contains("loss"))
+        counts.push_back(entry["fp8_converted"].dump() + ' ' + entry["fp8_saturated"].dump() + ' ' +
+                         entry["loss"].dump());
+    }
+    return counts;
+  };
+  ASSERT_EQ(counts_of("narrow").size(), static_cast<size_t>(kSteps));
+  const auto expect_as_alone = [&](const std::string& run) {
+    weft::testing::expect_same_checkpoint(checkpoint(run), checkpoint("narrow"));
+    EXPECT_EQ(counts_of(run), counts_of("narrow")) << run;
+  };
+  must_run(workplace(), ranks(2, train("narrow_shared", fp8 + Args{"--zero", "3"})));
+  expect_as_alone("narrow_shared");
+  must_run(workplace(), ranks(2, train("narrow_stages", fp8 + Args{"--mesh", "pp=2"})));
+  expect_as_alone("narrow_stages");
+  fs::remove_all(checkpoint("narrow_stages"));
+  must_run(workplace(), ranks(4, {"train", "--resume", "narrow_stages", "--mesh", "dp=2,pp=2", "--zero", "1"}));
+  expect_as_alone("narrow_stages");
+  Args slices = train("narrow_slices", fp8 + Args{"--mesh", "tp=2"});
+  *(std::find(slices.begin(), slices.end(), "--width") + 1) = "32";
+  must_run(workplace(), ranks(2, slices));
+  fs::remove_all(checkpoint("narrow_slices"));
+  must_run(workplace(), {"train", "--resume", "narrow_slices", "--mesh", ""});
+  EXPECT_TRUE(weft::verify_checkpoint(checkpoint("narrow_slices")).empty());
 }
 
 TEST(Parallel, WeightsThatNoRankHasWholeAreSavedAndLoadedInPieces) {
@@ -209,7 +245,7 @@ TEST(Parallel, LayoutsThatDoNotFitAreRefused) {
   refused(5, {}, "every one of the 5 copies needs a micro-batch of each step, got 4");
   refused(3, {"--zero", "2"}, "must be shared out evenly among 3 copies with zero = 2");
   refused(2, {"--mesh", "dp=4"}, "does not fit the 2 ranks of this run");
-  refused(2, {"--precision", "fp8"}, "must not be fp8 where several ranks train");
+  refused(2, {"--precision", "fp8", "--mesh", "tp=2"}, "heads = 2 and width = 16 do not make such parts for tp = 2");
 }
 
 }  // namespace

@@ -56,9 +56,10 @@ TEST(Verify, RandomLayoutsAreAFunctionOfTheirNumberAndReachEveryOption) {
     std::replace(name.begin(), name.end(), '_', '-');
     EXPECT_TRUE(options.contains("--" + name)) << name;
   }
-  for (const char* part :
-       {"dp=", "pp=", "cp=", "tp=", "--zero 0", "--zero 1", "--zero 2", "--zero 3", "interleaved", "zero-bubble",
-        "gpipe", "1f1b", "f64", "f32", "bf16", "f16", "lamb", "adamw", "--recompute block"}) {
+  for (const char* part : {"dp=",      "pp=",      "cp=",      "tp=",         "--zero 0",
+                           "--zero 1", "--zero 2", "--zero 3", "interleaved", "zero-bubble",
+                           "gpipe",    "1f1b",     "f64",      "f32",         "bf16",
+                           "f16",      "fp8",      "lamb",     "adamw",       "--recompute block"}) {
     EXPECT_NE(all.find(part), std::string::npos) << part;
   }
 }
@@ -85,6 +86,7 @@ TEST(Verify, RefusesWhatDoesNotFit) {
   refused({"--mesh", "xp=2"}, "xp");
   refused({"--mesh", "dp=3", "--accumulate", "4", "--zero", "2"}, "as many for each with --zero 2, got 4");
   refused({"--mesh", "dp=9"}, "at least one for each of 9 data-parallel ranks");
+  refused({"--mesh", "tp=2", "--precision", "fp8"}, "heads = 2 and width = 24 do not make such parts");
   refused({"--mesh", "pp=5"}, "a pipeline of 5 stages");
   refused({"--mesh", "tp=3"}, "more tp ranks than there are heads");
   refused({"--mesh", "dp=128", "--accumulate", "128"}, "64 ranks");

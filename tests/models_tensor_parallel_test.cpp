@@ -575,7 +575,6 @@ TEST(TensorParallelGpt, WhatItCannotDoIsSaid) {
     KvCache cache;
     EXPECT_ERROR(ErrorKind::kState, "logits needs whole layers", gpt.logits(ids));
     EXPECT_ERROR(ErrorKind::kState, "generation needs whole layers", gpt.next_logits(ids, cache));
-    EXPECT_ERROR(ErrorKind::kState, "fp8 needs whole layers", gpt.use_fp8());
     EXPECT_ERROR(ErrorKind::kIndex, "the table has 23 rows", gpt.loss(some_ids("ids", 1000), some_ids("ids")));
     optim::Adam adam(gpt.parameters(), {});
     gpt.loss(ids, some_targets()).backward();

@@ -655,11 +655,69 @@ std::vector<Bug> bugs_within_layers() {
   return bugs;
 }
 
+/// Of amaxes and scales of fp8, on meshes that have the bits of one rank and on those that do not.
+std::vector<Bug> bugs_of_fp8() {
+  const auto in_fp8 = [](const std::string& mesh) {
+    Verification v = verification(mesh);
+    v.problem.config.width = 32, v.problem.dtype = DType::bf16, v.problem.fp8 = true;
+    return v;
+  };
+  // Rank 1 keeps the amaxes that it saw itself.
+  const auto not_agreed = [] {
+    return engine_of(1, [](const Operation& op, Engine& engine) {
+      const bool wanted = op.stamp.op == Collective::all_reduce && op.stamp.reduction == dist::Reduction::max &&
+                          op.input.numel() == 5 * 4 * kFp8Roles;
+      const Bytes own = wanted ? content(op.input) : Bytes();
+      const int64_t sent = engine.run(op);
+      if (wanted) write(op.output, own);
+      return sent;
+    });
+  };
+  std::vector<Bug> bugs;
+  bugs.push_back({"amaxes are not agreed on over data-parallel ranks",
+                  in_fp8("dp=2"),
+                  not_agreed(),
+                  Compared::kState,
+                  "fp8.h.0.attn.proj.amax_history",
+                  {1}});
+  bugs.push_back({"amaxes are not agreed on over the ranks of tp",
+                  in_fp8("tp=2"),
+                  not_agreed(),
+                  Compared::kState,
+                  "fp8.h.0.attn.qkv.amax_history",
+                  {1}});
+  bugs.push_back({"amaxes are not agreed on over the ranks of cp",
+                  in_fp8("cp=2"),
+                  not_agreed(),
+                  Compared::kState,
+                  "fp8.h.0.attn.qkv.amax_history",
+                  {1}});
+  Verification moved = in_fp8("dp=2");
+  moved.layouts.push_back(moved.layouts[0]);
+  TrainingHooks forgotten;
+  forgotten.loaded = [](int rank, TrainingState& start) {
+    for (auto& [name, tensor] : start.state) {
+      if (rank == 1 && name == "fp8.h.2.mlp.fc.scale") tensor = Tensor::ones(tensor.shape(), tensor.dtype());
+    }
+  };
+  bugs.push_back({"scales do not come back",
+                  moved,
+                  forgotten,
+                  Compared::kLoss,
+                  "micro-batch",
+                  {1},
+                  "h.2.mlp.fc: linear_fp8",
+                  4,
+                  2});
+  return bugs;
+}
+
 /// The same layout without the bug; once for all bugs of a layout.
 void expect_equal_without_bugs(const Verification& v) {
   static std::set<std::string> seen;
-  const std::string key = concat(v.layouts.front().mesh.to_string(), ' ', static_cast<int>(v.layouts.front().zero), ' ',
-                                 v.layouts.size(), ' ', v.problem.dtype, ' ', v.problem.adam.trust_ratio);
+  const std::string key =
+      concat(v.layouts.front().mesh.to_string(), ' ', static_cast<int>(v.layouts.front().zero), ' ', v.layouts.size(),
+             ' ', v.problem.dtype, v.problem.fp8 ? " fp8 " : " ", v.problem.adam.trust_ratio);
   if (!seen.insert(key).second) return;
   const VerifyReport right = verify(v);
   EXPECT_TRUE(right.equal()) << text_of(v, right);
@@ -697,6 +755,7 @@ void expect_found(const std::vector<Bug>& bugs) {
 TEST(Verify, FindsWhatIsWrongWithGradients) { expect_found(bugs_of_gradients()); }
 TEST(Verify, FindsWhatIsWrongWithLossesAndWhereItBegins) { expect_found(bugs_of_losses()); }
 TEST(Verify, FindsWhatIsWrongWithNormsUpdatesAndMoves) { expect_found(bugs_of_updates()); }
+TEST(Verify, FindsWhatIsWrongWithScalesOfFp8) { expect_found(bugs_of_fp8()); }
 TEST(Verify, FindsWhatIsWrongWhereNumbersMayDiffer) { expect_found(bugs_within_layers()); }
 
 }  // namespace

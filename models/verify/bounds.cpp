@@ -14,6 +14,8 @@ namespace {
 constexpr double kComparable = 8;
 /// Of an element in one update.
 constexpr double kRoundings = 16;
+/// Unit roundoff of e4m3, of three bits behind the first.
+constexpr double kFp8Unit = 0x1p-4;
 
 /// In which sums of a dtype are added up.
 DType sums_in(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
@@ -48,6 +50,14 @@ std::optional<double> norm_of(const RankStep& step, const std::string& name) {
     if (norm == name) return value;
   }
   return std::nullopt;
+}
+
+/// Amaxes and scales of fp8, in which tensors of any size are beside each other, are compared by their logarithms.
+std::vector<double> comparable(const std::string& name, std::vector<double> values) {
+  constexpr double kSmallest = 0x1p-200;  // stands for 0, below every other
+  if (!optim::DelayedScaling::owns(name) || name == "fp8.updates") return values;
+  for (double& value : values) value = std::log2(std::max(value, kSmallest));
+  return values;
 }
 
 /// Whole tensors as one rank would hold them.
@@ -143,7 +153,8 @@ class Step {
       const std::vector<double> wanted = held.values.to_vector<double>();
       const std::vector<double> got = values_of(together_.*parts_of(what), held.name);
       const double bound = bounds.at(held.name);
-      const std::optional<size_t> worst = exceeds(what, held.name, got, wanted, bound);
+      const std::optional<size_t> worst =
+          exceeds(what, held.name, comparable(held.name, got), comparable(held.name, wanted), bound);
       if (!worst) continue;
       ++different;
       bits_.count(what, 0, 0, 1);
@@ -270,6 +281,8 @@ class Step {
   }
 
   double state_bound(const HeldPart& held, const RankStep& alone, double clip) const {
+    // A scale leaves room for an amax to double, and follows it by as much.
+    if (optim::DelayedScaling::owns(held.name)) return held.name == "fp8.updates" ? 0 : kFp8Margin;
     const std::string parameter = held.name.substr(0, held.name.rfind('.'));
     if (held.name.ends_with(".master")) {
       HeldPart master = held;
@@ -307,7 +320,8 @@ double unit_roundoff(DType dtype) {
   }
 }
 
-Yardstick::Yardstick(const TrainingProblem& problem) : dtype_(problem.dtype) {
+Yardstick::Yardstick(const TrainingProblem& problem)
+    : dtype_(problem.dtype), unit_(problem.fp8 ? kFp8Unit : unit_roundoff(problem.dtype)) {
   const int64_t tokens = problem.micro_batches * problem.rows * problem.config.context;
   longest_ = static_cast<double>(std::max({tokens, 4 * problem.config.width, problem.config.vocab}));
 }
@@ -316,7 +330,7 @@ double Yardstick::bound(const std::vector<double>& measured, const std::vector<d
   double error = 0;
   for (size_t i = 0; i < fine.size(); ++i) error = std::max(error, std::abs(measured[i] - fine[i]));
   error *= unit_roundoff(dtype_) / unit_roundoff(measured_in());
-  const double unit = unit_roundoff(dtype_) + std::sqrt(longest_) * unit_roundoff(sums_in(dtype_));
+  const double unit = unit_ + std::sqrt(longest_) * unit_roundoff(sums_in(dtype_));
   return kComparable * std::max(error, unit * largest(fine));
 }
 
@@ -328,6 +342,7 @@ TrainingRecord record_alone(TrainingProblem problem, const RecordOptions& option
 RankStep step_alone(TrainingProblem problem, DType dtype, int64_t step, const TrainingState& before, bool watch,
                     const TrainingHooks* hooks) {
   const TrainingState start = cast(before, problem.dtype, dtype);
+  problem.fp8 = problem.fp8 && dtype == problem.dtype;
   problem.dtype = dtype;
   return record_alone(std::move(problem),
                       {.first_step = step, .steps = 1, .start = &start, .watch = watch, .hooks = hooks})

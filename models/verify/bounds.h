@@ -12,7 +12,7 @@ namespace weft::models {
 /// e = max |x_one - x_f64| of one rank; for a training in f64, which has no finer one to be compared with, that of an
 /// f32 run times u_f64 / u_f32. The second term is for tensors whose e is small by chance: one rounding, and the
 /// probable error of a sum of n terms in the precision in which it is added up (Higham & Mary 2019), n the longest sum
-/// of a step.
+/// of a step. In fp8, u is that of e4m3.
 class Yardstick {
  public:
   explicit Yardstick(const TrainingProblem& problem);
@@ -23,6 +23,7 @@ class Yardstick {
 
  private:
   DType dtype_;
+  double unit_;  ///< u
   double longest_;
 };
 

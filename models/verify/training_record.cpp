@@ -124,7 +124,8 @@ std::vector<std::pair<Parameter, TensorPart>> weights_of(ParallelGpt& parallel) 
   return weights;
 }
 
-void load(const TrainingState& start, ParallelGpt& parallel, optim::Adam& optimizer) {
+void load(const TrainingState& start, const RankView& view) {
+  auto& [rank, step, parallel, optimizer, fp8] = view;
   const autograd::NoGrad no_grad;
   const std::vector<TensorPart> parts = parallel.parts();
   for (const auto& [parameter, part] : weights_of(parallel)) {
@@ -135,6 +136,18 @@ void load(const TrainingState& start, ParallelGpt& parallel, optim::Adam& optimi
   for (const HeldPart& held : parts_of_state(optimizer.state(), parallel.parameters(), parts))
     own.emplace_back(held.name, held.part.of(named(start.state, held.name)).reshape(held.values.shape()));
   optimizer.load_state(own);
+  if (fp8 == nullptr) return;
+  NamedTensors scales;
+  for (const auto& [name, tensor] : fp8->state()) scales.emplace_back(name, named(start.state, name));
+  fp8->load_state(scales);
+}
+
+/// All state that a rank has between steps beside its weights.
+NamedTensors state_of(const RankView& view) {
+  NamedTensors state = view.optimizer.state();
+  if (view.fp8 == nullptr) return state;
+  for (auto& scales : view.fp8->state()) state.push_back(std::move(scales));
+  return state;
 }
 
 /// One rank's run.
@@ -152,12 +165,13 @@ class RankRun {
     if (const auto* change = hook(&TrainingHooks::norms)) norms = (*change)(world_.rank(), norms);
     const auto kept_norms = std::make_shared<KeptNorms>(norms);
     optim::Adam optimizer(parallel.parameters(), problem_.adam, kept_norms);
+    const std::shared_ptr<optim::DelayedScaling> fp8 = problem_.fp8 ? parallel.use_fp8() : nullptr;
+    RankView view{world_.rank(), options_.first_step, parallel, optimizer, fp8.get()};
     if (options_.start != nullptr) {
       TrainingState start = *options_.start;
       if (const auto* change = hook(&TrainingHooks::loaded)) (*change)(world_.rank(), start);
-      load(start, parallel, optimizer);
+      load(start, view);
     }
-    RankView view{world_.rank(), options_.first_step, parallel, optimizer};
     at(TrainingMoment::kMade, view);
     for (int64_t i = 0; i < options_.steps; ++i) {
       view.step = options_.first_step + i;
@@ -177,6 +191,7 @@ class RankRun {
   void step(const RankView& view, KeptNorms& norms, RankStep& kept) {
     ParallelGpt& parallel = view.parallel;
     parallel.begin_step(problem_.micro_batches);
+    if (view.fp8 != nullptr) view.fp8->begin_step();
     const int64_t share = parallel.shares(problem_.micro_batches)[static_cast<size_t>(parallel.data_rank())];
     at(TrainingMoment::kBegun, view);
     std::vector<MicroBatch> batches;
@@ -199,6 +214,7 @@ class RankRun {
     kept.losses = losses.to_vector<double>();
     at(TrainingMoment::kPassed, view);
     parallel.reduce();
+    if (view.fp8 != nullptr) parallel.fp8_counts();
     at(TrainingMoment::kReduced, view);
     const std::vector<TensorPart> parts = parallel.parts();
     const Parameters& own = parallel.parameters();
@@ -220,11 +236,12 @@ class RankRun {
     }
     at(TrainingMoment::kUpdated, view);
     parallel.gather();
+    if (view.fp8 != nullptr) view.fp8->update();
     view.optimizer.zero_grad();
     at(TrainingMoment::kGathered, view);
     for (auto& [parameter, part] : weights_of(parallel))
       kept.parameters.push_back({parameter.name, std::move(part), parameter.tensor.detach().clone()});
-    kept.state = parts_of_state(view.optimizer.state(), own, parts);
+    kept.state = parts_of_state(state_of(view), own, parts);
   }
 
   TrainingProblem problem_;

@@ -18,6 +18,7 @@ struct TrainingProblem {
   GptConfig config;
   uint64_t seed = 0;  ///< of weights, dropout and data
   DType dtype = DType::f32;
+  bool fp8 = false;           ///< with bf16: the blocks' linear layers multiply in fp8
   int64_t rows = 2;           ///< of a micro-batch, each of config.context tokens
   int64_t micro_batches = 4;  ///< of a step, on all ranks together
   double lr = 1e-2;
@@ -90,6 +91,7 @@ struct RankView {
   int64_t step;
   ParallelGpt& parallel;
   optim::Adam& optimizer;
+  optim::DelayedScaling* fp8 = nullptr;  ///< of a problem in fp8
 };
 
 /// How a recorded run may be interfered with, by whoever wants to see what becomes of it. All may be empty.

@@ -24,6 +24,8 @@ TrainingState initial_state(const TrainingProblem& problem) {
     for (const Parameter& parameter : view.parallel.gpt().parameters())
       state.parameters.emplace_back(parameter.name, parameter.tensor.detach().clone());
     for (const auto& [name, tensor] : view.optimizer.state()) state.state.emplace_back(name, tensor.clone());
+    if (view.fp8 == nullptr) return;
+    for (const auto& [name, tensor] : view.fp8->state()) state.state.emplace_back(name, tensor.clone());
   };
   record_alone(problem, {.steps = 0, .hooks = &hooks});
   return state;
