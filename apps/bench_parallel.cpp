@@ -13,6 +13,7 @@
 #include "core/error.h"
 #include "core/memory.h"
 #include "core/thread_pool.h"
+#include "dist/parameter_units.h"
 #include "dist/processes.h"
 #include "dist/threads.h"
 #include "models/trainer.h"
@@ -140,11 +141,10 @@ void count(dist::Group& world, const StepShape& shape, const Layout& layout, Rat
     if (parameter.name == "wte.weight") table_bytes = bytes;
     bytes_of[parameter.name] = bytes;
   }
-  double largest_unit = 0, last_unit = 0;
+  std::vector<double> units;
   for (const std::vector<std::string>& unit : training.parallel().gpt().units()) {
-    last_unit = 0;
-    for (const std::string& name : unit) last_unit += bytes_of.at(name);
-    largest_unit = std::max(largest_unit, last_unit);
+    units.push_back(0);
+    for (const std::string& name : unit) units.back() += bytes_of.at(name);
   }
   training.step();
   const double before = training.sent();
@@ -159,14 +159,15 @@ void count(dist::Group& world, const StepShape& shape, const Layout& layout, Rat
   // much as those before it.
   const bool spread = layout.zero == dist::Zero::kParameters;
   const double everywhere = parameters + table_bytes;
-  table->add(against_formula(layout, "sent by a rank in a step", sent, spread ? "(3 P - U) (n-1)/n" : "2 P (n-1)/n",
-                             (spread ? 3 * everywhere - last_unit : everywhere + parameters) * (kRanks - 1) / kRanks));
+  table->add(
+      against_formula(layout, "sent by a rank in a step", sent, spread ? "(3 P - U) (n-1)/n" : "2 P (n-1)/n",
+                      (spread ? 3 * everywhere - units.back() : everywhere + parameters) * (kRanks - 1) / kRanks));
+  const dist::SpreadBytes held_spread = dist::spread_bytes(parameters, units, table_bytes, kRanks);
   const double shares = layout.parameters + layout.gradients + layout.state;
-  // Two units are whole at a time, and one has gradients.
-  const double units = spread ? 3 * largest_unit : 0;
-  RatioRow memory =
-      against_formula(layout, "parameters, gradients, state", held,
-                      concat(fixed(shares, 1), " P", spread ? " + 3 units" : ""), parameters * shares + units);
+  RatioRow memory = spread ? against_formula(layout, "parameters, gradients, state", held, "3 P/n, units whole",
+                                             held_spread.parameters + held_spread.gradients + held_spread.optimizer)
+                           : against_formula(layout, "parameters, gradients, state", held,
+                                             concat(fixed(shares, 1), " P"), parameters * shares);
   memory.at_most = 1.02;
   table->add(std::move(memory));
   table->add(against_formula(layout, "buffers of transfers", moving, "P", parameters));
@@ -233,7 +234,7 @@ int bench_parallel(std::span<const std::string> args) {
   if (!options.parse(args)) return 0;
   if (*dist::why_no_gloo() != '\0') fail(ErrorKind::kUsage, "bench parallel", dist::why_no_gloo());
   const StepShape chosen =
-      o.quick ? StepShape{"quick", {.layers = 2, .heads = 2, .width = 32, .context = 16, .vocab = 17}, 4}
+      o.quick ? StepShape{"quick", {.layers = 2, .heads = 2, .width = 64, .context = 16, .vocab = 17}, 4}
               : step_shape(shape);
   RatioTable table("bench parallel", o);
   const int threads = num_threads();

@@ -79,7 +79,7 @@ std::string bytes_per_second(double bytes, double seconds) {
 RatioTable::RatioTable(std::string command, const RatioOptions& options)
     : command_(std::move(command)), options_(options) {
   if (!options.json.empty()) check_writable(options.json.string());
-  std::cout << left("case", 46) << right("measured", 18) << right("against", 30) << right("ratio", 9)
+  std::cout << left("case", 46) << right("measured", 18) << right("against", 34) << right("ratio", 9)
             << right("[quartiles]", 18) << right("wanted", 11) << std::endl;
 }
 
@@ -90,7 +90,7 @@ void RatioTable::add(RatioRow row) {
                                            : "";
   const std::string spread =
       n > 2 ? concat("[", fixed(100 * row.ratios[n / 4], 1), ", ", fixed(100 * row.ratios[3 * n / 4], 1), "]") : "";
-  std::cout << left(row.name, 46) << right(row.figure, 18) << right(row.denominator, 30)
+  std::cout << left(row.name, 46) << right(row.figure, 18) << right(row.denominator, 34)
             << right(percent(row.median()), 9) << right(spread, 18) << right(wanted, 11) << std::endl;
   rows_.push_back(std::move(row));
 }

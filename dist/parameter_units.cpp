@@ -1,5 +1,7 @@
 #include "dist/parameter_units.h"
 
+#include <algorithm>
+
 #include "core/autograd.h"
 #include "core/memory.h"
 
@@ -86,6 +88,18 @@ void ParameterUnits::release(Bucket& bucket) {
   for (const size_t p : bucket.layout.tensors())
     whole_[p].tensor.storage()->release(concat("parameter ", quoted(whole_[p].name), ", which is spread over ranks,"));
   bucket.flat = Tensor();
+}
+
+SpreadBytes spread_bytes(double parameters, const std::vector<double>& units, double shared, int ranks) {
+  double neighbours = 0, gradients = 0, after = 0;
+  for (size_t k = units.size(); k-- > 0;) {
+    neighbours = std::max(neighbours, units[k] + (k + 1 < units.size() ? units[k + 1] : 0));
+    gradients = std::max(gradients, units[k] - (k == 0 ? shared : 0) + after / ranks);
+    after += units[k];
+  }
+  return {.parameters = parameters / ranks + neighbours,
+          .gradients = std::max(gradients, after / ranks),
+          .optimizer = 2 * parameters / ranks};
 }
 
 }  // namespace weft::dist

@@ -59,4 +59,20 @@ class ParameterUnits {
   std::vector<Unit> units_;
 };
 
+/// Bytes that a rank of n holds at most in a step of one micro-batch with ZeRO-3 and AdamW, in one dtype, buckets on
+/// their way apart. Units u_1 ... u_m in the order of the forward pass, of P bytes without tensors that are in several:
+///
+///   parameters   P / n + max_k (u_k + u_k+1)           (a unit and its neighbour are whole)
+///   gradients    max_k (u_k + sum_{j > k} u_j / n)     (all of one unit, the shards of those after it)
+///   optimizer    2 P / n
+///
+/// A parameter of the first unit that the last one has too brings its gradient there by itself: u_1 is without it in
+/// the first term of gradients.
+struct SpreadBytes {
+  double parameters = 0, gradients = 0, optimizer = 0;
+};
+/// @param units   bytes of each
+/// @param shared  bytes of the parameter that the first and the last unit have
+SpreadBytes spread_bytes(double parameters, const std::vector<double>& units, double shared, int ranks);
+
 }  // namespace weft::dist
