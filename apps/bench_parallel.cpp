@@ -76,7 +76,13 @@ class Together {
         trainer_(parallel_.gpt(), adam_, loader_, kSchedule, micro_batches / world.size()) {
     trainer_.parallelize(parallel_, micro_batches);
   }
-  void step() { trainer_.step(); }
+  /// A step, until all of the updated weights are there, which the next one would else wait for.
+  void step() {
+    trainer_.step();
+    for (const Parameter& parameter : parallel_.gpt().parameters()) {
+      if (const Storage& storage = *parameter.tensor.storage(); !storage.is_released()) storage.data();
+    }
+  }
   models::ParallelGpt& parallel() { return parallel_; }
 
   /// Bytes of gradients and parameters that this rank has sent, without the sums of norms.
