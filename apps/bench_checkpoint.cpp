@@ -157,7 +157,7 @@ int bench_checkpoint(std::span<const std::string> args) {
     return all;
   };
   CheckpointSaver saver(scratch.path.string(), nullptr, {.keep_n = 1});
-  for (int i = 0; i < 3; ++i) trainer.step();
+  for (int i = 0; i < 12; ++i) trainer.step();
   saver.begin(content());  // the first copy takes memory from the system
   saver.finish();
 
@@ -173,8 +173,8 @@ int bench_checkpoint(std::span<const std::string> args) {
     }
     m.plain.push_back(seconds_of([&] { write_file_atomic((scratch.path / "plain").string(), bytes); }));
     std::filesystem::remove(scratch.path / "plain");
-    // As in a run, where steps come before: threads awake, caches theirs.
-    for (int i = 0; i < 3; ++i) trainer.step();
+    // As in a run, where steps come before: threads awake, caches theirs, the disk done with what was removed.
+    for (int i = 0; i < 12; ++i) trainer.step();
 
     double until = seconds_of([&] { saver.begin(content()); });
     m.copies.push_back(until);

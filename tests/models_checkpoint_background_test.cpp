@@ -96,12 +96,36 @@ TEST(BackgroundWork, EveryPieceIsDoneOnceAndByOneThreadAtATime) {
 TEST(BackgroundWork, ProcessorsThatAreIdleAreTakenByAThreadThatGivesWay) {
   std::atomic<bool> seen = false;
   const auto deadline = Clock::now() + std::chrono::seconds(120);
-  BackgroundWork work([&](bool) {
-    if (gives_way()) seen = true;
-    return !seen && Clock::now() < deadline;
-  });
+  BackgroundWork work(
+      [&](bool) {
+        if (gives_way()) seen = true;
+        return !seen && Clock::now() < deadline;
+      },
+      BackgroundWork::kShare, [] { return 1.0; });
   wait_for(work);
   EXPECT_TRUE(seen);
+}
+
+TEST(BackgroundWork, TheGapsOfThreadsThatKeepAllProcessorsBusyAreLeftToThem) {
+  int idle = 0, other = 0;
+  BackgroundWork work(
+      [&](bool) {
+        ++(gives_way() ? idle : other);
+        return other < 30;
+      },
+      0.5, [] { return 0.2; });
+  wait_for(work);
+  EXPECT_EQ(idle, 0);
+  EXPECT_EQ(other, 30);
+}
+
+TEST(BackgroundWork, ProcessorsThatSleepAreCountedAsIdle) {
+  checkpoint::IdleProcessors idle;
+  EXPECT_EQ(idle(), 0);
+  sleep_ms(200);
+  const double some = idle();
+  EXPECT_GE(some, 0);
+  EXPECT_LE(some, std::thread::hardware_concurrency() * 1.2);
 }
 
 TEST(BackgroundWork, WhereNoProcessorIsIdleAShareOfOneIsTakenAtNormalPriority) {
@@ -133,18 +157,20 @@ TEST(BackgroundWork, WhereNoProcessorIsIdleAShareOfOneIsTakenAtNormalPriority) {
 TEST(BackgroundWork, AThreadThatLosesItsProcessorWithinAPieceIsGivenNoMore) {
   std::atomic<bool> stuck = false;
   int idle_after = 0, other_after = 0, before = 0;
-  BackgroundWork work([&](bool) {
-    const bool idle = gives_way();
-    if (!stuck) {
-      if (!idle) return ++before < 100'000;
-      stuck = true;
-      sleep_ms(static_cast<int>(3000 * BackgroundWork::kPatience));  // as if others had its processor
-      return true;
-    }
-    ++(idle ? idle_after : other_after);
-    sleep_ms(1);
-    return other_after < 20;
-  });
+  BackgroundWork work(
+      [&](bool) {
+        const bool idle = gives_way();
+        if (!stuck) {
+          if (!idle) return ++before < 100'000;
+          stuck = true;
+          sleep_ms(static_cast<int>(3000 * BackgroundWork::kPatience));  // as if others had its processor
+          return true;
+        }
+        ++(idle ? idle_after : other_after);
+        sleep_ms(1);
+        return other_after < 20;
+      },
+      BackgroundWork::kShare, [] { return 1.0; });
   wait_for(work);
   EXPECT_TRUE(stuck);
   EXPECT_EQ(idle_after, 0);

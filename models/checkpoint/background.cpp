@@ -9,7 +9,12 @@
 #include <algorithm>
 #include <chrono>
 #include <ctime>
+#include <fstream>
+#include <optional>
+#include <sstream>
+#include <string>
 #include <system_error>
+#include <utility>
 
 #include "core/error.h"
 
@@ -18,6 +23,29 @@ namespace {
 
 /// How often the thread of normal priority looks whether the other gets on.
 constexpr double kLook = 0.01;
+/// How often the other looks whether a processor has nothing to do.
+constexpr double kIdleLook = 0.1;
+
+double since(std::chrono::steady_clock::time_point then) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - then).count();
+}
+
+/// Seconds that the processors of this process have been idle since the system started.
+std::optional<double> idle_seconds() {
+  cpu_set_t may_use;
+  if (::sched_getaffinity(0, sizeof may_use, &may_use) != 0) return std::nullopt;
+  std::ifstream stat("/proc/stat");
+  std::optional<double> ticks;
+  for (std::string line; std::getline(stat, line) && line.starts_with("cpu");) {
+    std::istringstream in(line.substr(3));
+    size_t processor = 0;
+    double user = 0, nice = 0, system = 0, idle = 0;
+    if (line[3] == ' ' || !(in >> processor >> user >> nice >> system >> idle)) continue;
+    if (processor < CPU_SETSIZE && CPU_ISSET(processor, &may_use)) ticks = ticks.value_or(0) + idle;
+  }
+  const auto per_second = static_cast<double>(::sysconf(_SC_CLK_TCK));
+  return ticks ? std::optional(*ticks / per_second) : std::nullopt;
+}
 
 /// Seconds that this thread has had a processor.
 double processor_seconds() {
@@ -45,8 +73,14 @@ GivenWay give_way() {
   return given;
 }
 
-BackgroundWork::BackgroundWork(std::function<bool(bool beside)> piece, double share)
-    : piece_(std::move(piece)), share_(share) {
+double IdleProcessors::operator()() {
+  const std::optional<double> now = idle_seconds(), before = std::exchange(idle_seconds_, now);
+  const double elapsed = since(std::exchange(when_, std::chrono::steady_clock::now()));
+  return now && before && elapsed > 0 ? (*now - *before) / elapsed : 0;
+}
+
+BackgroundWork::BackgroundWork(std::function<bool(bool beside)> piece, double share, std::function<double()> idle)
+    : piece_(std::move(piece)), share_(share), idle_processors_(std::move(idle)) {
   try {
     idle_ = std::thread([this] { work_when_idle(); });
     at_a_share_ = std::thread([this] { work_at_a_share(); });
@@ -105,9 +139,19 @@ void BackgroundWork::hurry_idle() {
 
 void BackgroundWork::work_when_idle() {
   if (!give_way().processor) return;
-  while (idle_may_work_) {
-    const std::lock_guard lock(piece_mutex_);
-    if (!idle_may_work_ || !next(true)) return;
+  bool processor_idle = idle_processors_() >= kIdle;
+  while (idle_may_work_ && !done_) {
+    const auto looked = std::chrono::steady_clock::now();
+    const double used = processor_seconds();
+    if (!processor_idle) {
+      if (!sleep(kIdleLook)) return;
+    } else {
+      while (since(looked) < kIdleLook) {
+        const std::lock_guard lock(piece_mutex_);
+        if (!idle_may_work_ || !next(true)) return;
+      }
+    }
+    processor_idle = idle_processors_() + (processor_seconds() - used) / since(looked) >= kIdle;
   }
 }
 

@@ -1,9 +1,11 @@
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -18,11 +20,24 @@ struct GivenWay {
 };
 GivenWay give_way();
 
+/// The idle time of the processors that this process may use, from call to call, by the system's count (/proc/stat) per
+/// second; 0 at first, and where there is no such count. It has a resolution of some hundredths of a second.
+class IdleProcessors {
+ public:
+  double operator()();
+
+ private:
+  std::optional<double> idle_seconds_;  // at the last call
+  std::chrono::steady_clock::time_point when_;
+};
+
 /// Work in pieces, each some tenths of a millisecond of a processor's time, one after another by whatever thread there
 /// is for it:
 ///
-/// - one that has given way takes the processors' idle time, all of it;
-/// - where the processors are busy, one of normal priority takes `share` of one processor, and no more: from the begin
+/// - one that has given way takes the time of a processor that has nothing to do. The gaps of a program that keeps all
+///   of them busy are none: threads that work together wait for the one that comes late;
+/// - where there is no such processor, one of normal priority takes `share` of one processor, and no more: from the
+/// begin
 ///   of a piece to that of the next are at least 1 / share times as long as the piece has kept the processor. So
 ///   however busy the machine is, by this program or others, the work ends after at most 1 / share times the processor
 ///   time that it needs, kPatience, and what this thread waits for the disk and, like any other, for its turn. (A
@@ -33,11 +48,14 @@ class BackgroundWork {
  public:
   static constexpr double kShare = 0.01;
   static constexpr double kPatience = 0.5;  ///< seconds
+  static constexpr double kIdle = 0.5;      ///< of a processor's time: from here on one has nothing to do
 
   /// @param piece  does the next piece and says whether there is another; called by one thread at a time, never after
   ///               it has returned false; must not throw. `beside`: other work goes on meanwhile.
+  /// @param idle   processors with nothing to do since the last call, that thread's own share of one not counted
   /// @throws Error kMemory if the system gives no threads.
-  explicit BackgroundWork(std::function<bool(bool beside)> piece, double share = kShare);
+  explicit BackgroundWork(std::function<bool(bool beside)> piece, double share = kShare,
+                          std::function<double()> idle = IdleProcessors());
   /// Returns when the piece under way is done; others are not.
   ~BackgroundWork();
   BackgroundWork(const BackgroundWork&) = delete;
@@ -58,6 +76,7 @@ class BackgroundWork {
 
   const std::function<bool(bool)> piece_;
   const double share_;
+  const std::function<double()> idle_processors_;
   std::mutex piece_mutex_;  ///< held during a piece
   std::atomic<bool> done_ = false, idle_may_work_ = true;
   std::atomic<uint64_t> pieces_ = 0;
