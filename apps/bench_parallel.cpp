@@ -158,7 +158,8 @@ void count(dist::Group& world, const StepShape& shape, const Layout& layout, Rat
   training.step();
   using Memory = MemoryCategory;
   const double sent = mean_over(world, training.sent() - before),
-               held = mean_over(world, peak_of({Memory::parameters, Memory::gradients, Memory::optimizer})),
+               held = mean_over(world, peak_of({Memory::parameters, Memory::optimizer})),
+               gradients = mean_over(world, peak_of({Memory::gradients})),
                moving = mean_over(world, peak_of({Memory::communication}));
   if (table == nullptr) return;
   // The token table is in two places, whose gradients are summed apart. With one micro-batch a rank, ZeRO-2 sends as
@@ -168,14 +169,18 @@ void count(dist::Group& world, const StepShape& shape, const Layout& layout, Rat
   table->add(
       against_formula(layout, "sent by a rank in a step", sent, spread ? "(3 P - U) (n-1)/n" : "2 P (n-1)/n",
                       (spread ? 3 * everywhere - units.back() : everywhere + parameters) * (kRanks - 1) / kRanks));
-  const dist::SpreadBytes held_spread = dist::spread_bytes(parameters, units, table_bytes, kRanks);
-  const double shares = layout.parameters + layout.gradients + layout.state;
-  RatioRow memory = spread ? against_formula(layout, "parameters, gradients, state", held, "3 P/n, units whole",
-                                             held_spread.parameters + held_spread.gradients + held_spread.optimizer)
-                           : against_formula(layout, "parameters, gradients, state", held,
-                                             concat(fixed(shares, 1), " P"), parameters * shares);
+  const dist::SpreadBytes in_units = dist::spread_bytes(parameters, units, table_bytes, kRanks);
+  const double shares = layout.parameters + layout.state;
+  RatioRow memory = spread ? against_formula(layout, "parameters and state", held, "3 P/n, 2 units",
+                                             in_units.parameters + in_units.optimizer)
+                           : against_formula(layout, "parameters and state", held, concat(fixed(shares, 1), " P"),
+                                             parameters * shares);
   memory.at_most = 1.02;
   table->add(std::move(memory));
+  // One more unit's gradients than ZeRO-3's formula has may be on their way when those of the next are there.
+  table->add(spread ? against_formula(layout, "gradients", gradients, "P/n, a unit", in_units.gradients)
+                    : against_formula(layout, "gradients", gradients, concat(fixed(layout.gradients, 1), " P"),
+                                      parameters * layout.gradients));
   table->add(against_formula(layout, "buffers of transfers", moving, "P", parameters));
 }
 
