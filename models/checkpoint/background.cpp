@@ -156,7 +156,6 @@ void BackgroundWork::work_when_idle() {
 }
 
 void BackgroundWork::work_at_a_share() {
-  using Clock = std::chrono::steady_clock;
   double stalled = 0, pause = kLook;
   for (uint64_t seen = 0; sleep(pause) && !done_;) {
     const bool alone = !idle_may_work_;
@@ -170,12 +169,12 @@ void BackgroundWork::work_at_a_share() {
       pause = kLook;
       continue;
     }
-    const Clock::time_point began = Clock::now();
+    const auto began = std::chrono::steady_clock::now();
     const double before = processor_seconds();
     if (!next(true)) return;
     seen = pieces_;
     const double used = processor_seconds() - before;
-    pause = std::max(0.0, used / share_ - std::chrono::duration<double>(Clock::now() - began).count());
+    pause = std::max(0.0, used / share_ - since(began));
   }
 }
 
